@@ -1,0 +1,39 @@
+# Everything runs in a virtual environment of its own; `make quickstart` and `make test` set it up on a fresh machine.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN_ENV := OMP_NUM_THREADS=1 WANDB_SILENT=true
+
+.PHONY: help install quickstart fmt lint types test check
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## create .venv and install the package with its development tools
+
+# uv is bootstrapped with pip: it installs torch's large wheels several times faster.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
+	touch $@
+
+quickstart: install  ## train digits with AT, AWP and WCI, print one table, draw figures
+	$(BIN)/wcitrain sweep recipes/sweeps/digits.yaml
+
+fmt: install  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix --quiet .
+
+lint: install  ## check style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install  ## check types
+	$(BIN)/mypy
+
+test: install  ## run the tests (minutes)
+	$(RUN_ENV) $(BIN)/python -m pytest -q -m "not slow"
+
+check: install lint types  ## everything that must hold before a change is proposed
+	$(RUN_ENV) $(BIN)/python -m pytest -q

@@ -1,0 +1,123 @@
+"""The table of what shares claims: a new rule, base optimizer or objective is a new row here and all claims then run on it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from wcitrain.optim import (
+    AWP,
+    FrobeniusTracePenalty,
+    RegularizedOptimizer,
+    StrengthSchedule,
+    UniformNoise,
+    WCIPenalty,
+    WCIPosterior,
+)  # fmt: skip
+
+BASES: dict[str, Callable] = {
+    "sgd": lambda params, lr=0.05: torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda params, lr=0.01: torch.optim.AdamW(params, lr=lr, weight_decay=0.1),
+}
+
+LATER = StrengthSchedule(start=10**6)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Constructor arguments of the wrapper and the documented cost of one step beyond a plain one (BatchNorm model)."""
+
+    kwargs: dict
+    forwards: int
+    backwards: int
+
+
+RULES: dict[str, Rule] = {
+    "none": Rule({}, 0, 0),
+    "awp": Rule({"perturbation": AWP(0.02)}, 1, 1),
+    "wci": Rule({"perturbation": WCIPosterior(0.5)}, 1, 1),
+    "wci by strength": Rule({"perturbation": WCIPosterior(strength=1e-3)}, 1, 1),
+    "wci with frobenius": Rule({"perturbation": WCIPosterior(0.5, frobenius=True)}, 1, 1),
+    "wci, clean statistics": Rule({"perturbation": WCIPosterior(0.5, statistics="clean")}, 2, 1),
+    "noise": Rule({"perturbation": UniformNoise(0.5)}, 1, 1),
+    "wci penalty": Rule({"penalty": WCIPenalty(1e-3, radius=0.05)}, 2, 2),
+    "frobenius penalty": Rule({"penalty": FrobeniusTracePenalty(1e-3, None)}, 0, 0),
+    "trace penalty": Rule({"penalty": FrobeniusTracePenalty(0.0, 1e-4, radius=0.05)}, 2, 2),
+    "awp and frobenius": Rule({"perturbation": AWP(0.02), "penalty": FrobeniusTracePenalty(1e-3, None)}, 1, 1),
+}
+
+# Everything that must change nothing: strengths at zero, monitors, and rules whose time has not come.
+IDLE: dict[str, dict] = {
+    "no rule": {},
+    "monitor wci": {"penalty": WCIPenalty(0.0)},
+    "monitor trace": {"penalty": FrobeniusTracePenalty(0.0, 0.0)},
+    "frobenius 0": {"penalty": FrobeniusTracePenalty(0.0, None)},
+    "awp later": {"perturbation": AWP(0.01, LATER)},
+    "wci later": {"perturbation": WCIPosterior(1.0, schedule=LATER)},
+    "noise later": {"perturbation": UniformNoise(1.0, schedule=LATER)},
+    "penalty later": {"penalty": WCIPenalty(0.1, schedule=LATER)},
+}
+
+
+class BatchNormNet(nn.Module):
+    """Small, with everything that has hidden state: BatchNorm (running statistics), dropout (random numbers)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.3)
+        self.fc = nn.Linear(4 * 16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.drop(torch.relu(self.bn(self.conv(x)))).flatten(1))
+
+
+class SmoothNet(nn.Module):
+    """Small, smooth and without hidden state: every expansion holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 5)
+        self.second = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def image_batch(n: int = 12, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [n, 1, 4, 4] in [0, 1] and labels of three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 1, 4, 4, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+
+
+def make(rule: dict, base: str = "sgd", seed: int = 0, **kwargs) -> tuple[nn.Module, RegularizedOptimizer]:
+    """A fresh BatchNormNet (the same for the same seed) and its wrapped optimizer."""
+    torch.manual_seed(seed)
+    model = BatchNormNet()
+    base_kwargs = {"lr": kwargs.pop("lr")} if "lr" in kwargs else {}
+    return model, RegularizedOptimizer(BASES[base](model.parameters(), **base_kwargs), model, **rule, **kwargs)
+
+
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5, start: int = 0) -> list[float]:
+    """Train on fresh batches with the wrapper; returns the losses."""
+    losses = []
+    for step in range(start, start + steps):
+        x, y = image_batch(seed=100 + step)
+        torch.manual_seed(1000 + step)
+        losses.append(float(optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))))
+    return losses
+
+
+def everything(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Clone every parameter and buffer."""
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """Bitwise, with the name of what differs."""
+    assert left.keys() == right.keys()
+    different = [k for k in left if not torch.equal(left[k], right[k])]
+    assert not different, f"differ: {different}"

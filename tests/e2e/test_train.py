@@ -1,0 +1,321 @@
+"""The trainer end to end on digits: it learns, repeats itself, resumes bit for bit, refuses what is wrong."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from wcitrain.__main__ import main
+from wcitrain.checkpoint import load_checkpoint
+from wcitrain.recipe import Recipe, recipe_from_dict
+from wcitrain.train import Interrupted, NonFiniteLossError, Trainer, fit, run_folder
+
+TINY = {
+    "name": "tiny",
+    "data": {"source": "digits", "val_size": 100, "max_train": 300, "max_test": 100, "crop_padding": 1},
+    "model": {"name": "resnet18", "stem": "cifar", "kwargs": {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}},
+    "threat": {"eps": 0.1},
+    "objective": {"num_steps": 2, "step_size": 0.06},
+    "schedule": {"name": "cosine", "warmup_epochs": 0.5},
+    "train": {"epochs": 3, "batch_size": 50, "device": "cpu"},
+    "evaluation": {"train_size": 100, "num_steps": 2, "step_size": 0.06},
+    "tracking": {"wandb": "disabled"},
+}
+METHODS = {
+    "at": [],
+    "awp": ["perturbation.name=awp"],
+    "wci": ["perturbation.name=wci"],
+    "noise": ["perturbation.name=noise", "perturbation.statistics=clean"],
+    "penalty": ["penalty.name=wci", "penalty.strength=1e-4", "penalty.every=2", "train.accumulate=2"],
+    "ema": ["perturbation.name=wci", "train.ema_decay=0.9", "model.kwargs.drop_path_rate=0.2", "optimizer.name=adamw",
+            "optimizer.lr=0.003", "train.max_norm=1.0"],
+}  # fmt: skip
+TIMES = ("seconds", "train_seconds", "images_per_second")
+
+
+def tiny(tmp_path: Path, *settings: str, name: str = "tiny") -> Recipe:
+    return recipe_from_dict(TINY | {"output": str(tmp_path), "name": name}, settings)
+
+
+def metrics(recipe: Recipe) -> list[dict]:
+    lines = (run_folder(recipe) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def final_state(recipe: Recipe) -> dict:
+    return load_checkpoint(run_folder(recipe) / "checkpoints")[0]
+
+
+def assert_equal_trees(left, right, place="state"):
+    """Bitwise equality of nested states, without the clock."""
+    assert type(left) is type(right), place
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), place
+        for key in left:
+            if key not in ("seconds", "train_seconds", "epoch_seconds"):
+                assert_equal_trees(left[key], right[key], f"{place}.{key}")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), place
+        for i, pair in enumerate(zip(left, right, strict=True)):
+            assert_equal_trees(*pair, f"{place}[{i}]")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), place
+    else:
+        assert left == right, place
+
+
+class StopAt:
+    """Make a trainer behave as if Ctrl-C came during its k-th optimizer step."""
+
+    def __init__(self, monkeypatch, step: int) -> None:
+        original = Trainer._step
+
+        def patched(trainer, micro_batches):
+            trainer.stop.is_set = trainer.progress.step + 1 == step
+            return original(trainer, micro_batches)
+
+        monkeypatch.setattr(Trainer, "_step", patched)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stop_and_resume_equals_uninterrupted_bitwise(method, tmp_path, monkeypatch):
+    """Stopped in the middle of an epoch: weights, momentum, running averages, EMA, metrics must not notice."""
+    whole = tiny(tmp_path, *METHODS[method], name="whole")
+    summary = fit(whole)
+    parts = tiny(tmp_path, *METHODS[method], name="parts")
+    with monkeypatch.context() as patch:
+        StopAt(patch, 6)  # 4 steps an epoch: in the second one
+        with pytest.raises(Interrupted, match="wcitrain train --resume"):
+            fit(parts)
+    assert final_state(parts)["progress"]["step"] == 6
+    resumed = fit(parts, resume=True)
+    assert_equal_trees(final_state(parts), final_state(whole))
+    assert metrics(parts) == metrics(whole)
+    for key in ("last", "best", "method", "cost"):
+        assert resumed[key] == summary[key]
+
+
+def test_two_identical_runs_give_identical_metrics(tmp_path):
+    """Hidden randomness would make every ablation a lottery."""
+    first, second = (tiny(tmp_path, "perturbation.name=wci", name=n) for n in ("a", "b"))
+    other = tiny(tmp_path, "perturbation.name=wci", "seed=1", name="a")
+    for recipe in (first, second, other):
+        fit(recipe)
+    assert metrics(first) == metrics(second)
+    assert metrics(first) != metrics(other)
+
+
+def test_the_saved_recipe_repeats_the_run(tmp_path):
+    """recipe.yaml in the run folder is the run."""
+    from wcitrain.recipe import load_recipe
+
+    recipe = tiny(tmp_path, "perturbation.name=awp")
+    fit(recipe)
+    again = load_recipe(run_folder(recipe) / "recipe.yaml", ["name=again"])
+    fit(again)
+    assert metrics(again) == metrics(recipe)
+
+
+def test_monitoring_changes_no_number_of_the_run(tmp_path):
+    """Strength 0 logs curvature and trains exactly the plain run."""
+    plain, monitored = tiny(tmp_path, name="plain"), tiny(tmp_path, "penalty.name=wci", name="monitored")
+    fit(plain)
+    fit(monitored)
+    logged = [
+        {k: v for k, v in m.items() if not k.startswith(("running/", "curvature/negative"))} for m in metrics(monitored)
+    ]
+    assert logged == metrics(plain)
+    assert any(k.startswith("running/wci/") for k in metrics(monitored)[-1])
+
+
+def test_digits_are_learnt_robustly(tmp_path):
+    """The whole chain has to learn: accuracies far above chance on test images nobody selected on."""
+    recipe = tiny(
+        tmp_path, "perturbation.name=wci", "perturbation.relative_size=0.5", "train.epochs=12", "data.max_train=800",
+        "evaluation.every=6", "model.kwargs.channels=[8, 16, 16, 32]", "data.crop_padding=0",
+    )  # fmt: skip
+    summary = fit(recipe)
+    test = summary["last"]["test"]
+    assert test["clean_accuracy"] > 0.7
+    assert 0.3 < test["robust_accuracy"] < test["clean_accuracy"]
+    low, high = test["robust_accuracy_interval"]
+    assert low < test["robust_accuracy"] < high
+    assert summary["best"]["val"]["robust_accuracy"] >= summary["last"]["val"]["robust_accuracy"]
+    written = json.loads((run_folder(recipe) / "summary.json").read_text())
+    assert written["status"] == "finished"
+    assert written["method"] == "WCI r=0.5"
+    evaluated = [m["epoch"] for m in metrics(recipe) if "val/robust_accuracy" in m]
+    assert evaluated == [6, 12]
+    # Documented cost: PGD-2 (2+2), plain 3; the posterior adds a forward and a backward (2).
+    assert written["cost"] == {"forward_passes": 4, "backward_passes": 4, "relative": 10 / 7}
+
+
+def test_the_export_loads_into_timm_and_is_the_measured_model(tmp_path):
+    """What users take away must be what the table reports."""
+    import timm
+
+    recipe = tiny(tmp_path, "train.epochs=1", "train.ema_decay=0.5", "model.stem=default")
+    trainer = Trainer(recipe)
+    trainer.fit()
+    model = timm.create_model(
+        "resnet18", num_classes=10, in_chans=1, **TINY["model"]["kwargs"],
+        checkpoint_path=str(run_folder(recipe) / "model" / "last" / "model.safetensors"),
+    )  # fmt: skip
+    x = torch.rand(3, 1, 8, 8)
+    assert torch.equal(model.eval()((x - trainer.bare.mean) / trainer.bare.std), trainer.measured.eval()(x))
+
+
+def test_test_images_are_read_only_at_the_end(tmp_path, monkeypatch):
+    """Selecting on test data is impossible while nobody has read them."""
+    recipe = tiny(tmp_path, "train.epochs=1")
+    trainer = Trainer(recipe)
+    trainer._train_epoch()
+    trainer._finish_epoch()
+    assert "test" not in vars(trainer.splits)
+    trainer.fit()
+    assert "test" in vars(trainer.splits)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, monkeypatch):
+    """And the result is still bitwise that of the uninterrupted run."""
+    whole, broken = tiny(tmp_path, name="whole"), tiny(tmp_path, name="broken")
+    fit(whole)
+    with monkeypatch.context() as patch:
+        StopAt(patch, 10)
+        with pytest.raises(Interrupted):
+            fit(broken)
+    tensors = run_folder(broken) / "checkpoints" / "last" / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="damaged.*epoch 2"):
+        fit(broken, resume=True)
+    assert_equal_trees(final_state(broken), final_state(whole))
+    assert metrics(broken) == metrics(whole)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    """A real SIGINT during training, as from a terminal."""
+    recipe = tiny(tmp_path, "train.epochs=500")
+
+    def interrupt():
+        while not (run_folder(recipe) / "metrics.jsonl").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Interrupted, match="everything is saved"):
+        fit(recipe)
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert final_state(recipe)["progress"]["step"] > 4
+
+
+def test_a_non_finite_loss_stops_before_the_weights_are_touched(tmp_path, monkeypatch):
+    """NaN must not be trained on: the step, the images, and the last good checkpoint are named."""
+    recipe = tiny(tmp_path, "train.epochs=2")
+    original = Trainer._step
+
+    def patched(trainer, micro_batches):
+        if trainer.progress.step == 5:
+            micro_batches[0].x[3] = float("nan")
+        return original(trainer, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_step", patched)
+    with pytest.raises(NonFiniteLossError, match=r"step 5 \(epoch 2\).*training images \[.*last good checkpoint is"):
+        fit(recipe)
+    state = final_state(recipe)
+    assert state["progress"]["step"] == 4
+    assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    """The run stops with what to do; the checkpoint before survives and the run can go on."""
+    from wcitrain import checkpoint
+
+    recipe = tiny(tmp_path)
+    original = checkpoint._write
+
+    def full(path, content):
+        if len((run_folder(recipe) / "metrics.jsonl").read_text().splitlines()) == 2:
+            raise OSError(28, "No space left on device")
+        original(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", full)
+        with pytest.raises(checkpoint.CheckpointError, match="are free"):
+            fit(recipe)
+    assert final_state(recipe)["progress"]["epoch"] == 1
+    whole = tiny(tmp_path, name="whole")
+    fit(whole)
+    fit(recipe, resume=True)
+    assert metrics(recipe) == metrics(whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian.epochs=1"], "train"),
+        (["train.epochs=many"], "train.epochs"),
+        (["threat.eps=8"], "Did you mean 8/255"),
+        (["data.source=folder", "data.root=nowhere"], "nowhere"),
+        (["model.name=resnet81"], "Did you mean"),
+        (["train.batch_size=5000"], "train.batch_size: got 5000"),
+        (["optimizer.name=sgdd"], "Did you mean"),
+        (["train.precision=fp16"], "bf16"),
+        (["perturbation.name=wci", "penalty.name=wci"], "penalty"),
+    ],
+)
+def test_wrong_input_is_one_clear_message_and_exit_2(arguments, message, tmp_path, capsys):
+    """Before the first batch, and nothing is left behind that blocks the next try."""
+    recipe = tiny(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(recipe.to_yaml())
+    assert main(["train", str(path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not run_folder(recipe).exists()
+
+
+def test_a_run_is_never_overwritten(tmp_path, capsys):
+    """Starting a recipe again must not mix two runs in one folder; a missing run cannot be resumed."""
+    recipe = tiny(tmp_path, "train.epochs=1")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(recipe.to_yaml())
+    assert main(["train", str(path)]) == 0
+    before = (run_folder(recipe) / "metrics.jsonl").read_text()
+    assert main(["train", str(path)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (run_folder(recipe) / "metrics.jsonl").read_text() == before
+    assert main(["train", "--resume", str(tmp_path / "nothing")]) == 2
+    assert main(["train"]) == 2
+    assert main(["report", str(run_folder(recipe))]) == 0
+    assert "AT" in capsys.readouterr().out
+    assert (run_folder(recipe) / "figures" / "curves.png").exists()
+
+
+def test_a_sweep_trains_all_keeps_what_is_finished_and_reports(tmp_path, capsys):
+    """The quickstart's command: recipes x seeds, one table."""
+    for name, setting in (("at", "penalty.name=none"), ("wci", "perturbation.name=wci")):
+        recipe = tiny(tmp_path / "runs", "train.epochs=1", setting, name=name)
+        (tmp_path / f"{name}.yaml").write_text(recipe.to_yaml())
+    sweep = tmp_path / "both.yaml"
+    sweep.write_text("recipes: [at.yaml, wci.yaml]\nseeds: [0, 1]\n")
+    assert main(["sweep", str(sweep)]) == 0
+    out = capsys.readouterr().out
+    assert "| AT" in out
+    assert "| WCI r=1" in out
+    assert main(["sweep", str(sweep)]) == 0
+    assert capsys.readouterr().out.count("finished, kept") == 4
+    assert main(["sweep", str(sweep), "train.epochs=2"]) == 2
+    assert "other settings" in capsys.readouterr().err
+    sweep.write_text("recipes: [at.yaml, at.yaml]\nseeds: [0]\n")
+    assert main(["sweep", str(sweep)]) == 2
+    sweep.write_text("recipe: at.yaml\n")
+    assert main(["sweep", str(sweep)]) == 2

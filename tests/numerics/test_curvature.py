@@ -1,0 +1,280 @@
+"""The curvature mathematics in float64 against independent answers: closed forms, brute-force autograd, statistics."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import SmoothNet
+from torch import nn
+
+from wcitrain.curvature import TraceEstimate, gauss_newton_trace
+from wcitrain.curvature.two_point import signs
+from wcitrain.measures import WCIMeasurement
+from wcitrain.optim import FrobeniusTracePenalty, RegularizedOptimizer, WCIPenalty, WCIPosterior
+from wcitrain.params import select_layers, squared_norms
+
+
+@pytest.fixture
+def smooth():
+    """A tanh network, data, and its loss, in float64."""
+    torch.manual_seed(3)
+    model = SmoothNet().double()
+    with torch.no_grad():
+        model.second.weight *= 3  # confident predictions, so that ...
+    x = torch.randn(10, 4).double()
+    y = model(x).argmax(
+        1
+    )  # ... with these labels the Hessian is close to Gauss-Newton and its layer traces are positive
+    return model, lambda: F.cross_entropy(model(x), y)
+
+
+def exact_traces(model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    """Tr(H_l) of every weight matrix with its graph: one double backward for every single weight."""
+    layers = list(select_layers(model).values())
+    traces = []
+    for p, g in zip(layers, torch.autograd.grad(loss, layers, create_graph=True), strict=True):
+        rows = [
+            torch.autograd.grad(gi, p, create_graph=True)[0].flatten()[i] for i, gi in enumerate(g.flatten().unbind())
+        ]
+        traces.append(torch.stack(rows).sum())
+    return torch.stack(traces)
+
+
+def exact_wci_gradient(model: nn.Module, loss_fn) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The gradient of Σ sqrt(a t) over all parameters by third-order autograd, and the traces."""
+    traces = exact_traces(model, loss_fn())
+    assert (traces > 0).all(), "choose another seed: the index needs positive traces"
+    a = torch.stack([p.square().sum() for p in select_layers(model).values()])
+    gradients = torch.autograd.grad((a * traces).sqrt().sum(), list(model.parameters()), allow_unused=True)
+    return [
+        torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), gradients, strict=True)
+    ], traces.detach()
+
+
+def with_known_traces(model: nn.Module, traces: torch.Tensor, seed: int, **rule) -> RegularizedOptimizer:
+    """A wrapper whose running averages are the exact traces."""
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, seed=seed, **rule)
+    optimizer._record.update(num_estimates=1, trace_sum=traces * (1 - optimizer.trace_decay))
+    return optimizer
+
+
+# Both are WCI's gradient: by small differences, and as the mean over a (here small) posterior. Truncation is O(radius²).
+RULES = {
+    "penalty": (lambda strength: {"penalty": WCIPenalty(strength, radius=1e-3)}, 1.0),
+    "posterior": (lambda strength: {"perturbation": WCIPosterior(strength=strength, frobenius=True)}, 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_two_point_gradient_converges_to_the_exact_gradient_of_the_index(name, smooth):
+    """Two published codes pass no gradient through their trace penalty; a wrong factor or a missing term shows here too.
+
+    The mean over n independent directions must lie within the error its own variance predicts, and that error must be
+    small against the gradient: both the norm and every factor are tested.
+    """
+    model, loss_fn = smooth
+    exact, traces = exact_wci_gradient(model, loss_fn)
+    plain = torch.autograd.grad(loss_fn(), list(model.parameters()))
+    rule, strength = RULES[name]
+    optimizer = with_known_traces(model, traces, seed=1, **rule(strength))
+    samples = []
+    for draw in range(3000):
+        optimizer._record["step"] = draw
+        optimizer.zero_grad()
+        optimizer.backward(loss_fn)
+        samples.append(
+            torch.cat([((p.grad - g) / strength).flatten() for p, g in zip(model.parameters(), plain, strict=True)])
+        )
+    samples = torch.stack(samples)
+    truth = torch.cat([g.flatten() for g in exact])
+    error = samples.mean(0) - truth
+    predicted = (samples.var(0).sum() / len(samples)).sqrt()  # E||error||² = Σ var / n
+    assert predicted < 0.08 * truth.norm()
+    assert error.norm() < 1.5 * predicted + 1e-3 * truth.norm()
+    assert torch.cosine_similarity(samples.mean(0), truth, dim=0) > 0.995
+
+
+def test_the_trace_penaltys_gradient_converges_to_the_exact_one(smooth):
+    """Same for the bare trace, whose probe shape is uniform."""
+    model, loss_fn = smooth
+    traces = exact_traces(model, loss_fn())
+    exact = torch.autograd.grad(traces.sum(), list(model.parameters()))
+    plain = torch.autograd.grad(loss_fn(), list(model.parameters()))
+    optimizer = with_known_traces(model, traces.detach(), 2, penalty=FrobeniusTracePenalty(0.0, 1.0, radius=1e-3))
+    samples = []
+    for draw in range(2000):
+        optimizer._record["step"] = draw
+        optimizer.zero_grad()
+        optimizer.backward(loss_fn)
+        samples.append(torch.cat([(p.grad - g).flatten() for p, g in zip(model.parameters(), plain, strict=True)]))
+    samples = torch.stack(samples)
+    truth = torch.cat([g.flatten() for g in exact])
+    predicted = (samples.var(0).sum() / len(samples)).sqrt()
+    assert predicted < 0.1 * truth.norm()
+    assert (samples.mean(0) - truth).norm() < 1.5 * predicted + 1e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("rule", ["penalty", "posterior"])
+def test_trace_estimates_are_unbiased(rule, smooth):
+    """The L numbers that set the shares: mean within 4 standard errors of the exact traces."""
+    model, loss_fn = smooth
+    traces = exact_traces(model, loss_fn()).detach()
+    kwargs = (
+        {"penalty": WCIPenalty(0.0, radius=1e-3)}
+        if rule == "penalty"
+        else {"perturbation": WCIPosterior(relative_size=1e-3)}
+    )
+    optimizer = with_known_traces(model, traces, seed=5, **kwargs)
+    draws = []
+    for draw in range(1500):
+        optimizer._record["step"] = draw
+        optimizer.backward(loss_fn)
+        draws.append(optimizer._pending.pop())
+    estimate = TraceEstimate.from_samples(torch.stack(draws))
+    assert ((estimate.mean - traces).abs() < 4 * estimate.stderr).all(), (estimate, traces)
+    assert (estimate.stderr < 0.1 * traces.abs()).all()
+
+
+def test_running_averages_are_bias_corrected(smooth):
+    """Without the correction the first shares would be 10 times too small."""
+    model, loss_fn = smooth
+    optimizer = RegularizedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, penalty=WCIPenalty(0.0), trace_decay=0.9
+    )
+    estimates = []
+    for _ in range(4):
+        optimizer.backward(loss_fn)
+        estimates.append(optimizer._pending[0])
+        optimizer.step()
+    weights = torch.tensor([0.9**k for k in (3, 2, 1, 0)]).double()
+    expected = (weights[:, None] * torch.stack(estimates)).sum(0) / weights.sum()
+    assert torch.allclose(optimizer.traces(), expected)
+
+
+@pytest.mark.parametrize("relative_size", [1e-3, 1.0])
+def test_on_a_quadratic_the_estimate_and_the_gradient_hold_at_every_radius(relative_size):
+    """½ wᵀAw: differences of gradients are exact, for a diagonal A the trace is exact in every single draw."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1, bias=False).double()
+    diagonal = torch.arange(1.0, 7.0).double()
+
+    def loss_fn():
+        return 0.5 * (diagonal * model.weight[0].square()).sum()
+
+    optimizer = RegularizedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, perturbation=WCIPosterior(relative_size)
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward(loss_fn)
+        assert torch.allclose(model.weight.grad[0], diagonal * model.weight.detach()[0])
+        optimizer._fold_estimates()
+        assert torch.allclose(optimizer.traces(), diagonal.sum(), rtol=1e-9)
+
+
+def test_the_frobenius_term_is_the_variational_one(smooth):
+    """(λ/2) Σ a_l / s_l has gradient λ W_l / s_l."""
+    model, loss_fn = smooth
+    traces = exact_traces(model, loss_fn()).detach()
+    grads = []
+    for frobenius in (False, True):
+        optimizer = with_known_traces(
+            model, traces, seed=1, perturbation=WCIPosterior(strength=0.01, frobenius=frobenius)
+        )
+        optimizer.zero_grad()
+        optimizer.backward(loss_fn)
+        grads.append([p.grad.clone() for p in select_layers(model).values()])
+    a = squared_norms(select_layers(model))
+    for p, without, with_term, s in zip(select_layers(model).values(), *grads, (a / traces).sqrt(), strict=True):
+        assert torch.allclose(with_term - without, 0.01 * p.detach() / s)
+
+
+def test_rescaling_a_layer_leaves_index_and_relative_perturbation():
+    """ReLU networks: (αW_1, αb_1, W_2/α) is the same function; WCI and the posterior's relative size must not notice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        scaled[0].weight *= 5
+        scaled[0].bias *= 5
+        scaled[2].weight /= 5
+    x = torch.randn(20, 4).double()
+    index, relative = [], []
+    for net in (model, scaled):
+        layers = select_layers(net)
+        generator = torch.Generator().manual_seed(0)
+        t = torch.stack([gauss_newton_trace(net(x), layers, generator=generator) for _ in range(50)]).mean(0)
+        a = squared_norms(layers)
+        d = torch.tensor([p.numel() for p in layers.values()]).double()
+        index.append(float((a * t).sqrt().sum()))
+        sigma = WCIPosterior(strength=1e-3).posterior(a, d, t, 1.0).sigma
+        relative.append(d * sigma**2 / a)
+    assert index[0] == pytest.approx(index[1], rel=1e-9)
+    assert torch.allclose(relative[0], relative[1])
+
+
+def test_gauss_newton_trace_of_a_linear_model_is_its_closed_form():
+    """Softmax regression: Tr = mean ||x||² (1 − ||p||²), and the worked example of the reference: 1.8285859402617057."""
+    model = nn.Linear(2, 3, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0]]).double()
+    p = model(x).softmax(-1)
+    exact = float((x.square().sum(1) * (1 - p.square().sum(1))).mean())
+    assert exact == pytest.approx(1.8285859402617057, abs=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([gauss_newton_trace(model(x), {"w": model.weight}, generator=generator) for _ in range(4000)])
+    estimate = TraceEstimate.from_samples(draws)
+    # The softmax runs in float32 (relative rounding 6e-8): far below the sampling error.
+    assert abs(float(estimate.mean) - exact) < 4 * float(estimate.stderr)
+    assert (draws >= 0).all()
+
+
+def test_gauss_newton_trace_is_the_hessian_trace_of_a_relu_network():
+    """For piecewise linear units the layer's Hessian block is its Gauss–Newton block."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(12, 4).double(), torch.randint(0, 3, (12,))
+    exact = exact_traces(model, F.cross_entropy(model(x), y)).detach()
+    generator = torch.Generator().manual_seed(0)
+    layers = select_layers(model)
+    draws = torch.stack([gauss_newton_trace(model(x), layers, generator=generator) for _ in range(3000)])
+    estimate = TraceEstimate.from_samples(draws)
+    assert ((estimate.mean - exact).abs() < 4 * estimate.stderr).all()
+    assert (estimate.stderr < 0.05 * exact).all()
+
+
+def test_standard_errors_are_those_of_repeated_experiments():
+    """An error bar nobody checked is decoration: compare with the spread over 2,000 repetitions."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.tensor([2.0, 5.0]).double()
+    truth_t = torch.tensor([3.0, 1.0]).double()
+    totals, errors, means, mean_errors = [], [], [], []
+    for _ in range(2000):
+        samples = truth_t * torch.empty(12, 2).double().exponential_(generator=generator)
+        m = WCIMeasurement.from_samples(("u", "v"), a, samples, torch.ones(12))
+        totals.append(m.total)
+        errors.append(m.total_stderr)
+        means.append(m.trace.mean)
+        mean_errors.append(m.trace.stderr)
+    truth = float((a * truth_t).sqrt().sum())
+    totals, errors = torch.tensor(totals), torch.tensor(errors)
+    # The plain value is biased by −(1/8)(1/12) = −1 %; corrected, what is left is of order 1/K².
+    assert abs(float(totals.mean()) - truth) < 4 * float(totals.std()) / 2000**0.5 + 0.002 * truth
+    assert float(errors.square().mean().sqrt()) == pytest.approx(float(totals.std()), rel=0.1)
+    spread = torch.stack(means).std(0)
+    assert torch.allclose(torch.stack(mean_errors).square().mean(0).sqrt(), spread, rtol=0.1)
+
+
+def test_signs_are_fair_independent_and_reproducible():
+    """A published Rademacher sampler always returned −1."""
+    layers = [torch.zeros(100, 99), torch.zeros(13)]
+    v = torch.cat([s.flatten() for s in signs(layers, 1, 2)])
+    n = v.numel()
+    assert set(v.tolist()) == {-1.0, 1.0}
+    assert abs(float(v.mean())) < 4 / n**0.5
+    assert abs(float((v[1:] * v[:-1]).mean())) < 4 / n**0.5
+    assert abs(float((v[8:] * v[:-8]).mean())) < 4 / n**0.5  # eight signs come from one random byte
+    assert all(torch.equal(p, q) for p, q in zip(signs(layers, 1, 2), signs(layers, 1, 2), strict=True))
+    assert not torch.equal(signs(layers, 1, 2)[0], signs(layers, 1, 3)[0])

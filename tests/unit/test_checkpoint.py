@@ -1,0 +1,476 @@
+"""Checkpoints: what comes back, what is refused, and what a crash, a full disk or a damaged file can cost."""
+
+import errno
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import timm
+import torch
+
+from wcitrain import checkpoint
+from wcitrain.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_exported_model
+
+
+def assert_same(actual, expected, place="state"):
+    """Compare two trees by type, dtype, shape and bits; the order of dict keys counts."""
+    assert type(actual) is type(expected), place
+    if isinstance(expected, torch.Tensor):
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), place
+        bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (actual, expected)]
+        assert torch.equal(*bits), place
+    elif isinstance(expected, dict):
+        assert [(type(key), key) for key in actual] == [(type(key), key) for key in expected], place
+        for key in expected:
+            assert_same(actual[key], expected[key], f"{place}[{key!r}]")
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected), place
+        for index, pair in enumerate(zip(actual, expected, strict=True)):
+            assert_same(*pair, f"{place}[{index}]")
+    elif isinstance(expected, float):
+        assert actual.hex() == expected.hex(), place
+    else:
+        assert actual == expected, place
+
+
+def save_epochs(folder: Path, *epochs: int) -> None:
+    for epoch in epochs:
+        save_checkpoint(folder, {"epoch": epoch, "weights": torch.arange(100) + epoch})
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_plain_values_come_back_with_their_types(tmp_path):
+    """A tuple read as a list, or a layer number read as text, makes load_state_dict fail, or silently do nothing."""
+    state = {
+        "nothing": None,
+        "yes": True,
+        "one": 1,
+        "large": 2**200,
+        "floats": [0.1, -0.0, 1e-320, 1.7976931348623157e308, math.inf, -math.inf, math.nan],
+        "text": "ß\n\ud800",
+        "tuple": (1, (), [(2.0,)]),
+        "int keys": {0: "a", -1: {"0": "b", 0: "c"}},
+        "empty": {"": {}, "list": []},
+        "tags": [{"$tuple": [1]}, {"$x": 1}, {"$float": "nan"}, {"$tensor": "a", "b": 1}, {"$dict": {}}],
+    }
+    save_checkpoint(tmp_path, state)
+    loaded, path = load_checkpoint(tmp_path)
+    assert_same(loaded, state)
+    assert path == tmp_path / "last"
+
+
+@pytest.mark.parametrize("dtype", sorted(checkpoint.DTYPES, key=str), ids=str)
+def test_tensors_of_every_dtype_come_back_bit_for_bit(dtype, tmp_path):
+    """bfloat16 through numpy, or NaN payloads through a conversion, would change the resumed run."""
+    width = torch.empty(0, dtype=dtype).element_size()
+    patterns = torch.arange(256, dtype=torch.uint8).repeat_interleave(width)
+    every = (patterns % 2).view(torch.bool) if dtype is torch.bool else patterns.view(dtype)
+    state = {"every": every, "scalar": every[3].clone(), "empty": torch.empty(3, 0, 2, dtype=dtype)}
+    save_checkpoint(tmp_path, state)
+    assert_same(load_checkpoint(tmp_path)[0], state)
+
+
+def test_views_and_shared_tensors_come_back_as_independent_copies(tmp_path):
+    """safetensors refuses shared memory and would write a transposed tensor in the wrong order."""
+    base = torch.arange(12.0).reshape(3, 4)
+    parameter = torch.nn.Parameter(base.clone())
+    state = {"base": base, "t": base.t(), "row": base[1], "expanded": torch.ones(1).expand(4), "parameter": parameter}
+    save_checkpoint(tmp_path, state)
+    loaded, _ = load_checkpoint(tmp_path)
+    assert_same(loaded, {**state, "parameter": parameter.detach()})
+    loaded["base"].zero_()
+    loaded["expanded"][0] = 5
+    assert torch.equal(loaded["row"], base[1])
+    assert torch.equal(loaded["t"], base.t())
+    assert loaded["expanded"].tolist() == [5, 1, 1, 1]
+
+
+def test_saved_tensors_do_not_follow_later_changes(tmp_path):
+    """Training goes on while a state is held; the file must be the state at the time of the call."""
+    weights = torch.zeros(3)
+    save_checkpoint(tmp_path, {"w": weights})
+    weights.add_(1)
+    assert torch.equal(load_checkpoint(tmp_path)[0]["w"], torch.zeros(3))
+
+
+def test_places_with_the_same_letters_do_not_collide(tmp_path):
+    """Two tensors under one name in the file: one of them would be lost."""
+    number = iter(range(100))
+
+    def new():
+        return torch.tensor(next(number))
+
+    state = {"a": {"b": new(), "[0]": new()}, "a.b": new(), "a[0]": new(), "__metadata__": new(), "": new()}
+    state |= {"c": [new()], "d": {0: new(), "0": new()}, "['a']": new(), "e": {"__metadata__": new()}}
+    save_checkpoint(tmp_path, state)
+    assert_same(load_checkpoint(tmp_path)[0], state)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_tensors_come_back_on_the_cpu(tmp_path):
+    """A checkpoint from a GPU machine must load on one without."""
+    state = {"w": torch.arange(6.0, device="cuda").reshape(2, 3).t()}
+    save_checkpoint(tmp_path, state)
+    assert_same(load_checkpoint(tmp_path)[0], {"w": state["w"].cpu()})
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, betas=(0.8, 0.99), amsgrad=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_bitwise_after_a_round_trip(name, tmp_path):
+    """A resumed run would drift from the uninterrupted one and its numbers could not be repeated."""
+
+    def build():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.BatchNorm2d(3), torch.nn.Flatten(1))
+        optimizer = OPTIMIZERS[name](model.parameters())
+        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+
+    def train(model, optimizer, scheduler, steps):
+        for step in steps:
+            x = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            scheduler.step()
+
+    whole = build()
+    train(*whole, range(6))
+
+    first = build()
+    train(*first, range(3))
+    keys = ("model", "optimizer", "scheduler")
+    state = {key: part.state_dict() for key, part in zip(keys, first, strict=True)}
+    assert type(state["model"]) is OrderedDict
+    save_checkpoint(tmp_path, state)
+    loaded, _ = load_checkpoint(tmp_path)
+    assert_same(loaded, {**state, "model": dict(state["model"])})
+
+    resumed = build()
+    for key, part in zip(keys, resumed, strict=True):
+        part.load_state_dict(loaded[key])
+    train(*resumed, range(3, 6))
+    for one, other in zip(whole, resumed, strict=True):
+        assert_same(other.state_dict(), one.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            {"optimizer": {"param_groups": [{"foo": {1, 2}}]}},
+            r"^optimizer\.param_groups\[0\]\.foo: got a set; expected",
+        ),
+        ({"lr": np.float64(0.1)}, r"^lr: got a numpy\.float64; expected .* Convert it"),
+        ({"model": {"fc.weight": np.zeros(2)}}, r"^model\['fc\.weight'\]: got a numpy\.ndarray"),
+        ({"a": ({1.5: 0},)}, r"^a\[0\]: got the key 1\.5, a float; expected str or int keys"),
+        ({"a": {True: 0}}, r"^a: got the key True, a bool"),
+        ({"size": torch.Size([2])}, r"^size: got a torch\.Size"),
+        ({"w": torch.zeros(2, dtype=torch.complex128)}, r"^w: got a torch\.complex128 tensor .*; expected a dense"),
+        ({"w": torch.zeros(2, device="meta")}, r"^w: got a torch\.float32 tensor .* on meta"),
+        ({"w": torch.eye(2).to_sparse()}, r"^w: got a torch\.float32 tensor \(torch\.sparse_coo"),
+        ({"f": print}, r"^f: got a builtin_function_or_method"),
+    ],
+)
+def test_what_cannot_come_back_is_refused_before_a_byte_is_written(state, message, tmp_path):
+    """A value turned into text or a list would be found only at resume, when the run is gone."""
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(TypeError, match=message):
+        save_checkpoint(folder, {"epoch": 1, **state})
+    assert not folder.exists()
+
+
+def test_the_last_two_checkpoints_are_kept_and_best_stands_apart(tmp_path):
+    """One copy only would be no copy on the day it is damaged; more would fill the disk."""
+    save_checkpoint(tmp_path, {"epoch": 1}, name="best")
+    save_epochs(tmp_path, 1, 2, 3)
+    save_checkpoint(tmp_path, {"epoch": 3}, name="best")
+    assert names(tmp_path) == {"last", "previous", "best"}
+    assert load_checkpoint(tmp_path)[0]["epoch"] == 3
+    assert load_checkpoint(tmp_path, name="best") == ({"epoch": 3}, tmp_path / "best")
+    shutil.rmtree(tmp_path / "last")
+    with pytest.warns(UserWarning, match="last: missing"):
+        assert load_checkpoint(tmp_path)[0]["epoch"] == 2
+    with pytest.raises(ValueError, match="name: got 'previous'; expected one of 'last', 'best'"):
+        save_checkpoint(tmp_path, {}, name="previous")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    path.write_bytes(content)
+
+
+def write_other_numbers(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"epoch":2', b'"epoch":9').replace(b"\x05", b"\x06"))
+
+
+DAMAGES = {"truncated": truncate, "flipped": flip_a_byte, "edited": write_other_numbers, "missing": Path.unlink}
+
+
+@pytest.mark.parametrize("filename", ["state.json", "tensors.safetensors"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_previous_with_a_warning(filename, damage, tmp_path):
+    """Damaged weights would be trained on, or a run of days lost to one bad block."""
+    save_epochs(tmp_path, 1, 2)
+    DAMAGES[damage](tmp_path / "last" / filename)
+    reason = rf"got last/{filename}: {'missing' if damage == 'missing' else 'damaged: '}.*previous \(epoch 1\)"
+    with pytest.warns(UserWarning, match=reason):
+        state, path = load_checkpoint(tmp_path)
+    assert_same(state, {"epoch": 1, "weights": torch.arange(100) + 1})
+    assert path == tmp_path / "previous"
+
+
+def test_no_flipped_byte_of_the_state_changes_what_is_loaded(tmp_path):
+    """A digest that leaves out a part of the file would let damage through there."""
+    save_epochs(tmp_path, 1)
+    path = tmp_path / "last" / "state.json"
+    content = path.read_bytes()
+    for index in range(len(content)):
+        path.write_bytes(content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :])
+        with pytest.raises(CheckpointError, match=r"last/state.json: damaged"):
+            load_checkpoint(tmp_path)
+
+
+def test_a_float_that_damage_made_infinite_is_reported_as_damage(tmp_path):
+    """1.7e308 with one digit changed overflows; writing it again to compare digests must not escape as a ValueError."""
+    save_checkpoint(tmp_path, {"x": 1.7e308})
+    path = tmp_path / "last" / "state.json"
+    path.write_bytes(path.read_bytes().replace(b"1.7e+308", b"9.7e+308"))
+    with pytest.raises(CheckpointError, match=r"last/state.json: damaged"):
+        load_checkpoint(tmp_path)
+
+
+def test_when_none_is_intact_the_error_gives_both_reasons(tmp_path):
+    """Starting from scratch silently would overwrite what could still be repaired."""
+    with pytest.raises(CheckpointError, match=r"last: missing, and previous: missing; expected one intact"):
+        load_checkpoint(tmp_path)
+    save_epochs(tmp_path, 1, 2)
+    truncate(tmp_path / "last" / "state.json")
+    flip_a_byte(tmp_path / "previous" / "tensors.safetensors")
+    with pytest.raises(
+        CheckpointError,
+        match=r"last/state.json: damaged: not JSON, and previous/tensors.safetensors: damaged: digest differs",
+    ):
+        load_checkpoint(tmp_path)
+
+
+def test_a_later_format_is_named(tmp_path, monkeypatch):
+    """An old program would misread a new file without noticing."""
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    save_epochs(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    with pytest.raises(CheckpointError, match="written in format 2, this version reads 1"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_damaged_last_never_replaces_an_intact_previous(tmp_path):
+    """After a fallback the next save would push the damaged one over the only intact one."""
+    save_epochs(tmp_path, 1, 2)
+    truncate(tmp_path / "last" / "tensors.safetensors")
+    save_epochs(tmp_path, 3)
+    shutil.rmtree(tmp_path / "last")
+    with pytest.warns(UserWarning, match="epoch 1"):
+        assert load_checkpoint(tmp_path)[0]["epoch"] == 1
+
+
+@pytest.mark.parametrize("filename", ["tensors.safetensors", "state.json"])
+def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_rubbish(filename, tmp_path, monkeypatch):
+    """A full disk would otherwise end the run with half a checkpoint and the last good one gone."""
+    save_epochs(tmp_path, 1, 2)
+    write = checkpoint._write
+
+    def write_until_full(path, content):
+        write(path, content[: len(content) // 2] if path.name == filename else content)
+        if path.name == filename:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_write", write_until_full)
+    with pytest.raises(CheckpointError) as caught:
+        save_checkpoint(tmp_path, {"epoch": 3, "weights": torch.zeros(500_000)})
+    for part in (
+        f"{tmp_path / 'last'}: got OSError",
+        "No space left",
+        "write 2.0 MB",
+        "MB are free",
+        "Free some space",
+    ):
+        assert part in str(caught.value)
+    assert names(tmp_path) == {"last", "previous"}
+    assert load_checkpoint(tmp_path)[0]["epoch"] == 2
+
+
+def test_a_write_that_the_system_cuts_short_is_noticed(tmp_path):
+    """The same with a real failure of the kernel: a limit on the size of a file, met in the middle of the tensors."""
+    save_epochs(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"got OSError .*File too large"):
+            save_checkpoint(tmp_path, {"epoch": 2, "weights": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == {"last"}
+    assert load_checkpoint(tmp_path)[0]["epoch"] == 1
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    """The user must learn which path is wrong, not that some system call failed."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/checkpoints/last: got NotADirectoryError"):
+        save_epochs(tmp_path / "file" / "checkpoints", 1)
+
+
+@pytest.mark.parametrize("failing_call", [1, 2])
+def test_a_rename_that_fails_leaves_a_checkpoint_to_load(failing_call, tmp_path, monkeypatch):
+    """Between the two renames there is no last; previous must be there, and the next save must mend it."""
+    save_epochs(tmp_path, 1, 2)
+    rename = os.rename
+    calls = []
+
+    def fail_once(*paths):
+        calls.append(paths)
+        if len(calls) == failing_call:
+            raise OSError(errno.EIO, "simulated")
+        rename(*paths)
+
+    monkeypatch.setattr(checkpoint.os, "rename", fail_once)
+    with pytest.raises(CheckpointError, match="simulated"):
+        save_epochs(tmp_path, 3)
+    if failing_call == 2:
+        with pytest.warns(UserWarning, match=r"last: missing.*epoch 2"):
+            assert load_checkpoint(tmp_path)[0]["epoch"] == 2
+    else:
+        assert load_checkpoint(tmp_path)[0]["epoch"] == 2
+    save_epochs(tmp_path, 4)
+    assert load_checkpoint(tmp_path)[0]["epoch"] == 4
+
+
+KILLED = """
+import os, shutil, sys
+from pathlib import Path
+import torch
+from wcitrain import checkpoint
+root, saves = Path(sys.argv[1]), {"epoch": 3, "weights": torch.zeros(100)}
+def dies_at(count):
+    # Die just before the count-th change to the disk; rmtree and mkdir are changes too.
+    left = [count]
+    def wrap(function):
+        def wrapped(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(0)
+            return function(*args, **kwargs)
+        return wrapped
+    checkpoint._write, os.rename, os.fsync, shutil.rmtree = map(
+        wrap, (checkpoint._write, os.rename, os.fsync, shutil.rmtree))
+for count in range(1, 100):
+    for name in ("last", "best"):
+        folder = root / f"{name}{count}"
+        shutil.copytree(root / "start", folder)
+        if os.fork() == 0:
+            dies_at(count)
+            checkpoint.save_checkpoint(folder, saves, name)
+            (folder / "survived").touch()
+            os._exit(0)
+        os.wait()
+    if all((root / f"{name}{count}" / "survived").exists() for name in ("last", "best")):
+        break
+"""
+
+
+@pytest.mark.filterwarnings("ignore:load_checkpoint")
+def test_a_process_killed_at_any_step_leaves_a_checkpoint_and_the_next_save_cleans_up(tmp_path):
+    """Clusters kill jobs at any instant; the instant between two steps of a save must not be the fatal one."""
+    save_epochs(tmp_path / "start", 1, 2)
+    save_checkpoint(tmp_path / "start", {"epoch": 2}, name="best")
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True)
+    epochs = {"last": [], "best": []}
+    for name, seen in epochs.items():
+        for count in range(1, len(list(tmp_path.glob(f"{name}*"))) + 1):
+            folder = tmp_path / f"{name}{count}"
+            seen.append(load_checkpoint(folder, name)[0]["epoch"])
+            save_checkpoint(folder, {"epoch": 4}, name)
+            assert load_checkpoint(folder, name)[0]["epoch"] == 4
+            assert names(folder) - {"survived"} == {"last", "previous", "best"}
+        assert seen == sorted(seen)  # from some step on it is the new one
+        assert set(seen) == {2, 3}
+        assert len(seen) > 8  # two writes with a sync each, three folder syncs, two renames and a removal
+
+
+def test_what_a_killed_process_left_is_ignored_by_loading_and_removed_by_saving(tmp_path):
+    """Half-written folders would pile up to the size of the disk, or be taken for checkpoints."""
+    save_epochs(tmp_path, 1)
+    shutil.copytree(tmp_path / "last", tmp_path / ".best.partial")
+    truncate(tmp_path / ".best.partial" / "state.json")
+    assert load_checkpoint(tmp_path)[0]["epoch"] == 1
+    save_epochs(tmp_path, 2)
+    assert names(tmp_path) == {"last", "previous"}
+
+
+def test_nothing_is_pickled():
+    """Loading a pickle runs whatever code is in it; a checkpoint is a file people pass on."""
+    source = Path(checkpoint.__file__).read_text().replace("nothing pickled", "")
+    assert re.findall(r"pickle|(?<!safetensors\.)\btorch\.(?:load|save)\b|\beval\(|\bexec\(", source) == []
+
+
+def test_an_exported_model_is_loaded_by_timm(tmp_path):
+    """The export is what others use; wrong names or a wrong container would load nothing, or fail at their desk."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet.r160_in1k", num_classes=4)
+    metadata = {"architecture": "test_resnet", "robust_accuracy": "0.51"}
+    path = save_exported_model(tmp_path / "model", model.state_dict(), metadata)
+    assert path == tmp_path / "model" / "model.safetensors"
+    torch.manual_seed(1)
+    loaded = timm.create_model("test_resnet.r160_in1k", num_classes=4, checkpoint_path=str(path))
+    assert_same(dict(loaded.state_dict()), dict(model.state_dict()))
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", **metadata}
+    assert json.loads((tmp_path / "model" / "metadata.json").read_text()) == metadata
+
+
+def test_a_failed_export_leaves_the_earlier_one(tmp_path, monkeypatch):
+    """Exporting again onto a full disk would destroy the model that was there."""
+    path = save_exported_model(tmp_path, {"w": torch.zeros(2)}, {"note": "first"})
+    before = path.read_bytes()
+
+    def full(path, content):
+        path.write_bytes(content[:3])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: got OSError .*No space left"):
+        save_exported_model(tmp_path, {"w": torch.ones(2)}, {"note": "second"})
+    assert path.read_bytes() == before
+    assert names(tmp_path) == {"model.safetensors", "metadata.json"}
+
+
+def test_an_export_refuses_what_it_cannot_hold(tmp_path):
+    """safetensors would raise an error that names neither the key nor the remedy."""
+    with pytest.raises(TypeError, match=r"metadata\.accuracy: got a float; expected a str"):
+        save_exported_model(tmp_path / "model", {}, {"accuracy": 0.5})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"state_dict\['fc\.weight'\]: got a list; expected a plain tensor"):
+        save_exported_model(tmp_path / "model", {"fc.weight": [0.5]}, {})  # type: ignore[dict-item]
+    assert not (tmp_path / "model").exists()

@@ -1,0 +1,466 @@
+"""Claims every rule of the optimizer wrapper shares, and its contract with torch and Accelerate."""
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BASES, IDLE, RULES, BatchNormNet, assert_same, everything, image_batch, make, run
+from torch import nn
+
+from wcitrain.optim import (
+    AWP,
+    FrobeniusTracePenalty,
+    RegularizedOptimizer,
+    StrengthSchedule,
+    UniformNoise,
+    WCIPenalty,
+    WCIPosterior,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("idle", IDLE)
+def test_zero_strength_equals_the_base_optimizer_bitwise(idle, base):
+    """Otherwise monitoring would change the run it monitors, and an ablation's zero would not be its baseline."""
+    model, optimizer = make(IDLE[idle], base)
+    run(model, optimizer)
+    after = torch.get_rng_state()
+
+    torch.manual_seed(0)
+    reference = BatchNormNet()
+    plain = BASES[base](reference.parameters())
+    for step in range(5):
+        x, y = image_batch(seed=100 + step)
+        torch.manual_seed(1000 + step)
+        plain.zero_grad()
+        F.cross_entropy(reference(x), y).backward()
+        plain.step()
+    assert_same(everything(model), everything(reference))
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_monitoring_logs_the_numbers_the_penalty_uses():
+    """Strength 0 must measure with the very probes of strength > 0, or "monitor only" monitors something else."""
+    measured = []
+    for strength in (0.0, 1e-12):
+        model, optimizer = make({"penalty": WCIPenalty(strength)})
+        run(model, optimizer, steps=3)
+        measured.append(optimizer.traces())
+    assert torch.allclose(*measured, rtol=1e-3), measured
+    assert (measured[0] != 0).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_learning_rate_zero_leaves_weights_bit_identical(rule):
+    """Catches drift from imperfect restoration (subtracting instead of copying, an ascent not undone)."""
+    model, optimizer = make(RULES[rule].kwargs, "sgd", lr=0.0)
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    run(model, optimizer)
+    assert_same({k: v.detach() for k, v in model.named_parameters()}, before)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_passes_match_the_documented_cost(rule):
+    """An extra forward would silently cost every user time: count them at the model and at a leaf's gradient."""
+    model, optimizer = make(RULES[rule].kwargs)
+    calls = Counter()
+    model.register_forward_hook(lambda *_: calls.update(forward=1))
+    model.conv.weight.register_hook(lambda g: calls.update(backward=1))
+    run(model, optimizer, steps=1)
+    calls.clear()
+    run(model, optimizer, steps=1)  # the second step: curvature is known by now
+    expected = RULES[rule]
+    assert calls == Counter(forward=1 + expected.forwards, backward=1 + expected.backwards)
+    assert optimizer.extra_passes() == (expected.forwards, expected.backwards)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_running_statistics_move_once_a_step(rule):
+    """Extra passes at perturbed weights must not advance BatchNorm's averages or its batch counter."""
+    model, optimizer = make(RULES[rule].kwargs)
+    run(model, optimizer, steps=3)
+    assert int(model.bn.num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES if "perturbation" not in RULES[r].kwargs or "awp" in r or "clean" in r]
+)
+def test_running_statistics_are_those_of_the_unperturbed_weights(rule):
+    """Statistics taken at perturbed weights belong to a model that is never evaluated."""
+    model, optimizer = make(RULES[rule].kwargs)
+    reference = BatchNormNet()
+    reference.load_state_dict(model.state_dict())
+    x, y = image_batch()
+    optimizer.backward(lambda: F.cross_entropy(model(x), y))
+    reference(x)
+    assert torch.equal(model.bn.running_mean, reference.bn.running_mean)
+    assert torch.equal(model.bn.running_var, reference.bn.running_var)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_exception_in_any_pass_restores_weights_and_statistics(rule):
+    """A failing pass (out of memory, Ctrl-C) must not leave the model at perturbed weights."""
+    num_passes = 1 + RULES[rule].forwards
+    for failing in range(num_passes):
+        model, optimizer = make(RULES[rule].kwargs)
+        run(model, optimizer, steps=1)
+        before, modes = everything(model), [m.training for m in model.modules()]
+        x, y = image_batch()
+        calls = 0
+
+        def loss_fn(model=model, x=x, y=y, failing=failing):
+            nonlocal calls
+            loss = F.cross_entropy(model(x), y)
+            calls += 1
+            if calls == failing + 1:
+                raise MemoryError
+            return loss
+
+        with pytest.raises(MemoryError):
+            optimizer.backward(loss_fn)
+        parameters = {k for k, _ in model.named_parameters()}
+        assert_same({k: v for k, v in everything(model).items() if k in parameters}, {k: before[k] for k in parameters})
+        assert modes == [m.training for m in model.modules()]
+        optimizer.zero_grad()
+        run(model, optimizer, steps=1)  # and it can go on
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_passes_of_a_step_see_the_same_random_numbers(rule):
+    """With fresh dropout masks in every pass, differences of gradients are noise."""
+    model, optimizer = make(RULES[rule].kwargs)
+    x, y = image_batch()
+    kept = []  # 1 where dropout kept a unit, 0 where it dropped it, NaN where the unit was dead and one cannot tell
+    model.drop.register_forward_hook(
+        lambda m, args, out: kept.append(torch.where(args[0] != 0, (out != 0).float(), float("nan")))
+    )
+    optimizer.backward(lambda: F.cross_entropy(model(x), y))
+    assert len(kept) == 1 + RULES[rule].forwards
+    for other in kept[1:]:
+        both_alive = ~(kept[0].isnan() | other.isnan())
+        assert both_alive.sum() > 20
+        assert torch.equal(kept[0][both_alive], other[both_alive])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("base", BASES)
+def test_state_round_trip_continues_bitwise(rule, base, tmp_path):
+    """Peers lose the base optimizer's momentum or their running averages on resume."""
+    model, optimizer = make(RULES[rule].kwargs, base)
+    run(model, optimizer, steps=3)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    run(model, optimizer, steps=3, start=3)
+
+    resumed, resumed_optimizer = make(RULES[rule].kwargs, base, seed=7)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(state["model"])
+    resumed_optimizer.load_state_dict(state["optimizer"])
+    run(resumed, resumed_optimizer, steps=3, start=3)
+    assert_same(everything(resumed), everything(model))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_identical_runs_are_bitwise_equal_and_seeds_differ(rule):
+    """Probes must depend on the seed and on nothing hidden."""
+    results = []
+    for seed in (0, 0, 1):
+        model, optimizer = make(RULES[rule].kwargs | {"seed": seed})
+        run(model, optimizer)
+        results.append(everything(model))
+    assert_same(results[0], results[1])
+    is_random = "wci" in rule or "noise" in rule or "trace" in rule
+    assert is_random != all(torch.equal(results[0][k], results[2][k]) for k in results[0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_keep_the_dtype_and_accumulate(rule):
+    """``backward`` adds to what is in .grad, so micro-batches and the user's own terms survive."""
+    model, optimizer = make(RULES[rule].kwargs)
+    x, y = image_batch()
+    torch.manual_seed(0)
+    optimizer.backward(lambda: F.cross_entropy(model(x), y))
+    once = {k: p.grad.clone() for k, p in model.named_parameters()}
+    model2, optimizer2 = make(RULES[rule].kwargs)
+    for p in model2.parameters():
+        p.grad = torch.ones_like(p)
+    torch.manual_seed(0)
+    optimizer2.backward(lambda: F.cross_entropy(model2(x), y))
+    for name, p in model2.named_parameters():
+        assert p.grad.dtype == p.dtype
+        assert torch.allclose(p.grad - 1, once[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("rule", ["none", "frobenius penalty"])
+def test_micro_batches_equal_one_batch(rule):
+    """Accumulation is a memory device only (BatchNorm in eval mode: its batch statistics are another function)."""
+    x, y = image_batch(12)
+    grads = []
+    for parts in (1, 3):
+        model, optimizer = make(RULES[rule].kwargs | {"num_micro_batches": parts})
+        model.eval()
+        for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            optimizer.backward(lambda xs=xs, ys=ys, model=model: F.cross_entropy(model(xs), ys))
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for one, many in zip(*grads, strict=True):
+        assert torch.allclose(one, many, atol=1e-6)
+
+
+def test_micro_batches_draw_their_own_directions_and_average_their_traces():
+    """More probes for free: the step's trace is the mean over micro-batches of independent draws."""
+    model, optimizer = make({"perturbation": WCIPosterior(0.1), "num_micro_batches": 2})
+    model.eval()
+    x, y = image_batch()
+    for _ in range(2):
+        optimizer.backward(lambda: F.cross_entropy(model(x), y))
+    first, second = optimizer._pending
+    assert not torch.equal(first, second)
+    optimizer.step()
+    assert torch.allclose(optimizer.traces(), (first + second) / 2)
+
+
+def test_clipping_between_backward_and_step_is_respected():
+    """Wrappers that step inside their own closure ignore the user's clipping."""
+    model, optimizer = make({"perturbation": WCIPosterior(1.0)})
+    before = [p.detach().clone() for p in model.parameters()]
+    x, y = image_batch()
+    optimizer.backward(lambda: F.cross_entropy(model(x), y))
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    optimizer.step()
+    moved = sum((p.detach() - b).square().sum() for p, b in zip(model.parameters(), before, strict=True)) ** 0.5
+    assert float(moved) == pytest.approx(
+        0.05 * 1e-2, rel=1e-3
+    )  # lr times the clipped norm; rounding of 0.3-sized weights
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_it_descends_on_a_quadratic(rule):
+    """A sign error in any rule would climb."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1, bias=False)
+    target = torch.randn(32, 6)
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, **RULES[rule].kwargs)
+    solution = torch.ones(6, 1)
+    for _ in range(60):
+        optimizer.step(lambda: F.mse_loss(model(target), target @ solution))
+    with torch.no_grad():
+        labels = target @ solution
+        assert F.mse_loss(model(target), labels) < 0.2 * labels.square().mean()
+
+
+def test_learning_rate_reaches_the_base_through_schedulers_and_loading():
+    """Stale aliases of param_groups decouple the schedule from the optimizer."""
+    from timm.scheduler import CosineLRScheduler
+
+    model, optimizer = make({})
+    torch_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5**s)
+    run(model, optimizer, steps=1)
+    torch_scheduler.step()
+    assert optimizer.base.param_groups[0]["lr"] == 0.025
+    optimizer.load_state_dict(optimizer.state_dict())
+    timm_scheduler = CosineLRScheduler(optimizer, t_initial=10, warmup_t=2, warmup_lr_init=0.001)
+    timm_scheduler.step(0)
+    assert optimizer.base.param_groups[0]["lr"] == 0.001
+
+
+def test_it_survives_accelerate_prepare():
+    """prepare() replaces the base's group lists at once and wraps only Optimizer subclasses."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = make({"perturbation": WCIPosterior(0.5)}, "adamw")
+    plain_model, plain = make({"perturbation": WCIPosterior(0.5), "num_micro_batches": 2}, "adamw")
+    prepared_model, prepared = accelerator.prepare(model, optimizer)
+    optimizer.attach(accelerator, prepared_model)
+    for micro in range(4):
+        x, y = image_batch(seed=micro)
+        torch.manual_seed(micro)
+        with accelerator.accumulate(prepared_model):
+            optimizer.backward(lambda x=x, y=y: F.cross_entropy(prepared_model(x), y))
+            prepared.step()
+            prepared.zero_grad()
+        torch.manual_seed(micro)
+        plain.backward(lambda x=x, y=y: F.cross_entropy(plain_model(x), y))
+        if micro % 2:
+            plain.step()
+            plain.zero_grad()
+    assert_same(everything(model), everything(plain_model))
+    with pytest.raises(RuntimeError, match="closure under Accelerate"):
+        optimizer.step(lambda: torch.zeros(()))
+
+
+def test_copies_and_pickles_are_complete_and_independent():
+    """torch's default drops everything but groups and state."""
+    model, optimizer = make({"perturbation": WCIPosterior(0.5)})
+    run(model, optimizer, steps=2)
+    for clone in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
+        cloned_model, cloned = clone
+        run(cloned_model, cloned, steps=2, start=2)
+        assert cloned.layers["conv.weight"] is cloned_model.conv.weight
+    run(model, optimizer, steps=2, start=2)
+    assert_same(everything(model), everything(cloned_model))
+
+
+def test_hooks_run_once_and_groups_are_the_bases_own():
+    """Everything torch attaches to an optimizer lives in the base."""
+    model, optimizer = make({})
+    calls = Counter()
+    optimizer.register_step_pre_hook(lambda *_: calls.update(pre=1))
+    optimizer.register_step_post_hook(lambda *_: calls.update(post=1))
+    run(model, optimizer, steps=1)
+    assert calls == Counter(pre=1, post=1)
+    assert optimizer.param_groups is optimizer.base.param_groups
+    assert optimizer.state is optimizer.base.state
+    assert optimizer.defaults is optimizer.base.defaults
+
+
+def test_the_schedule_switches_on_ramps_and_skips():
+    """Off before start, linear ramp, one step in ``every``."""
+    schedule = StrengthSchedule(start=4, ramp=2, every=2)
+    assert [round(schedule.factor(s), 3) for s in range(10)] == [0, 0, 0, 0, 0.333, 0, 1, 0, 1, 0]
+    assert [StrengthSchedule().factor(s) for s in range(3)] == [1, 1, 1]
+
+
+def test_a_penalty_every_k_steps_keeps_its_mean_strength():
+    """Amortising must not weaken the penalty by k."""
+    model, optimizer = make({"penalty": FrobeniusTracePenalty(0.5, None, schedule=StrengthSchedule(every=3))})
+    x, y = image_batch()
+    model.eval()
+
+    def gradient() -> torch.Tensor:
+        optimizer.zero_grad()
+        optimizer.backward(lambda: F.cross_entropy(model(x), y))
+        return model.conv.weight.grad.clone()
+
+    with_penalty = gradient()
+    optimizer._record["step"] = 1
+    without = gradient()
+    assert torch.allclose(with_penalty - without, 3 * 2 * 0.5 * model.conv.weight.detach(), atol=1e-5)
+
+
+def test_awp_is_its_papers_equation():
+    """||u_l|| = γ ||W_l|| along the gradient of every weight tensor; biases and norms stay; gradient taken there."""
+    gamma = 0.05
+    model, optimizer = make({"perturbation": AWP(gamma)})
+    model.drop.p = 0.0
+    reference = copy.deepcopy(model)
+    x, y = image_batch()
+    optimizer.backward(lambda: F.cross_entropy(model(x), y))
+
+    weights = [reference.conv.weight, reference.fc.weight]
+    gradients = torch.autograd.grad(F.cross_entropy(reference(x), y), weights)
+    with torch.no_grad():
+        for w, g in zip(weights, gradients, strict=True):
+            w += gamma * w.norm() * g / g.norm()
+    F.cross_entropy(reference(x), y).backward()
+    for name, p in reference.named_parameters():
+        assert torch.allclose(dict(model.named_parameters())[name].grad, p.grad, atol=1e-6), name
+
+
+def test_the_perturbation_has_exactly_the_relative_size():
+    """Signs have unit variance in every draw, so ||u|| / ||W|| is r, not r on average."""
+    for rule in (WCIPosterior(0.7, statistics="clean"), UniformNoise(0.7, statistics="clean")):
+        model, optimizer = make({"perturbation": rule})
+        run(model, optimizer, steps=2)
+        seen = []
+        weights = list(optimizer.layers.values())
+        clean = [p.detach().clone() for p in weights]
+
+        def loss_fn(model=model, weights=weights, clean=clean, seen=seen):
+            seen.append(sum((p.detach() - c).square().sum() for p, c in zip(weights, clean, strict=True)) ** 0.5)
+            x, y = image_batch()
+            return F.cross_entropy(model(x), y)
+
+        optimizer.backward(loss_fn)
+        size = sum(c.square().sum() for c in clean) ** 0.5
+        assert [round(float(s / size), 4) for s in seen] == [0.0, 0.7, 0.7]
+
+
+def test_strength_and_relative_size_are_two_names_of_one_knob():
+    """λ = r² Σ a / Σ d s: a run by λ reports the r that gives the same perturbation, and back."""
+    a, d, t = torch.tensor([4.0, 9.0]).double(), torch.tensor([10.0, 30.0]).double(), torch.tensor([2.0, 0.5]).double()
+    by_size = WCIPosterior(0.8).posterior(a, d, t, 1.0)
+    by_strength = WCIPosterior(strength=float(by_size.strength)).posterior(a, d, t, 1.0)
+    assert torch.allclose(by_size.sigma, by_strength.sigma)
+    assert float(by_strength.relative_size) == pytest.approx(0.8)
+    assert torch.allclose(by_size.sigma**2, by_size.strength * (a / t).sqrt())
+    assert float((d * by_size.sigma**2).sum() / a.sum()) == pytest.approx(0.64)
+
+
+def test_layers_without_measured_curvature_do_not_take_all_the_noise():
+    """A trace that came out negative or zero counts with a floor; with none positive the shares are uniform."""
+    a, d = torch.tensor([1.0, 1.0, 1.0]).double(), torch.tensor([10.0, 10.0, 10.0]).double()
+    sigma = WCIPosterior(1.0).posterior(a, d, torch.tensor([1.0, 1.0, -5.0]).double(), 1.0).sigma
+    assert torch.isfinite(sigma).all()
+    assert float(sigma[2] / sigma[0]) == pytest.approx((2 / 3 * 1e-4) ** -0.25)
+    uniform = UniformNoise(1.0).posterior(a, d, None, 1.0).sigma
+    assert torch.allclose(WCIPosterior(1.0).posterior(a, d, -torch.ones(3).double(), 1.0).sigma, uniform)
+    assert torch.allclose(WCIPosterior(1.0).posterior(a, d, None, 1.0).sigma, uniform)
+
+
+def test_misuse_is_refused_with_a_way_out():
+    """Each of these is silently wrong in one peer or another."""
+    model, optimizer = make({"perturbation": AWP()})
+    x, y = image_batch()
+
+    def eager():
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="loss_fn called backward"):
+        optimizer.step(eager)
+    with pytest.raises(RuntimeError, match="zero_grad: called inside loss_fn"):
+        optimizer.step(lambda: (optimizer.zero_grad(), F.cross_entropy(model(x), y))[1])
+    with pytest.raises(TypeError, match="expected a scalar loss with its graph"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y).item())
+    with pytest.raises(TypeError, match="scalar"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
+    with pytest.raises(TypeError, match="instance, not its class"):
+        RegularizedOptimizer(torch.optim.SGD, model)
+    with pytest.raises(ValueError, match="both move the weights"):
+        make({"perturbation": AWP(), "penalty": WCIPenalty(0.1)})
+    with pytest.raises(ValueError, match="exactly one"):
+        WCIPosterior(1.0, strength=1.0)
+    with pytest.raises(ValueError, match=r"gamma: got 0"):
+        AWP(0.0)
+    with pytest.raises(ValueError, match="radius"):
+        WCIPenalty(0.1, radius=2.0)
+    with pytest.raises(ValueError, match="none of the selected tensors"):
+        RegularizedOptimizer(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1), model)
+    other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    foreign = RegularizedOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), other).state_dict()
+    with pytest.raises(ValueError, match="this model has"):
+        optimizer.load_state_dict(foreign)
+
+
+def test_the_bare_optimizers_state_loads_too():
+    """Switching a run to the wrapper mid-way must keep its momentum."""
+    model, _ = make({})
+    plain = BASES["sgd"](model.parameters())
+    x, y = image_batch()
+    F.cross_entropy(model(x), y).backward()
+    plain.step()
+    optimizer = RegularizedOptimizer(BASES["sgd"](model.parameters()), model, perturbation=WCIPosterior(0.1))
+    optimizer.load_state_dict(plain.state_dict())
+    assert torch.equal(
+        optimizer.state[model.fc.weight]["momentum_buffer"], plain.state[model.fc.weight]["momentum_buffer"]
+    )
+    assert optimizer.traces() is None
+    run(model, optimizer, steps=2)
+    assert optimizer.traces() is not None
+
+
+def test_metrics_name_every_layer():
+    """What is logged: norms, traces, index and its sum, relative size and λ."""
+    model, optimizer = make({"perturbation": WCIPosterior(0.5)})
+    run(model, optimizer, steps=2)
+    metrics = optimizer.metrics()
+    assert metrics["relative_size"] == pytest.approx(0.5)
+    assert metrics["wci/total"] == pytest.approx(metrics["wci/conv.weight"] + metrics["wci/fc.weight"])
+    assert metrics["frobenius/fc.weight"] == pytest.approx(float(model.fc.weight.detach().square().sum()), rel=1e-6)
+    assert metrics["lambda"] > 0

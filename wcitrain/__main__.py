@@ -1,0 +1,98 @@
+"""``wcitrain`` = ``python -m wcitrain`` = ``accelerate launch -m wcitrain``: train, sweep, report."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0 done, 1 stopped by an error, 2 wrong input, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="wcitrain", description="Robust training with the Weight-Curvature Index as a training knob."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train what a recipe says",
+        description="Train what a recipe says. `accelerate launch -m wcitrain train RECIPE` is the same program.",
+    )
+    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file")
+    train.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the recipe's")
+    train.add_argument("--resume", metavar="RUN", help="run folder to go on with, instead of a recipe")
+
+    sweep = commands.add_parser("sweep", help="train several recipes and seeds, then report")
+    sweep.add_argument("sweep", metavar="SWEEP", help="YAML file with `recipes` and `seeds`")
+    sweep.add_argument("settings", nargs="*", metavar="key=value", help="settings that override every recipe's")
+
+    report = commands.add_parser("report", help="a table and figures from run folders")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    report.add_argument(
+        "--out", metavar="FOLDER", help="where to write (default: figures/ of the run, or report/ beside several)"
+    )
+    report.add_argument("--at", choices=("last", "best"), default="last", help="epoch the table shows (default: last)")
+
+    options = parser.parse_args(arguments)
+    from wcitrain.checkpoint import CheckpointError  # after parsing: --help needs no torch
+    from wcitrain.train import Interrupted, NonFiniteLossError
+
+    try:
+        return {"train": _train, "sweep": _sweep, "report": _report}[options.command](options)
+    except (ValueError, FileExistsError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"wcitrain {options.command}: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, NonFiniteLossError) as error:
+        print(f"wcitrain {options.command}: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        print(f"wcitrain {options.command}: {stop}", file=sys.stderr)
+        return 130
+
+
+def _train(options: argparse.Namespace) -> int:
+    from wcitrain.recipe import load_recipe
+    from wcitrain.train import fit
+
+    settings, path = options.settings, options.recipe
+    if options.resume:
+        settings, path = [path, *settings] if path else settings, Path(options.resume) / "recipe.yaml"
+        if any(s and "=" not in s for s in settings):
+            raise ValueError(f"--resume: got a recipe as well ({settings[0]}); expected the run folder alone.")
+        if not path.exists():
+            raise FileNotFoundError(f"--resume: got {options.resume}; expected a run folder, which holds recipe.yaml.")
+    elif path is None:
+        raise ValueError("got no recipe; expected a YAML file, or --resume RUN. `recipes/` holds some.")
+    recipe = load_recipe(path, settings)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(recipe.to_yaml(), flush=True)
+    fit(recipe, resume=bool(options.resume))
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from wcitrain.report import load_run, results_table, write_report
+    from wcitrain.sweep import run_sweep
+
+    folders = run_sweep(options.sweep, options.settings)
+    runs = [load_run(folder) for folder in folders]
+    out = folders[0].parent / f"{Path(options.sweep).stem}-report"
+    paths = write_report(runs, out)
+    print(f"\n{results_table(runs)}\n\nWritten: {', '.join(map(str, paths))}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from wcitrain.report import load_run, results_table, write_report
+
+    runs = [load_run(folder) for folder in options.runs]
+    first = Path(options.runs[0])
+    out = Path(options.out) if options.out else first / "figures" if len(runs) == 1 else first.parent / "report"
+    paths = write_report(runs, out)
+    print(f"{results_table(runs, at=options.at)}\n\nWritten: {', '.join(map(str, paths))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Clean and robust accuracy of a model, and the layer-wise WCI of its robust loss, in one pass over a set.
+
+The model is measured in eval mode on the weights it has, and left as it was. Batches are dealt whole to the processes and
+random starts depend on the batch alone, so any number of processes measures the same thing.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wcitrain.attacks import ThreatModel, pgd
+from wcitrain.curvature import gauss_newton_trace
+from wcitrain.measures import WCIMeasurement
+from wcitrain.params import squared_norms
+from wcitrain.preserve import full_precision, undisturbed
+from wcitrain.seeding import generator_from
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies in [0, 1] and mean cross-entropies on ``num_examples`` images; ``wci`` where it was asked for."""
+
+    num_examples: int
+    clean_accuracy: float
+    clean_loss: float
+    robust_accuracy: float
+    robust_loss: float
+    wci: WCIMeasurement | None = None
+
+    def summary(self) -> dict[str, float | int | tuple[float, float]]:
+        """Return the numbers with 95 % Wilson intervals of the accuracies, for ``summary.json``."""
+        numbers = {key: value for key, value in asdict(self).items() if key != "wci"}
+        for key in ("clean_accuracy", "robust_accuracy"):
+            numbers[f"{key}_interval"] = wilson_interval(numbers[key], self.num_examples)
+        return numbers
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    threat: ThreatModel,
+    num_steps: int = 10,
+    step_size: float = 2 / 255,
+    num_restarts: int = 1,
+    seed: int = 0,
+    layers: Mapping[str, Tensor] | None = None,
+    accelerator: "Accelerator | None" = None,
+) -> Evaluation:
+    """Measure a model on images, clean and under PGD.
+
+    Args:
+        model: Maps images in [0, 1] to logits; float32 is used even where Accelerate prepared it for bfloat16.
+        batches: ``(x, y, index)``, all of them on every process; process r takes each batch r, r + world, ...
+        threat, num_steps, step_size, num_restarts: Of the attack, see ``attacks.pgd``; it starts at random.
+        seed: Of the random starts and of the trace estimator's signs.
+        layers: Tensors of which to measure the Gauss–Newton trace at the adversarial examples: one backward more.
+        accelerator: Adds up over processes; None for one.
+
+    Raises:
+        ValueError: ``batches`` is empty.
+    """
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    rows: list[Tensor] = []  # one a batch: number, clean correct, clean loss, robust correct, robust loss, t_1 .. t_L
+    with undisturbed(model, training=False), full_precision(model):
+        for number, (x, y, _) in enumerate(batches):
+            if number % world == rank:
+                generator = generator_from(x.device, seed, "evaluation", number)
+                rows.append(_measure_batch(model, x, y, threat, num_steps, step_size, num_restarts, generator, layers))
+    if accelerator is not None and world > 1:
+        rows = _gather(rows, accelerator)
+    if not rows:
+        raise ValueError("evaluate: got no images; expected at least one batch. Is the split empty?")
+    table = torch.stack(rows).double().cpu()
+    total = table[:, :5].sum(0).tolist()
+    wci = None
+    if layers:
+        wci = WCIMeasurement.from_samples(tuple(layers), squared_norms(layers), table[:, 5:], table[:, 0])
+    num = int(total[0])
+    return Evaluation(num, total[1] / num, total[2] / num, total[3] / num, total[4] / num, wci)
+
+
+def wilson_interval(share: float, num: int, z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's score interval of a binomial share observed on ``num`` examples (95 % for z = 1.96).
+
+    ( p + z²/2n ± z sqrt( p(1−p)/n + z²/4n² ) ) / (1 + z²/n)
+    """
+    centre = share + z * z / (2 * num)
+    half = z * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
+    scale = 1 + z * z / num
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def _measure_batch(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    num_steps: int,
+    step_size: float,
+    num_restarts: int,
+    generator: torch.Generator,
+    layers: Mapping[str, Tensor] | None,
+) -> Tensor:
+    """Return the sums of one batch, and its trace draws, as one float64 row."""
+
+    def losses(images: Tensor) -> Tensor:
+        return F.cross_entropy(model(images).float(), y, reduction="none")
+
+    x_adv = pgd(
+        losses,
+        x,
+        threat=threat,
+        num_steps=num_steps,
+        step_size=step_size,
+        num_restarts=num_restarts,
+        generator=generator,
+    )
+    numbers = [torch.tensor(float(len(y)))]
+    for images, needs_graph in ((x, False), (x_adv, bool(layers))):
+        with torch.set_grad_enabled(needs_graph):
+            logits = model(images).float()
+        correct = (logits.argmax(1) == y).sum()
+        numbers += [correct, F.cross_entropy(logits.detach(), y, reduction="sum")]
+    if layers:
+        numbers += gauss_newton_trace(logits, layers, generator=generator).unbind()
+    return torch.stack([value.detach().double().cpu() for value in numbers])
+
+
+def _gather(rows: list[Tensor], accelerator: "Accelerator") -> list[Tensor]:
+    """Collect the rows of all processes, in the order one process would have."""
+    from accelerate.utils import gather_object
+
+    mine = [(accelerator.process_index + k * accelerator.num_processes, row.tolist()) for k, row in enumerate(rows)]
+    return [torch.tensor(row, dtype=torch.float64) for _, row in sorted(gather_object(mine))]

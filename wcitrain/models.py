@@ -1,0 +1,197 @@
+"""Backbones: any timm model, with its input normalisation inside, so that every attack lives in [0, 1].
+
+PreActResNet-18 in its CIFAR form is registered with timm under ``preact_resnet18`` when this module is imported.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import register_model
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+
+
+class Classifier(nn.Module):
+    """A backbone with its input normalisation in front: ``backbone((x − mean) / std)`` for images in [0, 1].
+
+    Args:
+        backbone: Maps normalised images [B, C, H, W] to logits [B, num_classes].
+        mean, std: Per channel, in [0, 1] units; std > 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [B, num_classes] for images [B, C, H, W] in [0, 1]."""
+        return self.backbone((x - self.mean) / self.std)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_chans: int = 3,
+    pretrained: bool = False,
+    checkpoint_path: str | None = None,
+    stem: str = "default",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **kwargs: Any,
+) -> Classifier:
+    """Build a timm model (or ``preact_resnet18``) and put its normalisation inside.
+
+    Args:
+        name: Anything ``timm.create_model`` opens, tags included (``resnet18.a1_in1k``).
+        num_classes, in_chans: Of the data.
+        pretrained: Let timm download and load its weights.
+        checkpoint_path: A state dict to load instead, as timm reads it.
+        stem: ``"cifar"`` replaces the stem of a timm ResNet by one 3x3 convolution of stride 1 without pooling.
+        mean, std: Normalisation; by default the model's ``pretrained_cfg`` (averaged over channels if their number differs).
+        kwargs: For ``timm.create_model``, e.g. ``layers=[1, 1, 1, 1], channels=[16, 32, 64, 128]``.
+
+    Raises:
+        ValueError: Unknown name (the nearest are listed), a stem the model does not have, arguments timm refuses,
+            or a normalisation that does not fit ``in_chans``.
+    """
+    if name.partition(".")[0] not in _known_names():
+        near = difflib.get_close_matches(name, _known_names(), n=3, cutoff=0.5)
+        raise ValueError(
+            f"model.name: got {name!r}; expected a timm model. "
+            + (f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them.")
+        )
+    if stem not in ("default", "cifar"):
+        raise ValueError(f"model.stem: got {stem!r}; expected 'default' or 'cifar'. Choose one of the two.")
+    try:
+        backbone = timm.create_model(
+            name,
+            pretrained=pretrained,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            checkpoint_path="" if stem == "cifar" else checkpoint_path or "",
+            **kwargs,
+        )
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"model: timm could not build {name!r} with pretrained={pretrained}, checkpoint_path={checkpoint_path!r}, "
+            f"kwargs={kwargs}: {error}"
+        ) from error
+    if stem == "cifar":
+        _use_cifar_stem(backbone, name, in_chans)
+        if checkpoint_path:
+            timm.models.load_checkpoint(backbone, checkpoint_path)
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    return Classifier(
+        backbone,
+        _channels("mean", mean if mean is not None else config.get("mean", (0.5,)), in_chans, given=mean is not None),
+        _channels("std", std if std is not None else config.get("std", (0.5,)), in_chans, given=std is not None),
+    )
+
+
+def _known_names() -> list[str]:
+    return timm.list_models()
+
+
+def _channels(key: str, values: Sequence[float], in_chans: int, *, given: bool) -> list[float]:
+    """Fit a per-channel constant to the data's number of channels."""
+    if len(values) != in_chans:
+        if given and len(values) != 1:
+            raise ValueError(
+                f"model.{key}: got {len(values)} values; expected {in_chans}, one a channel, or a single one."
+            )
+        values = [sum(values) / len(values)] * in_chans
+    if key == "std" and min(values) <= 0:
+        raise ValueError(f"model.std: got {list(values)}; expected positive numbers. They divide the image.")
+    return list(values)
+
+
+def _use_cifar_stem(backbone: nn.Module, name: str, in_chans: int) -> None:
+    """Keep small images at full resolution: conv 3x3, stride 1, and no max pooling."""
+    if not isinstance(backbone, ResNet):
+        raise ValueError(
+            f"model.stem: got 'cifar' with {name!r}; expected a timm ResNet. Use stem 'default', or kwargs of that model "
+            "such as img_size and patch_size for transformers."
+        )
+    width = cast(nn.BatchNorm2d, backbone.bn1).num_features
+    conv = nn.Conv2d(in_chans, width, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    backbone.add_module("conv1", conv)
+    backbone.add_module("maxpool", nn.Identity())
+
+
+class _PreActBlock(nn.Module):
+    """Identity-mapping residual block: BN, ReLU, conv, BN, ReLU, conv; the shortcut branches off after the first ReLU."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        needs_projection = stride != 1 or width_in != width
+        self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False) if needs_projection else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv1(out)
+        return self.conv2(F.relu(self.bn2(out))) + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Pre-activation residual network for small images (He et al., arXiv 1603.05027; the CIFAR form robust training uses).
+
+    A 3x3 stem, four stages of two blocks each (strides 1, 2, 2, 2), a last BN-ReLU, global average pooling, linear head.
+
+    Args:
+        num_classes, in_chans: Of the data.
+        width: Channels of the first stage; doubled at each later one. 64 is PreActResNet-18 (11.2 M parameters).
+    """
+
+    def __init__(self, num_classes: int = 10, in_chans: int = 3, width: int = 64) -> None:
+        super().__init__()
+        widths = [width, 2 * width, 4 * width, 8 * width]
+        self.num_classes, self.num_features = num_classes, widths[-1]
+        self.conv1 = nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
+        stages, width_in = [], width
+        for out, stride in zip(widths, (1, 2, 2, 2), strict=True):
+            stages.append(nn.Sequential(_PreActBlock(width_in, out, stride), _PreActBlock(out, out, 1)))
+            width_in = out
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.bn = nn.BatchNorm2d(widths[-1])
+        self.fc = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [B, num_classes] for normalised images [B, in_chans, H, W] (32x32 as published; any size works)."""
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        return self.fc(F.relu(self.bn(x)).mean((2, 3)))
+
+
+@register_model
+def preact_resnet18(
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Any = None,
+    cache_dir: Any = None,
+    **kwargs: Any,
+) -> PreActResNet:
+    """PreActResNet-18 for 32x32 images, as ``timm.create_model("preact_resnet18")``; there are no pretrained weights."""
+    if pretrained:
+        raise ValueError("preact_resnet18: got pretrained=True; expected False: no weights are published. Train it.")
+    model = PreActResNet(**kwargs)
+    model.pretrained_cfg = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD, "input_size": (3, 32, 32)}  # type: ignore[assignment]
+    return model
+
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images
+CIFAR10_STD = (0.2471, 0.2435, 0.2616)

@@ -1,0 +1,101 @@
+"""Leave the model as it was found: module modes, buffers, random state, numeric precision.
+
+Attacks, measurements and the extra passes of the optimizer wrapper run inside these context managers; each of them
+restores on exceptions too. Gradients need no context: extra passes use ``torch.autograd.grad``, which leaves ``.grad`` alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def module_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put the model in train or eval mode; on exit every submodule gets its own flag back.
+
+    ``model.train()`` on exit would be wrong: it also switches on layers that the user froze in eval mode.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore every buffer on exit (running statistics, batch counters, whatever a norm class keeps there)."""
+    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    """Return the state of the global generators a forward pass on ``device`` may draw from (CPU, and CUDA if there)."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
+    """Put back what ``random_state`` returned."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+@contextmanager
+def kept_random_state(device: torch.device) -> Iterator[None]:
+    """Restore the global generators on exit."""
+    states = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(states, device)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Run passes that must leave no trace: chosen mode inside; modes, buffers and random state restored on exit.
+
+    Args:
+        model: Any module; its parameters decide the device.
+        training: Mode inside (``False``: running statistics and no dropout; ``True``: batch statistics and dropout).
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with module_mode(model, training=training), kept_buffers(model), kept_random_state(device):
+        yield
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Run forward passes in float32 although Accelerate prepared the model for mixed precision; TF32 is off too.
+
+    Accelerate replaces ``model.forward`` by a version with autocast inside, so an outer ``autocast(enabled=False)`` has no
+    effect; the original is kept as ``_original_forward`` and is put back for the duration. Differences of gradients need
+    this: in bfloat16 they are noise.
+    """
+    patched = [m for m in model.modules() if "_original_forward" in m.__dict__ and "forward" in m.__dict__]
+    forwards = [m.__dict__["forward"] for m in patched]
+    for module in patched:
+        module.forward = module.__dict__["_original_forward"]
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled,
+            benchmark=torch.backends.cudnn.benchmark,
+            deterministic=torch.backends.cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            yield
+    finally:
+        for module, forward in zip(patched, forwards, strict=True):
+            module.forward = forward

@@ -1,0 +1,48 @@
+"""Tables and figures from run folders: what ``wcitrain report`` writes.
+
+A run folder holds ``recipe.yaml``, ``metrics.jsonl`` (one object an epoch) and, once finished, ``summary.json``.
+Runs of one group (the same recipe under several seeds) share a table row and a curve. An unfinished run is never
+averaged with finished ones: it has a row of its own, and its accuracies are marked as validation accuracies, since the
+test set is measured at the end of a run.
+
+Nothing here trains, measures or selects; figures use matplotlib's object interface, so no global state changes.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from wcitrain.report.figures import DPI, curves, tradeoff, wci_layers
+from wcitrain.report.runs import Run, group_rows, load_run
+from wcitrain.report.table import results_table
+
+__all__ = ["Run", "load_run", "results_table", "write_report"]
+
+
+def write_report(runs: Sequence[Run], out: str | Path) -> list[Path]:
+    """Write table.md, curves.png and, where the runs have the numbers for them, tradeoff.png and wci_layers.png.
+
+    tradeoff.png needs two groups with test accuracies, wci_layers.png the layer-wise WCI. These four names are
+    overwritten in ``out``; nothing else is touched, and a figure left over from an earlier report is warned about.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        ValueError: No runs, or ``out`` is a file.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"write_report: got out={out}, which is a file; expected a folder. Choose another path.")
+    rows = group_rows(runs)
+    figures = {"curves.png": curves(rows), "tradeoff.png": tradeoff(rows), "wci_layers.png": wci_layers(rows)}
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / "table.md"]
+    written[0].write_text(results_table(runs), "utf-8")
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.savefig(out / name, dpi=DPI)
+            written.append(out / name)
+        elif (out / name).exists():
+            warnings.warn(f"{out / name} is from an earlier report: these runs lack the numbers for it", stacklevel=2)
+    return written

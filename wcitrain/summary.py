@@ -1,0 +1,110 @@
+"""The end of a run: last and best weights measured on every split, exported for timm, and written to ``summary.json``.
+
+This is the only place where test images are read.
+"""
+
+import json
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wcitrain import checkpoint
+from wcitrain.attacks import ThreatModel
+from wcitrain.build import method_label
+
+if TYPE_CHECKING:
+    from wcitrain.train import Trainer
+
+
+def summarize(trainer: "Trainer") -> dict[str, Any]:
+    """Return the summary of a finished run; the trainer's weights stay its last ones."""
+    recipe, progress, measured = trainer.recipe, trainer.progress, trainer.measured
+    last_weights = {name: value.clone() for name, value in measured.state_dict().items()}
+    last = {"epoch": progress.epoch, **measure_everywhere(trainer)}
+    best = last
+    if progress.best_epoch not in (0, progress.epoch):
+        state, _ = checkpoint.load_checkpoint(trainer.folder / "checkpoints", "best")
+        measured.load_state_dict(state["model"])
+        best = {"epoch": state["epoch"], **measure_everywhere(trainer)}
+    export(trainer, "best", best)
+    measured.load_state_dict(last_weights)
+    export(trainer, "last", last)
+    packages = ("torch", "timm", "accelerate")
+    return {
+        "name": trainer.folder.name,
+        "group": recipe.name,
+        "seed": recipe.seed,
+        "method": method_label(recipe),
+        "status": "finished",
+        "attack": f"PGD-{recipe.evaluation.num_steps} {ThreatModel(recipe.threat.norm, recipe.threat.eps)}",
+        "last": last,
+        "best": best,
+        "seconds": progress.seconds,
+        "train_seconds": progress.train_seconds,
+        "cost": cost(trainer),
+        "peak_memory_mb": peak_memory_mb(trainer.device),
+        "num_parameters": sum(p.numel() for p in trainer.bare.parameters()),
+        "processes": trainer.world,
+        "device": trainer.device.type,
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+    }
+
+
+def measure_everywhere(trainer: "Trainer") -> dict[str, Any]:
+    """Return the evaluations of the current measured weights on the training subset, validation and test."""
+    train = trainer.measure(trainer.monitored, wci=trainer.recipe.evaluation.wci)
+    val, test = trainer.measure(trainer.splits.val), trainer.measure(trainer.splits.test)
+    result: dict[str, Any] = {"train": train.summary(), "val": val.summary(), "test": test.summary()}
+    result["robust_gap"] = train.robust_accuracy - test.robust_accuracy
+    if train.wci is not None:
+        result |= {"wci": train.wci.total, "wci_stderr": train.wci.total_stderr}
+    return result
+
+
+def cost(trainer: "Trainer") -> dict[str, float]:
+    """Return the passes of one optimizer step, and their cost as a multiple of the same step without our rules.
+
+    A forward counts 1, a backward to the input alone 1 (attack), a backward to the weights 2.
+    """
+    attack_forward, attack_backward = trainer.objective.attack_passes()
+    extra_forward, extra_backward = trainer.regularizer.extra_passes()
+    plain = attack_forward + attack_backward + 3
+    return {
+        "forward_passes": attack_forward + 1 + extra_forward,
+        "backward_passes": attack_backward + 1 + extra_backward,
+        "relative": (plain + extra_forward + 2 * extra_backward) / plain,
+    }
+
+
+def export(trainer: "Trainer", name: str, result: dict[str, Any]) -> None:
+    """Write the inner timm model under ``model/<name>`` for ``timm.create_model(..., checkpoint_path=...)``."""
+    if not trainer.accelerator.is_main_process:
+        return
+    measured, recipe = trainer.measured, trainer.recipe
+    metadata = {
+        "architecture": recipe.model.name,
+        "kwargs": json.dumps(recipe.model.kwargs),
+        "stem": recipe.model.stem,
+        "num_classes": str(trainer.splits.num_classes),
+        "in_chans": str(trainer.splits.in_chans),
+        "mean": json.dumps(measured.mean.flatten().tolist()),
+        "std": json.dumps(measured.std.flatten().tolist()),
+        "threat": str(ThreatModel(recipe.threat.norm, recipe.threat.eps)),
+        "method": method_label(recipe),
+        "seed": str(recipe.seed),
+        "epoch": str(result["epoch"]),
+        "test_clean_accuracy": str(result["test"]["clean_accuracy"]),
+        "test_robust_accuracy": str(result["test"]["robust_accuracy"]),
+    }
+    checkpoint.save_exported_model(trainer.folder / "model" / name, measured.backbone.state_dict(), metadata)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the peak of this process in MB: CUDA's allocations, or the resident set (over the process's whole life)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e6
