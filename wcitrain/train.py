@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -91,6 +92,7 @@ class Trainer:
             torch.set_num_threads(recipe.train.num_threads)
         self.wandb_mode = tracking.wandb_mode(recipe.tracking.wandb)
         names = tracking.tracker_names(self.wandb_mode, recipe.tracking.tensorboard)
+        _forget_previous_run()
         self.accelerator = accelerator = Accelerator(
             mixed_precision=recipe.train.precision,
             gradient_accumulation_steps=recipe.train.accumulate,
@@ -368,6 +370,12 @@ class Trainer:
             leave=False,
             disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
         )
+
+
+def _forget_previous_run() -> None:
+    """Let a second run in this process choose another precision or device: Accelerate keeps one global state."""
+    if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _line(metrics: dict[str, Any], epochs: int) -> str:

@@ -319,3 +319,47 @@ def test_a_sweep_trains_all_keeps_what_is_finished_and_reports(tmp_path, capsys)
     assert main(["sweep", str(sweep)]) == 2
     sweep.write_text("recipe: at.yaml\n")
     assert main(["sweep", str(sweep)]) == 2
+
+
+def test_trackers_get_every_epoch(tmp_path, monkeypatch):
+    """W&B offline and TensorBoard from a recipe; Accelerate drops a missing tracker without a word."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    recipe = tiny(tmp_path, "train.epochs=2", "tracking.wandb=offline", "tracking.tensorboard=true")
+    fit(recipe)
+    assert list(run_folder(recipe).glob("wandb/offline-run-*/*.wandb"))
+    events = next(run_folder(recipe).rglob("events.out.tfevents.*"))
+    accumulator = EventAccumulator(str(events.parent)).Reload()
+    logged = [event.value for event in accumulator.Scalars("val/robust_accuracy")]
+    assert logged == pytest.approx([m["val/robust_accuracy"] for m in metrics(recipe)])
+
+
+@pytest.mark.parametrize("settings", [
+    ["train.precision=bf16", "perturbation.name=wci"],
+    ["train.precision=bf16", "penalty.name=trace", "penalty.strength=1e-6"],
+    ["train.channels_last=true", "objective.name=standard"],
+    ["threat.norm=l2", "threat.eps=0.5", "objective.step_size=0.3", "evaluation.step_size=0.3"],
+    ["schedule.name=one_cycle", "optimizer.name=lamb", "optimizer.lr=0.01", "perturbation.name=wci", "perturbation.every=2",
+     "perturbation.start_epoch=1", "perturbation.ramp_epochs=0.5"],
+    ["data.in_memory=false", "data.num_workers=0"],
+])  # fmt: skip
+def test_the_options_run_and_stay_finite(settings, tmp_path):
+    """Each option has to work in a run, not only to parse."""
+    recipe = tiny(tmp_path, "train.epochs=2", *settings)
+    summary = fit(recipe)
+    assert 0 <= summary["last"]["test"]["robust_accuracy"] <= summary["last"]["test"]["clean_accuracy"] <= 1
+    assert summary["last"]["wci"] > 0
+    assert all(torch.isfinite(v).all() for v in final_state(recipe)["model"].values())
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_like_the_eager_one(tmp_path):
+    """torch.compile changes speed, not results (beyond rounding)."""
+    eager, compiled = (
+        tiny(tmp_path, "train.epochs=1", name="eager"),
+        tiny(tmp_path, "train.epochs=1", "train.compile=true", name="c"),
+    )
+    fit(eager)
+    fit(compiled)
+    assert metrics(compiled)[0]["train/loss"] == pytest.approx(metrics(eager)[0]["train/loss"], rel=1e-3)

@@ -464,3 +464,65 @@ def test_metrics_name_every_layer():
     assert metrics["wci/total"] == pytest.approx(metrics["wci/conv.weight"] + metrics["wci/fc.weight"])
     assert metrics["frobenius/fc.weight"] == pytest.approx(float(model.fc.weight.detach().square().sum()), rel=1e-6)
     assert metrics["lambda"] > 0
+
+
+def test_a_penalty_reports_the_relative_size_its_strength_amounts_to(monkeypatch):
+    """λ of the penalty and r of the posterior are one knob: the same λ must give the same r."""
+    sizes = []
+    for rule in ({"penalty": WCIPenalty(1e-3)}, {"perturbation": WCIPosterior(strength=1e-3)}):
+        model, optimizer = make(rule, lr=0.0)
+        optimizer._record.update(num_estimates=1, trace_sum=torch.tensor([2.0, 3.0]).double() * 0.1)
+        run(model, optimizer, steps=1)
+        sizes.append(optimizer.metrics()["relative_size"])
+        assert optimizer.metrics()["lambda"] == pytest.approx(1e-3)
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-6)
+
+
+def test_penalty_passes_run_in_float32_under_bf16():
+    """Differences of bfloat16 gradients are noise; Accelerate's autocast sits inside the model's forward."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        for rule, expected in (({"penalty": WCIPenalty(1e-3)}, {torch.float32}), ({}, {torch.bfloat16})):
+            model, optimizer = make(rule)
+            prepared_model, _ = accelerator.prepare(model, optimizer)
+            optimizer.attach(accelerator, prepared_model)
+            x, y = image_batch()
+            seen = set()
+            for _ in range(2):  # the first step only measures; its pass at W is the plain one
+                seen.clear()
+                handle = model.conv.register_forward_hook(lambda m, args, out, seen=seen: seen.add(out.dtype))
+                optimizer.backward(lambda m=prepared_model, x=x, y=y: F.cross_entropy(m(x), y))
+                handle.remove()
+                optimizer.step()
+            assert seen == expected
+            handle = model.conv.register_forward_hook(lambda m, args, out, seen=seen: seen.add(out.dtype))
+            prepared_model(x)
+            assert torch.bfloat16 in seen  # and autocast is back afterwards
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_what_accelerate_cannot_do_right_is_refused():
+    """fp16's scaler skips and rescales steps; a static graph breaks under extra passes."""
+    from types import SimpleNamespace
+
+    model, optimizer = make({"penalty": WCIPenalty(1e-3)})
+
+    def accelerator(precision="no", kind="NO"):
+        return SimpleNamespace(
+            mixed_precision=precision, distributed_type=SimpleNamespace(value=kind), gradient_accumulation_steps=1
+        )
+
+    with pytest.raises(ValueError, match="Use bf16"):
+        optimizer.attach(accelerator("fp16"), model)
+    with pytest.raises(ValueError, match="FSDP"):
+        optimizer.attach(accelerator(kind="FSDP"), model)
+    with pytest.raises(ValueError, match="compiled bf16"):
+        optimizer.attach(accelerator("bf16"), torch.compile(model))
+    model.static_graph = True
+    with pytest.raises(ValueError, match="static_graph"):
+        optimizer.attach(accelerator(), model)

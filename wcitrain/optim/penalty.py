@@ -32,7 +32,8 @@ class WCIPenalty:
     Args:
         strength: λ >= 0; 0 only monitors.
         radius: Size of the probe perturbation relative to the weights, in (0, 1]. Small radii approach the Hessian on smooth
-            networks and lose digits: the rounding error of a float32 gradient is multiplied by about λ_r/radius².
+            networks and lose digits: rounding errors of the gradients are multiplied by k = ½ (r / radius)², where r is the
+            relative size that λ amounts to (`WCIPosterior`; logged as ``relative_size``).
         schedule: When it acts; its ``every`` multiplies λ.
     """
 

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from wcitrain.curvature.two_point import signs, trace_from_slopes
 from wcitrain.optim.delegating import DelegatingOptimizer
 from wcitrain.optim.passes import Slopes, explained, perturbed
-from wcitrain.optim.penalty import Penalty
+from wcitrain.optim.penalty import Penalty, WCIPenalty
 from wcitrain.optim.perturbation import AWP, Posterior, UniformNoise, WCIPosterior, WeightPerturbation
 from wcitrain.params import dots, select_layers, sizes, squared_norms
 from wcitrain.preserve import full_precision, kept_buffers, random_state, set_random_state
@@ -232,7 +232,10 @@ class RegularizedOptimizer(DelegatingOptimizer):
         shape, strength = self.penalty.trace_coefficients(a, d, traces)
         scale = self.penalty.radius * (a.sum() / (d * shape).sum()).sqrt()  # ||scale * sqrt(shape) v|| = radius ||W||
         direction, sigma = self._random_direction(scale * shape.sqrt())
-        weight = float(factor * strength / scale.square()) if strength else 0.0
+        weight = float(factor * strength / scale.square()) if strength else 0.0  # k
+        if weight and isinstance(self.penalty, WCIPenalty):  # the posterior step is this one at k = 1/2
+            size = self.penalty.radius * (2 * weight) ** 0.5
+            self._latest = Posterior(sigma, None, a.new_tensor(factor * strength), a.new_tensor(size))
         with full_precision(self.model):
             with perturbed(self._tensors, direction) as move, kept_buffers(self.model), self._local():
                 slopes = []

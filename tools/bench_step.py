@@ -1,0 +1,144 @@
+"""What one optimizer step costs: time and peak memory of every rule as a multiple of plain PGD-10 adversarial training.
+
+    python tools/bench_step.py [--model preact_resnet18] [--batch 32] [--size 32] [--rounds 5] [--device cpu]
+
+All rules are timed in one process, in turn within every round (machines are noisy: only ratios of the same round count), and
+the median of the ratios is printed with its range, beside the multiple that counting passes predicts (a forward counts 1, a
+backward to the input 1, a backward to the weights 2). Memory is measured in a fresh process a rule: the highest resident
+set during the steps less the resident set before them (CUDA: the allocator's peak).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from wcitrain import (
+    AWP,
+    PGDAT,
+    RegularizedOptimizer,
+    StrengthSchedule,
+    ThreatModel,
+    UniformNoise,
+    WCIPenalty,
+    WCIPosterior,
+    create_model,
+)  # fmt: skip
+
+RULES = {
+    "AT": {},
+    "AWP": {"perturbation": AWP(0.01)},
+    "noise": {"perturbation": UniformNoise(1.0)},
+    "WCI": {"perturbation": WCIPosterior(1.0)},
+    "WCI, clean statistics": {"perturbation": WCIPosterior(1.0, statistics="clean")},
+    "WCI penalty": {"penalty": WCIPenalty(1e-4)},
+    "WCI penalty, every 10": {"penalty": WCIPenalty(1e-4, schedule=StrengthSchedule(every=10))},
+}
+
+
+class Workload:
+    """One model, batch and optimizer; ``step`` is one step of adversarial training."""
+
+    def __init__(self, rule: str, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        device = torch.device(options.device)
+        self.model = create_model(options.model, num_classes=10, stem=options.stem).to(device)
+        self.x = torch.rand(options.batch, 3, options.size, options.size, device=device)
+        self.y = torch.randint(0, 10, (options.batch,), device=device)
+        self.objective = PGDAT(ThreatModel("linf", 8 / 255), num_steps=10)
+        base = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.optimizer = RegularizedOptimizer(base, self.model, **RULES[rule])
+        self.device = device
+
+    def step(self) -> None:
+        """Attack, gradients, step."""
+        x_adv = self.objective.perturb(self.model, self.x, self.y)
+        self.optimizer.step(lambda: self.objective.loss(self.model, self.x, x_adv, self.y).total)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def predicted(self) -> float:
+        """The multiple that counting passes predicts."""
+        forward, backward = self.optimizer.extra_passes()
+        return (23 + forward + 2 * backward) / 23
+
+
+def measure_memory(rule: str, options: argparse.Namespace) -> float:
+    """Return the growth of the peak in MB over three steps (run in a process of its own)."""
+    work = Workload(rule, options)
+    if work.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            work.step()
+        return torch.cuda.max_memory_allocated() / 1e6
+    before = resident_mb("VmRSS")
+    for _ in range(3):
+        work.step()
+    return resident_mb("VmHWM") - before
+
+
+def resident_mb(key: str) -> float:
+    """Return this process's resident set (VmRSS) or its highest so far (VmHWM) in MB; Linux only."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def main() -> None:
+    """Parse, measure, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="preact_resnet18")
+    parser.add_argument("--stem", default="default")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        print(json.dumps(measure_memory(options.memory_of, options)))
+        return
+
+    work = {rule: Workload(rule, options) for rule in RULES}
+    for w in work.values():
+        w.step()  # warm-up, and the first trace estimate
+    seconds: dict[str, list[float]] = {rule: [] for rule in RULES}
+    for number in range(options.rounds * 10 if options.device == "cuda" else options.rounds):
+        for rule in RULES if number % 2 == 0 else reversed(RULES):
+            start = time.perf_counter()
+            work[rule].step()
+            seconds[rule].append(time.perf_counter() - start)
+    arguments = [a for a in sys.argv[1:] if a != "--memory-of"]
+    memory = {
+        rule: float(
+            json.loads(
+                subprocess.run(
+                    [sys.executable, __file__, *arguments, "--memory-of", rule],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout
+            )
+        )
+        for rule in RULES
+    }
+    print(
+        f"{options.model}, batch {options.batch}, {options.size} px, PGD-10, {options.device}, {options.threads} thread(s)"
+    )
+    print(f"plain step: {sorted(seconds['AT'])[len(seconds['AT']) // 2]:.2f} s, {memory['AT']:.0f} MB\n")
+    print("| rule | time | range | predicted | memory |\n| --- | ---: | ---: | ---: | ---: |")
+    for rule in RULES:
+        ratios = sorted(s / plain for s, plain in zip(seconds[rule], seconds["AT"], strict=True))
+        print(
+            f"| {rule} | {ratios[len(ratios) // 2]:.2f}x | {ratios[0]:.2f} to {ratios[-1]:.2f} | "
+            f"{work[rule].predicted():.2f}x | {memory[rule] / memory['AT']:.2f}x |"
+        )
+
+
+if __name__ == "__main__":
+    main()
