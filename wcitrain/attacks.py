@@ -118,11 +118,17 @@ def pgd(
         Adversarial images, detached, same shape and dtype as ``x``, in [0, 1] and within eps of ``x`` (up to rounding).
 
     Raises:
-        ValueError: ``num_steps < 0``, ``num_restarts < 1``, or a loss that is not one number per example.
+        ValueError: ``num_steps < 0``, ``num_restarts < 1``, images outside [0, 1], or a loss that is not one number per
+            example.
     """
     if num_steps < 0 or num_restarts < 1:
         raise ValueError(
             f"pgd: got num_steps={num_steps}, num_restarts={num_restarts}; expected num_steps >= 0 and num_restarts >= 1."
+        )
+    if x.numel() and (x.min() < -1e-6 or x.max() > 1 + 1e-6):  # rounding of a resized image is fine
+        raise ValueError(
+            f"pgd: got images from {float(x.min()):.3g} to {float(x.max()):.3g}; expected [0, 1], where eps is measured. Put the "
+            "normalisation inside the model (create_model does)."
         )
     worst, worst_loss = x.detach(), None
     for _ in range(num_restarts):

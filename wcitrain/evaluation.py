@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+TRACE_EXAMPLES = 50  # examples behind one draw of the traces: several draws a batch, so that their spread is known
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Accuracies in [0, 1] and mean cross-entropies on ``num_examples`` images; ``wci`` where it was asked for."""
@@ -69,7 +72,7 @@ def evaluate(
         ValueError: ``batches`` is empty.
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    rows: list[Tensor] = []  # one a batch: number, clean correct, clean loss, robust correct, robust loss, t_1 .. t_L
+    rows: list[tuple[Tensor, Tensor]] = []  # one a batch: [5] sums, and [K, 1 + L] trace samples with their weights
     with undisturbed(model, training=False), full_precision(model):
         for number, (x, y, _) in enumerate(batches):
             if number % world == rank:
@@ -79,13 +82,13 @@ def evaluate(
         rows = _gather(rows, accelerator)
     if not rows:
         raise ValueError("evaluate: got no images; expected at least one batch. Is the split empty?")
-    table = torch.stack(rows).double().cpu()
-    total = table[:, :5].sum(0).tolist()
+    num, *total = torch.stack([sums for sums, _ in rows]).sum(0).tolist()
+    means = [value / num for value in total]
     wci = None
     if layers:
-        wci = WCIMeasurement.from_samples(tuple(layers), squared_norms(layers), table[:, 5:], table[:, 0])
-    num = int(total[0])
-    return Evaluation(num, total[1] / num, total[2] / num, total[3] / num, total[4] / num, wci)
+        samples = torch.cat([samples for _, samples in rows])
+        wci = WCIMeasurement.from_samples(tuple(layers), squared_norms(layers), samples[:, 1:], samples[:, 0])
+    return Evaluation(int(num), means[0], means[1], means[2], means[3], wci)
 
 
 def wilson_interval(share: float, num: int, z: float = 1.96) -> tuple[float, float]:
@@ -109,8 +112,8 @@ def _measure_batch(
     num_restarts: int,
     generator: torch.Generator,
     layers: Mapping[str, Tensor] | None,
-) -> Tensor:
-    """Return the sums of one batch, and its trace draws, as one float64 row."""
+) -> tuple[Tensor, Tensor]:
+    """Return (number, clean correct, clean loss, robust correct, robust loss) [5], and trace samples [K, 1 + L]."""
 
     def losses(images: Tensor) -> Tensor:
         return F.cross_entropy(model(images).float(), y, reduction="none")
@@ -124,20 +127,29 @@ def _measure_batch(
         num_restarts=num_restarts,
         generator=generator,
     )
-    numbers = [torch.tensor(float(len(y)))]
-    for images, needs_graph in ((x, False), (x_adv, bool(layers))):
-        with torch.set_grad_enabled(needs_graph):
-            logits = model(images).float()
-        correct = (logits.argmax(1) == y).sum()
-        numbers += [correct, F.cross_entropy(logits.detach(), y, reduction="sum")]
-    if layers:
-        numbers += gauss_newton_trace(logits, layers, generator=generator).unbind()
-    return torch.stack([value.detach().double().cpu() for value in numbers])
+    samples, parts = [], []
+    with torch.set_grad_enabled(bool(layers)):
+        for part in x_adv.split(TRACE_EXAMPLES) if layers else [x_adv]:
+            logits = model(part).float()
+            parts.append(logits.detach())
+            if layers:
+                trace = gauss_newton_trace(logits, layers, generator=generator)
+                samples.append(torch.cat([trace.new_tensor([len(part)]), trace]))
+    with torch.no_grad():
+        sums = [torch.tensor(float(len(y)))]
+        for logits in (model(x).float(), torch.cat(parts)):
+            sums += [(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")]
+    traces = torch.stack(samples) if samples else torch.zeros(0, 1)
+    return torch.stack([value.double().cpu() for value in sums]), traces.double().cpu()
 
 
-def _gather(rows: list[Tensor], accelerator: "Accelerator") -> list[Tensor]:
+def _gather(rows: list[tuple[Tensor, Tensor]], accelerator: "Accelerator") -> list[tuple[Tensor, Tensor]]:
     """Collect the rows of all processes, in the order one process would have."""
     from accelerate.utils import gather_object
 
-    mine = [(accelerator.process_index + k * accelerator.num_processes, row.tolist()) for k, row in enumerate(rows)]
-    return [torch.tensor(row, dtype=torch.float64) for _, row in sorted(gather_object(mine))]
+    first, step = accelerator.process_index, accelerator.num_processes
+    mine = [(first + k * step, sums.tolist(), samples.tolist()) for k, (sums, samples) in enumerate(rows)]
+    return [
+        (torch.tensor(sums, dtype=torch.float64), torch.tensor(samples, dtype=torch.float64))
+        for _, sums, samples in sorted(gather_object(mine))
+    ]

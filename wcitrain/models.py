@@ -64,7 +64,8 @@ def create_model(
         ValueError: Unknown name (the nearest are listed), a stem the model does not have, arguments timm refuses,
             or a normalisation that does not fit ``in_chans``.
     """
-    if name.partition(".")[0] not in _known_names():
+    is_remote = ":" in name or "/" in name  # hf-hub:..., local-dir:...: timm finds out itself
+    if not is_remote and name.partition(".")[0] not in _known_names():
         near = difflib.get_close_matches(name, _known_names(), n=3, cutoff=0.5)
         raise ValueError(
             f"model.name: got {name!r}; expected a timm model. "

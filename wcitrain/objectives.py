@@ -69,9 +69,9 @@ class PGDAT:
     Args:
         threat: Norm and radius.
         num_steps, step_size, random_start, num_restarts: See ``attacks.pgd``.
-        attack_bn: Mode of the model while it is attacked: ``"eval"`` (running statistics, no dropout) or ``"train"``
-            (batch statistics, as in Rice et al. 2020). Running statistics are left alone either way; Rice's code lets the
-            attack update them.
+        attack_bn: Mode of the model while it is attacked: ``"eval"`` (running statistics, no dropout) or ``"train"`` (the
+            mode it is trained in: batch statistics, as in Rice et al. 2020). Running statistics are left alone either way;
+            Rice's code lets the attack update them.
         label_smoothing: Of the training loss; the attack always uses the true labels.
     """
 
@@ -85,7 +85,7 @@ class PGDAT:
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return PGD examples against the current weights; the model is left exactly as it was."""
-        with undisturbed(model, training=self.attack_bn == "train"):
+        with undisturbed(model, training=None if self.attack_bn == "train" else False):
             return pgd(
                 lambda x_adv: F.cross_entropy(model(x_adv).float(), y, reduction="none"),
                 x,

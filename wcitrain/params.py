@@ -7,38 +7,36 @@ class and position tokens are not layers (Xu & Zhang speak of "weight matrices" 
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 LAYER_CHOICES = ("weights", "weights+biases", "all")
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
-def canonical_name(name: str) -> str:
-    """Strip what DistributedDataParallel and ``torch.compile`` put in front of a parameter's name."""
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _WRAPPER_PREFIXES:
-            if name.startswith(prefix):
-                name, stripped = name[len(prefix) :], True
-    return name
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's own module inside DistributedDataParallel, DataParallel and ``torch.compile`` wrappers."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = cast(nn.Module, model._orig_mod if hasattr(model, "_orig_mod") else model.module)
+    return model
 
 
 def select_layers(model: nn.Module, layers: str = "weights") -> dict[str, nn.Parameter]:
-    """Return the tensors that count as layers, by canonical name, in the model's own order.
+    """Return the tensors that count as layers, by the user's own names, in the model's own order.
 
     Args:
         model: Any module. Frozen parameters are left out; a tied tensor appears once, under its first name.
         layers: ``"weights"`` (default: named ``weight`` or ``*_weight``, two or more dimensions, no embedding);
             ``"weights+biases"`` (those and every bias of a module that has such a weight, each its own layer);
-            ``"all"`` (every trainable tensor is its own layer); or a glob over canonical names such as ``"*layer4*weight"``.
+            ``"all"`` (every trainable tensor is its own layer); or a glob over parameter names such as ``"*layer4*weight"``.
 
     Raises:
         ValueError: Nothing was selected; the message lists some names that exist.
     """
-    trainable = {canonical_name(n): (n, p) for n, p in model.named_parameters() if p.requires_grad}
+    model = unwrapped(model)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if layers == "all":
         chosen = set(trainable)
     elif layers in ("weights", "weights+biases"):
@@ -47,7 +45,7 @@ def select_layers(model: nn.Module, layers: str = "weights") -> dict[str, nn.Par
         }
         chosen = {
             name
-            for name, (_, p) in trainable.items()
+            for name, p in trainable.items()
             if p.ndim >= 2 and name.rpartition(".")[2].endswith("weight") and id(p) not in embeddings
         }
         if layers == "weights+biases":
@@ -59,7 +57,7 @@ def select_layers(model: nn.Module, layers: str = "weights") -> dict[str, nn.Par
             }
     else:
         chosen = {name for name in trainable if fnmatchcase(name, layers)}
-    selected = {name: p for name, (_, p) in trainable.items() if name in chosen}
+    selected = {name: p for name, p in trainable.items() if name in chosen}
     if not selected:
         some = ", ".join(list(trainable)[:6]) or "none at all: is everything frozen?"
         raise ValueError(
@@ -71,8 +69,8 @@ def select_layers(model: nn.Module, layers: str = "weights") -> dict[str, nn.Par
 
 def squared_norms(layers: Mapping[str, Tensor]) -> Tensor:
     """Return ``a_l = ||W_l||_F^2`` as a float64 tensor [L] (float32 on devices without float64), no graph attached."""
-    norms = torch._foreach_norm([p.detach() for p in layers.values()])
-    return wide(torch.stack([n.float() if n.dtype.itemsize < 4 else n for n in norms])).square()
+    tensors = [p.detach() for p in layers.values()]
+    return wide(torch.stack(torch._foreach_norm([t.float() if t.dtype.itemsize < 4 else t for t in tensors]))).square()
 
 
 def sizes(layers: Mapping[str, Tensor]) -> Tensor:

@@ -6,19 +6,21 @@ restores on exceptions too. Gradients need no context: extra passes use ``torch.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 
 @contextmanager
-def module_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put the model in train or eval mode; on exit every submodule gets its own flag back.
+def module_mode(model: nn.Module, *, training: bool | None) -> Iterator[None]:
+    """Put the model in train or eval mode (None: leave it); on exit every submodule gets its own flag back.
 
     ``model.train()`` on exit would be wrong: it also switches on layers that the user froze in eval mode.
     """
     flags = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    if training is not None:
+        model.train(training)
     try:
         yield
     finally:
@@ -64,12 +66,13 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *, training: bool) -> Iterator[None]:
+def undisturbed(model: nn.Module, *, training: bool | None) -> Iterator[None]:
     """Run passes that must leave no trace: chosen mode inside; modes, buffers and random state restored on exit.
 
     Args:
         model: Any module; its parameters decide the device.
-        training: Mode inside (``False``: running statistics and no dropout; ``True``: batch statistics and dropout).
+        training: Mode inside (``False``: running statistics and no dropout; ``True``: batch statistics and dropout;
+            ``None``: as the model stands, so layers the user froze in eval mode stay frozen).
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with module_mode(model, training=training), kept_buffers(model), kept_random_state(device):
@@ -78,24 +81,54 @@ def undisturbed(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Run forward passes in float32 although Accelerate prepared the model for mixed precision; TF32 is off too.
+    """Run forward passes in float32 although the model was prepared for mixed precision; TF32 is off too.
 
-    Accelerate replaces ``model.forward`` by a version with autocast inside, so an outer ``autocast(enabled=False)`` has no
-    effect; the original is kept as ``_original_forward`` and is put back for the duration. Differences of gradients need
-    this: in bfloat16 they are noise.
+    Accelerate replaces ``model.forward`` by a version with autocast inside, so switching autocast off outside has no effect
+    there; the original is kept as ``_original_forward`` and is put back for the duration. An autocast around this context is
+    switched off. One inside, in the user's own code, cannot be: it is refused. Differences of gradients need all this: in
+    bfloat16 they are noise.
+
+    Raises:
+        RuntimeError: The model is called under an autocast that was entered inside this context.
     """
     patched = [m for m in model.modules() if "_original_forward" in m.__dict__ and "forward" in m.__dict__]
     forwards = [m.__dict__["forward"] for m in patched]
     for module in patched:
         module.forward = module.__dict__["_original_forward"]
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+
+    def refuse(module: nn.Module, args: object) -> None:
+        if torch.is_autocast_enabled(kind):
+            raise RuntimeError(
+                "this pass needs float32, but the model is called under autocast. Remove autocast from your loss function "
+                "(accelerator.prepare puts it inside the model, where it can be switched off), or use WCIPosterior."
+            )
+
+    hook = model.register_forward_pre_hook(refuse)
     try:
-        with torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled,
-            benchmark=torch.backends.cudnn.benchmark,
-            deterministic=torch.backends.cudnn.deterministic,
-            allow_tf32=False,
-        ):
+        with torch.autocast(kind, enabled=False), _no_tf32():
             yield
     finally:
+        hook.remove()
         for module, forward in zip(patched, forwards, strict=True):
             module.forward = forward
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Compute float32 products in float32 on CUDA, by torch's newer or older switches."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    conv = getattr(cudnn, "conv", None)
+    switches: list[tuple[Any, str, Any]]
+    if hasattr(conv, "fp32_precision"):
+        switches = [(conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
+    else:
+        switches = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    former = [getattr(place, name) for place, name, _ in switches]
+    for place, name, value in switches:
+        setattr(place, name, value)
+    try:
+        yield
+    finally:
+        for (place, name, _), value in zip(switches, former, strict=True):
+            setattr(place, name, value)

@@ -24,6 +24,7 @@ from wcitrain.data import load_splits
 from wcitrain.evaluation import Evaluation, evaluate
 from wcitrain.models import Classifier, create_model
 from wcitrain.optim import RegularizedOptimizer
+from wcitrain.params import select_layers
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import generator_from, seed_from
 from wcitrain.stopping import StopRequest
@@ -297,8 +298,7 @@ class Trainer:
     def measure(self, images: Any, *, wci: bool = False) -> Evaluation:
         """Evaluate ``measured`` on a set with the recipe's evaluation attack."""
         settings = self.recipe.evaluation
-        parameters = dict(self.measured.named_parameters())
-        layers = {name: parameters[name] for name in self.regularizer.layers} if wci else None
+        layers = select_layers(self.measured) if wci else None  # the same for every method, whatever its own layers
         return evaluate(
             self.measured,
             images.batches(settings.batch_size, device=self.device),

@@ -36,7 +36,8 @@ def test_every_rule_in_two_processes_equals_one_that_accumulates(tmp_path):
 
     first, second = launch("wrapper", tmp_path)
     for rule in RULES:
-        assert_same(first[rule], second[rule])  # processes stay in step
+        assert_same(first[rule], second[rule])  # processes stay in step,
+        assert_same(first[f"{rule}, BatchNorm"], second[f"{rule}, BatchNorm"])  # running statistics included
         alone, _ = train(rule, rank=0, world=1)
         assert alone.keys() == first[rule].keys()
         for key, value in alone.items():

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from cases import RULES, SmoothNet
+from torch import nn
 
 from wcitrain.optim import RegularizedOptimizer
 
@@ -16,13 +17,13 @@ def data(part: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(6, 4, generator=generator).double(), torch.randint(0, 3, (6,), generator=generator)
 
 
-def train(rule: str, rank: int, world: int, steps: int = 4) -> tuple[dict, object]:
+def train(rule: str, rank: int, world: int, steps: int = 4, normalised: nn.Module | None = None) -> tuple[dict, object]:
     """``world`` processes with one micro-batch each, or one process (world 1) that accumulates two."""
     accumulate = 2 // world
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     assert accelerator.num_processes == world, f"asked for {world} processes, got {accelerator.num_processes}"
     torch.manual_seed(0)
-    model = SmoothNet().double()
+    model = SmoothNet().double() if normalised is None else normalised
     optimizer = RegularizedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, **RULES[rule].kwargs
     )
@@ -50,7 +51,10 @@ if __name__ == "__main__":
     if kind == "wrapper":
         results = {}
         for rule in RULES:
-            results[rule], accelerator = train(rule, rank, 2)
+            results[rule], _ = train(rule, rank, 2)
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).double()
+            results[f"{rule}, BatchNorm"], _ = train(rule, rank, 2, normalised=model)
         torch.save(results, f"{out}/{rank}.pt")
     else:
         from wcitrain.recipe import load_recipe

@@ -55,7 +55,7 @@ def exact_wci_gradient(model: nn.Module, loss_fn) -> tuple[list[torch.Tensor], t
 def with_known_traces(model: nn.Module, traces: torch.Tensor, seed: int, **rule) -> RegularizedOptimizer:
     """A wrapper whose running averages are the exact traces."""
     optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, seed=seed, **rule)
-    optimizer._record.update(num_estimates=1, trace_sum=traces * (1 - optimizer.trace_decay))
+    optimizer._record.update(is_measured=True, trace_sum=traces.clone(), trace_weight=torch.ones_like(traces))
     return optimizer
 
 
@@ -220,7 +220,7 @@ def test_gauss_newton_trace_of_a_linear_model_is_its_closed_form():
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
     x = torch.tensor([[1.0, 2.0], [3.0, -1.0]]).double()
-    p = model(x).softmax(-1)
+    p = model(x).detach().softmax(-1)
     exact = float((x.square().sum(1) * (1 - p.square().sum(1))).mean())
     assert exact == pytest.approx(1.8285859402617057, abs=1e-12)
     generator = torch.Generator().manual_seed(0)
@@ -278,3 +278,31 @@ def test_signs_are_fair_independent_and_reproducible():
     assert abs(float((v[8:] * v[:-8]).mean())) < 4 / n**0.5  # eight signs come from one random byte
     assert all(torch.equal(p, q) for p, q in zip(signs(layers, 1, 2), signs(layers, 1, 2), strict=True))
     assert not torch.equal(signs(layers, 1, 2)[0], signs(layers, 1, 3)[0])
+
+
+def test_evaluation_reports_the_index_with_its_error():
+    """One draw has no error bar: batches are cut so that the spread of the traces is known, and it is the right spread."""
+    from wcitrain.attacks import ThreatModel
+    from wcitrain.evaluation import evaluate
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)).double()
+    x, y = torch.rand(400, 1, 4, 4).double(), torch.randint(0, 3, (400,))
+    batches = [(x, y, torch.arange(400))]
+    layers = select_layers(model)
+    results = [
+        evaluate(
+            model, batches, threat=ThreatModel("linf", 1e-9), num_steps=1, step_size=1e-9, seed=seed, layers=layers
+        )
+        for seed in range(60)
+    ]
+    totals = torch.tensor([r.wci.total for r in results])
+    errors = torch.tensor([r.wci.total_stderr for r in results])
+    assert results[0].wci.trace.num_probes == 8
+    # The examples are the same in every repetition, so the spread over seeds is at most the reported error.
+    assert 0.3 * float(errors.mean()) < float(totals.std()) < 1.3 * float(errors.mean())
+    p = model(x).softmax(-1)
+    hidden = torch.relu(model[1](x.flatten(1)))
+    exact = (hidden.square().sum(1) * (1 - p.square().sum(1))).mean().detach()  # closed form of the last layer
+    last = TraceEstimate.from_samples(torch.stack([r.wci.trace.mean[1] for r in results]).unsqueeze(1))
+    assert abs(float(last.mean[0]) - float(exact)) < 4 * float(last.stderr[0])

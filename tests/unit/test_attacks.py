@@ -177,3 +177,5 @@ def test_impossible_threats_and_losses_are_refused():
         pgd(lambda z: F.cross_entropy(model(z), y), x, threat=ThreatModel())
     with pytest.raises(ValueError, match="num_steps"):
         pgd(lambda z: z.flatten(1).sum(1), x, threat=ThreatModel(), num_steps=-1)
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        pgd(lambda z: z.flatten(1).sum(1), torch.randn(3, 1, 4, 4) * 3, threat=ThreatModel())

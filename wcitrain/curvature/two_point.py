@@ -35,16 +35,17 @@ def signs(layers: Sequence[Tensor], *key: object) -> list[Tensor]:
     # Eight signs a random byte: several times cheaper than one random number a sign.
     random_bytes = torch.randint(0, 256, (-(-num // 8), 1), generator=generator, device=device, dtype=torch.uint8)
     bits = (random_bytes >> torch.arange(8, device=device, dtype=torch.uint8)) & 1
-    flat = bits.flatten()[:num].to(layers[0].dtype).mul_(2).sub_(1)
-    return [v.view_as(p) for v, p in zip(flat.split([p.numel() for p in layers]), layers, strict=True)]
+    flat = bits.flatten()[:num].to(torch.int8).mul_(2).sub_(1)
+    parts = flat.split([p.numel() for p in layers])
+    return [v.view_as(p).to(p.dtype) for v, p in zip(parts, layers, strict=True)]
 
 
 def trace_from_slopes(slope_plus: Tensor, slope_minus: Tensor, sigma: Tensor) -> Tensor:
-    """Return the single-draw estimates of t_l [L] of equation (1); zero where a layer was not perturbed.
+    """Return the single-draw estimates of t_l [L] of equation (1); NaN where a layer was not perturbed or has no gradient.
 
     Args:
-        slope_plus, slope_minus: ``u_lᵀ g±_l`` [L].
+        slope_plus, slope_minus: ``u_lᵀ g±_l`` [L], NaN for a layer without gradient.
         sigma: ``σ_l`` [L].
     """
     variance = wide(sigma).square()
-    return torch.where(variance > 0, (slope_plus - slope_minus) / (2 * variance).clamp_min(1e-300), 0.0)
+    return (slope_plus - slope_minus) / torch.where(variance > 0, 2 * variance, torch.nan)

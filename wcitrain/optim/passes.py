@@ -33,7 +33,7 @@ class Slopes:
 
     Hooks see this process's own gradient before it is added to ``.grad`` and before any reduction over processes, so
     neither accumulated micro-batches nor other processes' directions leak in. Afterwards ``slopes.values`` is a tensor [L];
-    a layer that got no gradient has zero.
+    a layer that got no gradient has NaN.
     """
 
     def __init__(self, layers: Sequence[Tensor], direction: Sequence[Tensor]) -> None:
@@ -50,15 +50,18 @@ class Slopes:
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         def collect(gradient: Tensor) -> None:
-            self._found[index] = dots([self._direction[index]], [gradient.detach()])[0]
+            slope = dots([self._direction[index]], [gradient.detach()])[0]
+            self._found[index] = (
+                self._found[index] + slope if index in self._found else slope
+            )  # reentrant checkpointing
 
         return collect
 
     @property
     def values(self) -> Tensor:
         """The inner products [L], summed in float64."""
-        zero = dots(self._direction[:1], [None])[0]
-        return torch.stack([self._found.get(index, zero) for index in range(len(self._direction))])
+        missing = dots(self._direction[:1], [None])[0] * torch.nan
+        return torch.stack([self._found.get(index, missing) for index in range(len(self._direction))])
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wcitrain.optim.perturbation import posterior_shape
+from wcitrain.optim.perturbation import norm_coefficients, posterior_shape
 from wcitrain.optim.schedule import StrengthSchedule
 
 
@@ -53,11 +53,12 @@ class WCIPenalty:
         """Return the coefficients of W_l [L] in (1), 2 ∂φ/∂a_l = λ sqrt(t_l / a_l), or None where no trace is known yet."""
         if t is None or self.strength == 0:
             return None
-        return self.strength / posterior_shape(a, d, t).clamp_min(1e-30)
+        return self.strength * norm_coefficients(a, t)
 
     def trace_coefficients(self, a: Tensor, d: Tensor, t: Tensor | None) -> tuple[Tensor, float]:
-        """Return the shape of c_l [L] (positive) and the factor it is multiplied with (zero until traces are known)."""
-        return posterior_shape(a, d, t) / 2, self.strength if t is not None else 0.0
+        """Return the shape of c_l [L] (positive) and the factor it is multiplied with (zero until a trace is positive)."""
+        shape, is_known = posterior_shape(a, d, t)
+        return shape / 2, self.strength if self.strength and bool(is_known) else 0.0
 
 
 @dataclass(frozen=True)

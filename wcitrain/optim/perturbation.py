@@ -20,7 +20,10 @@ from torch import Tensor
 
 from wcitrain.optim.schedule import StrengthSchedule
 
-FLOOR = 1e-4  # lowest a_l t_l a layer counts with, as a share of the layers' mean
+FLOOR = (
+    1e-2  # lowest a_l t_l a layer counts with, as a share of the layers' mean: caps σ_l² at 10 times the mean layer's
+)
+FIRST_SIZE = 0.1  # relative size of the perturbations that measure, while a λ has no traces to be turned into a size
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,12 @@ class WCIPosterior:
         σ_l² = λ s_l,    s_l = sqrt(a_l / t_l),    λ = r² Σ_l a_l / Σ_l d_l s_l.                                 (3)
 
     The last equality of (2) holds at the optimal s_l, which is what (3) plugs in, from a running average of t_l. Directions
-    are random signs, so the relative size is r exactly; the two antithetic gradients cancel the first-order noise. Layers
-    whose product a_l t_l is below ``FLOOR`` times the mean (or negative) count with that floor, so that none takes all the
-    noise. The first step, when no t_l is known, uses ``UniformNoise``'s shares.
+    are random signs, so the relative size is r exactly; the two antithetic gradients cancel the first-order noise. In (3) a
+    layer whose product a_l t_l is below ``FLOOR`` times the mean over layers, or negative, counts with that floor: its
+    variance is at most 1/sqrt(FLOOR) times that of a layer with the mean product, size and norm. A layer without any estimate
+    (no gradient so far) counts with the mean. Until some trace is positive the shares are ``UniformNoise``'s, and a run by
+    ``strength`` takes perturbations of relative size ``FIRST_SIZE``. Under bfloat16 traces from perturbations smaller than
+    about 0.05 are rounding noise: avoid long ramps there.
 
     Args:
         relative_size: r; strong radii (about 1) are where it pays. Give this or ``strength``.
@@ -95,14 +101,16 @@ class WCIPosterior:
 
     def posterior(self, a: Tensor, d: Tensor, t: Tensor | None, factor: float) -> Posterior:
         """Return (3) for squared norms ``a``, sizes ``d`` and traces ``t`` (None: not measured yet), all [L]."""
-        s = posterior_shape(a, d, t)
-        volume = (d * s).sum()
+        s, is_known = posterior_shape(a, d, t)
+        volume = (d * s).sum().clamp_min(_TINY)  # all layers zero: nothing to perturb, sigma = 0
+        by_size = (factor * (self.relative_size or FIRST_SIZE)) ** 2 * a.sum() / volume
         if self.relative_size is not None:
-            strength = (factor * self.relative_size) ** 2 * a.sum() / volume
+            strength = by_size
         else:
-            strength = a.new_tensor(factor * self.strength)  # type: ignore[operator]
-        frobenius = strength / s.clamp_min(_TINY) if self.frobenius and t is not None else None
-        return Posterior((strength * s).sqrt(), frobenius, strength, (strength * volume / a.sum()).sqrt())
+            strength = torch.where(is_known, torch.full_like(by_size, factor * (self.strength or 0.0)), by_size)
+        frobenius = norm_coefficients(a, t) * strength if self.frobenius and t is not None else None
+        relative_size = (strength * volume / a.sum().clamp_min(_TINY)).sqrt()
+        return Posterior((strength * s).sqrt(), frobenius, strength, relative_size)
 
 
 @dataclass(frozen=True)
@@ -134,15 +142,26 @@ class UniformNoise:
 WeightPerturbation = AWP | WCIPosterior | UniformNoise
 
 
-def posterior_shape(a: Tensor, d: Tensor, t: Tensor | None) -> Tensor:
-    """Return ``s_l = sqrt(a_l / t_l)`` [L] with the floor on ``a_l t_l``, or ``a_l / d_l`` where no curvature is known."""
+def posterior_shape(a: Tensor, d: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ``s_l = sqrt(a_l / t_l)`` [L] with the floor on ``a_l t_l``, and whether any trace is known and positive.
+
+    Where none is, the shape is ``a_l / d_l``: right as shares, meaningless as an absolute value.
+    """
     uniform = a / d
     if t is None:
-        return uniform
+        return uniform, torch.zeros((), dtype=torch.bool, device=a.device)
     product = a * t
-    mean = product.clamp_min(0).mean()
-    shaped = a / product.clamp_min(FLOOR * mean).clamp_min(_TINY).sqrt()
-    return torch.where(mean > 0, shaped, uniform)
+    is_measured = torch.isfinite(product)
+    positive = torch.where(is_measured, product, 0.0).clamp_min(0)
+    mean = positive.sum() / is_measured.sum().clamp_min(1)
+    counted = torch.where(is_measured, positive.clamp_min(FLOOR * mean), mean)
+    is_known = mean > 0
+    return torch.where(is_known, a / counted.clamp_min(_TINY).sqrt(), uniform), is_known
+
+
+def norm_coefficients(a: Tensor, t: Tensor) -> Tensor:
+    """Return ``sqrt(t_l / a_l)`` [L], the gradient of sqrt(a t) with respect to W_l over W_l; no floor, 0 for t <= 0 or NaN."""
+    return torch.where(t > 0, (t / a.clamp_min(_TINY)).sqrt(), 0.0) * (a > 0)
 
 
 _TINY = 1e-30

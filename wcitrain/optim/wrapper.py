@@ -18,8 +18,8 @@ base optimizer, bit for bit. Perturbed weights come back by copy from a clone, a
 the same random numbers (dropout) and running statistics move once: in the pass at W where there is one, else at W − u.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,7 +105,14 @@ class RegularizedOptimizer(DelegatingOptimizer):
         self._pending: list[Tensor] = []  # their trace estimates, each [L]
         self._latest: Posterior | None = None
         self._is_busy = False
-        base.param_groups[0].setdefault(_KEY, self._fresh_record())
+        low = [n for n, p in self.layers.items() if p.dtype.itemsize < 4]
+        if low and penalty is not None and penalty.measures_curvature:
+            raise ValueError(
+                f"penalty: got {self.layers[low[0]].dtype} weights in {low[0]}; expected float32 or float64: differences of "
+                "low-precision gradients are noise. Keep float32 weights and use autocast, or use WCIPosterior."
+            )
+        if base.param_groups[0].get(_KEY, {}).get("layers") != list(self.layers):
+            base.param_groups[0][_KEY] = self._fresh_record()
 
     # ---- the two calls -----------------------------------------------------------------------------------------------
 
@@ -121,20 +128,24 @@ class RegularizedOptimizer(DelegatingOptimizer):
 
         Raises:
             TypeError: ``loss_fn`` does not return a scalar tensor with a graph.
-            RuntimeError: ``loss_fn`` calls ``backward``, ``zero_grad`` or this method.
+            RuntimeError: ``loss_fn`` changes gradients or calls this method; an autocast is on around the call; several
+                processes without ``attach``.
         """
         if self._is_busy:
             raise RuntimeError("RegularizedOptimizer.backward: called inside its own loss_fn. Return the loss instead.")
         step, device = self._record["step"], next(iter(self.layers.values())).device
+        self._refuse_what_is_silently_wrong(device)
         factor = self.perturbation.schedule.factor(step) if self.perturbation else 0.0
         penalty_factor = self.penalty.schedule.factor(step) if self.penalty else 0.0
         self._is_busy, self._states, self._device = True, random_state(device), device
         try:
             if self.perturbation and factor:
                 take = self._adversarial if isinstance(self.perturbation, AWP) else self._antithetic
-                loss = take(loss_fn, factor)
+                with self._undone_on_error():
+                    loss = take(loss_fn, factor)
             elif self.penalty and penalty_factor and self.penalty.measures_curvature:
-                loss = self._two_point(loss_fn, penalty_factor * self.penalty.schedule.every)
+                with self._undone_on_error():
+                    loss = self._two_point(loss_fn, penalty_factor * self.penalty.schedule.every)
             else:
                 loss = self._pass(loss_fn)
             if self.penalty and penalty_factor:
@@ -152,16 +163,17 @@ class RegularizedOptimizer(DelegatingOptimizer):
         """Step the base optimizer on what is in ``.grad``; with a closure: ``zero_grad``, ``backward(closure)``, step.
 
         The closure returns the differentiable loss and does *not* call ``backward``. Running averages of the traces are
-        folded in here (over micro-batches and ranks), whatever the base optimizer does with the gradients.
+        folded in here (over micro-batches and processes), and processes get the same running statistics.
         """
         if closure is None:
             result = self.base.step()
             self._fold_estimates()
+            self._share_buffers()
             return result
-        if self._accelerator is not None:
+        if self._accelerator is not None or self.num_micro_batches > 1:
             raise RuntimeError(
-                "RegularizedOptimizer.step: got a closure under Accelerate, which calls it only on some micro-batches. "
-                "Use backward(loss_fn) in every micro-batch, then step()."
+                "RegularizedOptimizer.step: got a closure under Accelerate or with several micro-batches, of which it would see "
+                "only some. Use backward(loss_fn) in every micro-batch, then step()."
             )
         self.zero_grad()
         loss = self.backward(closure)
@@ -176,6 +188,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
                 "already made. Clear them before backward, or let step(closure) do it."
             )
         self.base.zero_grad(set_to_none=set_to_none)
+        self._forget_micro_batches()  # of a batch that was skipped
 
     # ---- the passes --------------------------------------------------------------------------------------------------
 
@@ -191,21 +204,22 @@ class RegularizedOptimizer(DelegatingOptimizer):
         assert isinstance(self.perturbation, AWP)
         with self._local():
             loss = self._evaluate(loss_fn)
-            gradients = self._layer_gradients(loss)
+            found = self._layer_gradients(loss)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(self._tensors, found, strict=True)]
         radii = self.perturbation.radii(self._norms(), factor)
         lengths = dots(gradients, gradients).sqrt()
         scales = torch.where(lengths > 0, radii / lengths.clamp_min(1e-30), 0.0)
         direction = [g * s.to(g.dtype) for g, s in zip(gradients, scales, strict=True)]
         with kept_buffers(self.model), perturbed(self._tensors, direction) as move:
             move(+1)
-            self._pass(loss_fn)
-        return loss.detach()
+            loss_there = self._pass(loss_fn)
+        return _spoiled_by(loss.detach(), loss_there)
 
     def _antithetic(self, loss_fn: LossFn, factor: float) -> Tensor:
         """Posterior: the mean of the gradients at W + u and W − u, and the traces from their difference for free."""
         assert isinstance(self.perturbation, (WCIPosterior, UniformNoise))
         posterior = self.perturbation.posterior(self._norms(), self._sizes(), self.traces(), factor)
-        clean_statistics = self.perturbation.statistics == "clean" and any(True for _ in self.model.buffers())
+        clean_statistics = self.perturbation.statistics == "clean" and _has_running_statistics(self.model)
         if clean_statistics:
             with torch.no_grad(), self._local():
                 loss = self._evaluate(loss_fn, needs_graph=False)
@@ -223,7 +237,8 @@ class RegularizedOptimizer(DelegatingOptimizer):
         self._observe(plus.values, minus.values, sigma, 0.5)
         self._add_to_gradients(posterior.frobenius, 1.0)
         self._latest = posterior
-        return loss if clean_statistics else (loss_plus + loss_minus) / 2
+        mean = (loss_plus + loss_minus) / 2
+        return _spoiled_by(loss, mean) if clean_statistics else mean
 
     def _two_point(self, loss_fn: LossFn, factor: float) -> Tensor:
         """Penalty: small-radius differences, g(W) + k [g+ + g− − 2 g(W)]; k = 0 only measures and changes nothing."""
@@ -232,47 +247,50 @@ class RegularizedOptimizer(DelegatingOptimizer):
         shape, strength = self.penalty.trace_coefficients(a, d, traces)
         scale = self.penalty.radius * (a.sum() / (d * shape).sum()).sqrt()  # ||scale * sqrt(shape) v|| = radius ||W||
         direction, sigma = self._random_direction(scale * shape.sqrt())
-        weight = float(factor * strength / scale.square()) if strength else 0.0  # k
+        weight = float(factor * strength / scale.square()) if strength and scale > 0 else 0.0  # k
         if weight and isinstance(self.penalty, WCIPenalty):  # the posterior step is this one at k = 1/2
             size = self.penalty.radius * (2 * weight) ** 0.5
             self._latest = Posterior(sigma, None, a.new_tensor(factor * strength), a.new_tensor(size))
         with full_precision(self.model):
             with perturbed(self._tensors, direction) as move, kept_buffers(self.model), self._local():
-                slopes = []
+                slopes, losses = [], []
                 for side in (+1, -1):
                     move(side)
                     if weight:
                         with Slopes(self._tensors, direction) as slope:
-                            self._pass(loss_fn, weight)
+                            losses.append(self._pass(loss_fn, weight))
                         slopes.append(slope.values)
                     else:
-                        slopes.append(dots(direction, self._layer_gradients(self._evaluate(loss_fn))))
+                        gradients = self._layer_gradients(self._evaluate(loss_fn))
+                        slopes.append(dots(direction, gradients) + _nan_where_missing(gradients, sigma))
             self._observe(slopes[0], slopes[1], sigma, weight or self.num_micro_batches)
             if weight:
-                return self._pass(loss_fn, 1 - 2 * weight)
+                return _spoiled_by(self._pass(loss_fn, 1 - 2 * weight), sum(losses))
         return self._pass(loss_fn)
 
     def _evaluate(self, loss_fn: LossFn, needs_graph: bool = True) -> Tensor:
         """Call ``loss_fn`` with the random numbers every pass of this call sees, and check what it returns."""
         set_random_state(self._states, self._device)
+        before = [(id(p.grad), None if p.grad is None else p.grad._version) for p in self._tensors]
         loss = loss_fn()
-        if not isinstance(loss, Tensor) or loss.ndim != 0 or (needs_graph and not loss.requires_grad):
-            got = (
-                f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
-                if isinstance(loss, Tensor)
-                else repr(loss)
+        if before != [(id(p.grad), None if p.grad is None else p.grad._version) for p in self._tensors]:
+            raise RuntimeError(
+                "RegularizedOptimizer: loss_fn called backward() or zero_grad() itself; gradients of several passes are being "
+                "collected. Return the differentiable loss and leave the gradients alone."
             )
+        if not isinstance(loss, Tensor) or loss.ndim != 0 or (needs_graph and not loss.requires_grad):
+            is_tensor = isinstance(loss, Tensor)
+            got = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if is_tensor else repr(loss)
             raise TypeError(
                 f"RegularizedOptimizer: loss_fn returned {got}; expected a scalar loss with its graph. Return the mean loss "
                 "and do not call backward, item or detach on it."
             )
         return loss
 
-    def _layer_gradients(self, loss: Tensor) -> list[Tensor]:
-        """Return the gradients with respect to the layers alone, on this rank, without touching ``.grad``."""
+    def _layer_gradients(self, loss: Tensor) -> Sequence[Tensor | None]:
+        """Return the gradients with respect to the layers alone, on this process, without touching ``.grad``."""
         with explained():
-            found = torch.autograd.grad(loss, self._tensors, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(self._tensors, found, strict=True)]
+            return torch.autograd.grad(loss, self._tensors, allow_unused=True)
 
     @property
     def _tensors(self) -> list[nn.Parameter]:
@@ -290,6 +308,25 @@ class RegularizedOptimizer(DelegatingOptimizer):
         torch._foreach_mul_(direction, list(rounded))
         return direction, rounded
 
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Several passes add all of their gradients or none: on an exception gradients, buffers and random state go back."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        num_pending = len(self._pending)
+        try:
+            yield
+        except BaseException:
+            del self._pending[num_pending:]
+            with torch.no_grad():
+                for p, gradient in zip(parameters, gradients, strict=True):
+                    p.grad = gradient
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            set_random_state(self._states, self._device)
+            raise
+
     def _local(self) -> AbstractContextManager:
         """Keep gradients on this rank: forward *and* backward of every pass but the last run inside."""
         return nullcontext() if self._accelerator is None else self._accelerator.no_sync(self.model)
@@ -303,7 +340,15 @@ class RegularizedOptimizer(DelegatingOptimizer):
 
     def _fresh_record(self) -> dict[str, Any]:
         zeros = torch.zeros_like(squared_norms(self.layers))
-        return {"step": 0, "num_estimates": 0, "trace_sum": zeros, "num_negative": zeros.clone()}
+        return {
+            "layers": list(self.layers),
+            "step": 0,
+            "is_measured": False,
+            "trace_sum": zeros,  # Σ_k decay^(n-k) (1 - decay) t_k over the n estimates of a layer,
+            "trace_weight": zeros.clone(),  # and the same sum of ones: their ratio is free of start-up bias
+            "num_estimates": zeros.clone(),
+            "num_negative": zeros.clone(),
+        }
 
     def _norms(self) -> Tensor:
         return squared_norms(self.layers)
@@ -312,28 +357,55 @@ class RegularizedOptimizer(DelegatingOptimizer):
         return sizes(self.layers)
 
     def traces(self) -> Tensor | None:
-        """Return the bias-corrected running averages of t_l [L], or None before the first estimate."""
+        """Return the bias-corrected running averages of t_l [L], NaN for a layer not measured yet; None before any."""
         record = self._record
-        if not record["num_estimates"]:
-            return None
-        return record["trace_sum"] / (1 - self.trace_decay ** record["num_estimates"])
+        return record["trace_sum"] / record["trace_weight"] if record["is_measured"] else None
 
     def _observe(self, plus: Tensor, minus: Tensor, sigma: Tensor, weight: float) -> None:
         """Keep the trace estimate of one micro-batch; slopes carry the pass's weight."""
         self._pending.append(trace_from_slopes(plus, minus, sigma) * (self.num_micro_batches / weight))
 
     def _fold_estimates(self) -> None:
-        """Average the step's estimates over micro-batches and ranks, and fold them into the running averages."""
+        """Average the step's estimates over micro-batches and processes, and fold the finite ones into the averages."""
         record = self._record
         if self._pending:
             estimate = torch.stack(self._pending).mean(0)
             if self._accelerator is not None and self._accelerator.num_processes > 1:
                 estimate = self._accelerator.reduce(estimate, reduction="mean")
-            record["trace_sum"] = self.trace_decay * record["trace_sum"] + (1 - self.trace_decay) * estimate
-            record["num_negative"] = record["num_negative"] + (estimate < 0)
-            record["num_estimates"] += 1
+            is_good = torch.isfinite(estimate)
+            kept = torch.where(is_good, self.trace_decay, 1.0)
+            for key, value in (("trace_sum", estimate), ("trace_weight", torch.ones_like(estimate))):
+                record[key] = kept * record[key].to(estimate) + (1 - kept) * torch.where(is_good, value, 0.0)
+            record["num_estimates"] = record["num_estimates"].to(estimate) + is_good
+            record["num_negative"] = record["num_negative"].to(estimate) + (estimate < 0)
+            record["is_measured"] = True
         record["step"] += 1
+        self._forget_micro_batches()
+
+    def _forget_micro_batches(self) -> None:
         self._pending, self._micro_step = [], 0
+
+    def _refuse_what_is_silently_wrong(self, device: torch.device) -> None:
+        """Raise where passes would not be what they seem."""
+        if torch.is_autocast_enabled(device.type):
+            raise RuntimeError(
+                "RegularizedOptimizer.backward: called under autocast, which keeps low-precision copies of the weights, so that "
+                "passes at perturbed weights would use the old ones. Enter autocast inside loss_fn, or let Accelerate do it."
+            )
+        if self._accelerator is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise RuntimeError(
+                "RegularizedOptimizer.backward: called in one of several processes without attach; weights would diverge "
+                "between them. Call attach(accelerator, model) after accelerator.prepare."
+            )
+
+    def _share_buffers(self) -> None:
+        """Give every process the main one's running statistics.
+
+        DistributedDataParallel does so before a forward, but there it would be undone together with the extra pass.
+        """
+        if self._accelerator is not None and self._accelerator.num_processes > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def _add_to_gradients(self, coefficients: Tensor | None, factor: float) -> None:
         """Add ``factor · coefficient_l · W_l`` to ``.grad`` (the same on every rank, a share per micro-batch)."""
@@ -353,11 +425,14 @@ class RegularizedOptimizer(DelegatingOptimizer):
         a, traces = self._norms(), self.traces()
         values = {f"frobenius/{name}": v for name, v in zip(self.layers, a.tolist(), strict=True)}
         if traces is not None:
-            wci = (a * traces.clamp_min(0)).sqrt()
+            wci = (a * traces.nan_to_num().clamp_min(0)).sqrt()
             values |= {f"curvature/trace/{name}": v for name, v in zip(self.layers, traces.tolist(), strict=True)}
             values |= {f"wci/{name}": v for name, v in zip(self.layers, wci.tolist(), strict=True)}
             values["wci/total"] = float(wci.sum())
-            values["curvature/negative"] = float(self._record["num_negative"].mean()) / self._record["num_estimates"]
+            record = self._record
+            values["curvature/negative"] = float(
+                record["num_negative"].sum() / record["num_estimates"].sum().clamp_min(1)
+            )
         if self._latest is not None:
             values["relative_size"] = float(self._latest.relative_size)
             if not torch.isnan(self._latest.strength):
@@ -366,11 +441,10 @@ class RegularizedOptimizer(DelegatingOptimizer):
 
     def extra_passes(self) -> tuple[float, float]:
         """Return the mean forward and backward passes a step costs beyond a plain one, at full schedule."""
-        has_buffers = any(True for _ in self.model.buffers())
         if isinstance(self.perturbation, AWP):
             forward, backward, every = 1, 1, self.perturbation.schedule.every
         elif self.perturbation is not None:
-            clean = self.perturbation.statistics == "clean" and has_buffers
+            clean = self.perturbation.statistics == "clean" and _has_running_statistics(self.model)
             forward, backward, every = 1 + clean, 1, self.perturbation.schedule.every
         elif self.penalty is not None and self.penalty.measures_curvature:
             forward, backward, every = 2, 2, self.penalty.schedule.every
@@ -407,6 +481,11 @@ class RegularizedOptimizer(DelegatingOptimizer):
                 "attach: got a compiled bf16 model and a curvature penalty, whose differences need float32 passes that the "
                 "compiled graph cannot switch to. Use precision 'no', drop compile, or use WCIPosterior."
             )
+        if self.num_micro_batches not in (1, accelerator.gradient_accumulation_steps):
+            raise ValueError(
+                f"attach: got an optimizer with num_micro_batches={self.num_micro_batches} and an accelerator with "
+                f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; expected the same. Set the latter only."
+            )
         self._accelerator, self.model = accelerator, model
         self.num_micro_batches = accelerator.gradient_accumulation_steps
         return self
@@ -417,31 +496,49 @@ class RegularizedOptimizer(DelegatingOptimizer):
             raise RuntimeError(
                 "RegularizedOptimizer.state_dict: called inside loss_fn, while the weights are perturbed."
             )
-        return self.base.state_dict()
+        state = self.base.state_dict()
+        state["param_groups"][0][_KEY] = dict(self._record)  # a snapshot: later steps must not change it
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, or the bare base optimizer's (the running averages then start afresh).
 
         Raises:
-            ValueError: The saved running averages are for another number of layers.
+            ValueError: The saved running averages are for other layers.
         """
         record = state_dict["param_groups"][0].get(_KEY)
-        if record is not None and len(record["trace_sum"]) != len(self.layers):
+        if record is not None and record["layers"] != list(self.layers):
+            other = sorted(set(record["layers"]) ^ set(self.layers))[:6]
             raise ValueError(
-                f"load_state_dict: got running averages of {len(record['trace_sum'])} layers; this model has "
-                f"{len(self.layers)}. Was the choice of layers changed?"
+                f"load_state_dict: got running averages of {len(record['layers'])} layers; expected this model's "
+                f"{len(self.layers)}. They differ in {', '.join(other) or 'order'}. Was the choice of layers changed?"
             )
         fresh = self._fresh_record()
         self.base.load_state_dict(state_dict)
-        loaded = self.base.param_groups[0].get(_KEY, fresh)
         like = fresh["trace_sum"]
-        self.base.param_groups[0][_KEY] = {
-            key: value.to(like).clone() if isinstance(value, Tensor) else value for key, value in loaded.items()
+        self.param_groups[0][_KEY] = {
+            key: value.to(like).clone() if isinstance(value, Tensor) else value
+            for key, value in (fresh if record is None else record).items()
         }
-        self._pending, self._micro_step = [], 0
+        self._forget_micro_batches()
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_accelerator": None}
 
     def __repr__(self) -> str:
         return f"RegularizedOptimizer({self.base!r}, perturbation={self.perturbation}, penalty={self.penalty})"
+
+
+def _spoiled_by(loss: Tensor, other: Tensor | float) -> Tensor:
+    """Return ``loss``, or NaN where ``other`` is not finite: a bad perturbed pass must not hide behind a good loss."""
+    return loss + 0.0 * other
+
+
+def _nan_where_missing(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Return zeros [L], NaN for the layers without gradient."""
+    return torch.tensor([torch.nan if g is None else 0.0 for g in gradients], device=like.device)
+
+
+def _has_running_statistics(model: nn.Module) -> bool:
+    """Tell whether a forward pass in train mode moves anything."""
+    return any(getattr(m, "running_mean", None) is not None for m in model.modules())
