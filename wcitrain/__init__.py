@@ -3,7 +3,7 @@
 from wcitrain.attacks import ThreatModel, fgsm, pgd
 from wcitrain.curvature import TraceEstimate, gauss_newton_trace
 from wcitrain.evaluation import Evaluation, evaluate
-from wcitrain.models import create_model
+from wcitrain.models import create_model, load_exported
 from wcitrain.objectives import PGDAT, Loss, Standard
 from wcitrain.optim import (
     AWP,
@@ -41,6 +41,7 @@ __all__ = [
     "fgsm",
     "fit",
     "gauss_newton_trace",
+    "load_exported",
     "load_recipe",
     "pgd",
     "recipe_from_dict",

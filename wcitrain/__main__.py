@@ -4,7 +4,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,13 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     report.add_argument("--at", choices=("last", "best"), default="last", help="epoch the table shows (default: last)")
 
+    parser.add_argument("--version", action="version", version=f"wcitrain {version('wcitrain')}")
     options = parser.parse_args(arguments)
     from wcitrain.checkpoint import CheckpointError  # after parsing: --help needs no torch
     from wcitrain.train import Interrupted, NonFiniteLossError
 
     try:
         return {"train": _train, "sweep": _sweep, "report": _report}[options.command](options)
-    except (ValueError, FileExistsError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"wcitrain {options.command}: {error}", file=sys.stderr)
         return 2
     except (CheckpointError, NonFiniteLossError) as error:
@@ -48,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Interrupted as stop:
         print(f"wcitrain {options.command}: {stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print(f"wcitrain {options.command}: stopped at once; what was saved before stays.", file=sys.stderr)
         return 130
 
 
@@ -65,10 +71,31 @@ def _train(options: argparse.Namespace) -> int:
     elif path is None:
         raise ValueError("got no recipe; expected a YAML file, or --resume RUN. `recipes/` holds some.")
     recipe = load_recipe(path, settings)
+    if options.resume:
+        _check_resumed(load_recipe(path).model_dump(), recipe.model_dump())
     if int(os.environ.get("RANK", 0)) == 0:
         print(recipe.to_yaml(), flush=True)
-    fit(recipe, resume=bool(options.resume))
+    fit(recipe, resume=bool(options.resume), folder=options.resume)
     return 0
+
+
+def _check_resumed(saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuse settings that would make the resumed run another run than the one its recipe describes."""
+    free = {
+        ("train", "num_threads"),
+        ("train", "device"),
+        ("checkpoint", "every"),
+        *(("tracking", k) for k in saved["tracking"]),
+    }
+    for section, values in saved.items():
+        pairs = values.items() if isinstance(values, dict) else [("", values)]
+        for key, value in pairs:
+            other = asked[section].get(key) if isinstance(values, dict) else asked[section]
+            if other != value and (section, key) not in free:
+                raise ValueError(
+                    f"--resume: got {section}{'.' * bool(key)}{key}={other!r}; expected the run's own {value!r}: a resumed run is "
+                    "the run its recipe.yaml describes. Start a new one with another name= for other settings."
+                )
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -86,10 +113,16 @@ def _sweep(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from wcitrain.report import load_run, results_table, write_report
 
-    runs = [load_run(folder) for folder in options.runs]
+    folders = [Path(run) for run in options.runs]
+    if len(folders) > 1:  # runs/* also matches the reports beside them
+        skipped = [folder for folder in folders if folder.is_dir() and not (folder / "recipe.yaml").exists()]
+        folders = [folder for folder in folders if folder not in skipped]
+        if skipped:
+            print(f"Left out, no runs: {', '.join(map(str, skipped))}", file=sys.stderr)
+    runs = [load_run(folder) for folder in folders]
     first = Path(options.runs[0])
     out = Path(options.out) if options.out else first / "figures" if len(runs) == 1 else first.parent / "report"
-    paths = write_report(runs, out)
+    paths = write_report(runs, out, at=options.at)
     print(f"{results_table(runs, at=options.at)}\n\nWritten: {', '.join(map(str, paths))}")
     return 0
 

@@ -21,7 +21,13 @@ def build_objective(recipe: Recipe) -> Objective:
     settings = recipe.objective.model_dump(exclude={"name"})
     if recipe.objective.name == "pgd_at":
         settings["threat"] = ThreatModel(recipe.threat.norm, recipe.threat.eps)
+        settings["step_size"] = step_size(recipe, recipe.objective)
     return OBJECTIVES[recipe.objective.name](**settings)
+
+
+def step_size(recipe: Recipe, attack: Any) -> float:
+    """Return the attack's step; where the recipe leaves it open, 2.5 eps / num_steps (2/255 for 8/255 in 10 steps)."""
+    return 2.5 * recipe.threat.eps / attack.num_steps if attack.step_size is None else attack.step_size
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -51,9 +57,15 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
             near = difflib.get_close_matches(settings.name, ["sgd", "adamw", *known], n=3)
             hint = f"Did you mean {' or '.join(near)}?" if near else "timm.optim.list_optimizers() lists them."
             raise ValueError(f"optimizer.name: got {settings.name!r}; expected sgd, adamw or a timm optimizer. {hint}")
-        return create_optimizer_v2(groups, opt=settings.name, momentum=settings.momentum, **common)
-    except TypeError as error:
+        optimizer = create_optimizer_v2(groups, opt=settings.name, momentum=settings.momentum, **common)
+    except (TypeError, AssertionError, ImportError) as error:
         raise ValueError(f"optimizer.kwargs: {settings.name} refuses {settings.kwargs}: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(
+            f"optimizer.name: got {settings.name!r}, which needs second derivatives of its own; expected a first-order "
+            "optimizer. Choose another."
+        )
+    return optimizer
 
 
 def build_regularizer(
@@ -76,7 +88,10 @@ def build_regularizer(
     elif q.name == "trace":
         penalty = optim.FrobeniusTracePenalty(0.0, q.strength, q.radius, _schedule(q, updates))
     elif q.name == "frobenius_trace":
-        penalty = optim.FrobeniusTracePenalty(q.frobenius_weight, q.trace_weight, q.radius, _schedule(q, updates))
+        trace_weight = (
+            None if perturbation is not None else q.trace_weight
+        )  # no extra passes to monitor beside another rule
+        penalty = optim.FrobeniusTracePenalty(q.frobenius_weight, trace_weight, q.radius, _schedule(q, updates))
     rule = p if p.name != "none" else q
     return RegularizedOptimizer(
         base,

@@ -8,7 +8,8 @@ A checkpoint is a folder of two files. ``tensors.safetensors`` holds every tenso
     best/       the best by validation
 
 What JSON cannot say is written as an object with one key that starts with "$":
-``{"$tuple": [..]}``, ``{"$dict": [[key, value], ..]}``, ``{"$float": "nan"}``, ``{"$tensor": "its place"}``.
+``{"$tuple": [..]}``, ``{"$dict": [[key, value], ..]}``, ``{"$float": "nan"}``, ``{"$dtype": "float32"}``,
+``{"$tensor": "its place"}``.
 """
 
 import contextlib
@@ -176,6 +177,8 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         return value
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.Tensor):
         tensors[place] = _copy(value, place)
         return {"$tensor": place}
@@ -208,6 +211,8 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     content: Any = value.get(tag)
     if tag == "$float":
         return float(content)
+    if tag == "$dtype":
+        return getattr(torch, content)
     if tag == "$tensor":
         return tensors[content]
     if tag == "$tuple":

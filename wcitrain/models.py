@@ -4,7 +4,10 @@ PreActResNet-18 in its CIFAR form is registered with timm under ``preact_resnet1
 """
 
 import difflib
+import json
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -73,6 +76,10 @@ def create_model(
         )
     if stem not in ("default", "cifar"):
         raise ValueError(f"model.stem: got {stem!r}; expected 'default' or 'cifar'. Choose one of the two.")
+    if stem == "cifar" and pretrained:
+        warnings.warn(
+            "model.stem: cifar replaces the pretrained stem by a fresh 3x3 convolution", UserWarning, stacklevel=2
+        )
     try:
         backbone = timm.create_model(
             name,
@@ -82,21 +89,47 @@ def create_model(
             checkpoint_path="" if stem == "cifar" else checkpoint_path or "",
             **kwargs,
         )
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        if stem == "cifar":
+            _use_cifar_stem(backbone, name, in_chans)
+            if checkpoint_path:
+                timm.models.load_checkpoint(backbone, checkpoint_path)
+    except (TypeError, ValueError, RuntimeError, OSError, KeyError, AssertionError) as error:
         raise ValueError(
             f"model: timm could not build {name!r} with pretrained={pretrained}, checkpoint_path={checkpoint_path!r}, "
             f"kwargs={kwargs}: {error}"
         ) from error
-    if stem == "cifar":
-        _use_cifar_stem(backbone, name, in_chans)
-        if checkpoint_path:
-            timm.models.load_checkpoint(backbone, checkpoint_path)
     config = getattr(backbone, "pretrained_cfg", None) or {}
     return Classifier(
         backbone,
         _channels("mean", mean if mean is not None else config.get("mean", (0.5,)), in_chans, given=mean is not None),
         _channels("std", std if std is not None else config.get("std", (0.5,)), in_chans, given=std is not None),
     )
+
+
+def load_exported(folder: str | Path) -> Classifier:
+    """Return the model that a run exported under ``model/last`` or ``model/best``, normalisation and stem included.
+
+    (The weights alone also load with ``timm.create_model(..., checkpoint_path=".../model.safetensors")``, unless the stem is
+    ``cifar``, which timm does not build.)
+
+    Raises:
+        ValueError: Not a folder that a run exported.
+    """
+    folder = Path(folder)
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: got {error}; expected an export such as runs/NAME-s0/model/last.") from error
+    return create_model(
+        metadata["architecture"],
+        num_classes=int(metadata["num_classes"]),
+        in_chans=int(metadata["in_chans"]),
+        checkpoint_path=str(folder / "model.safetensors"),
+        stem=metadata["stem"],
+        mean=json.loads(metadata["mean"]),
+        std=json.loads(metadata["std"]),
+        **json.loads(metadata["kwargs"]),
+    ).eval()
 
 
 def _known_names() -> list[str]:

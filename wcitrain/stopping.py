@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: the first asks for a saved stop after the step under way, the second stops at once."""
 
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -19,6 +20,7 @@ class StopRequest:
         if self.is_set:
             raise KeyboardInterrupt
         self.is_set = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

@@ -7,6 +7,7 @@ import json
 import platform
 import resource
 import sys
+import warnings
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ import torch
 
 from wcitrain import checkpoint
 from wcitrain.attacks import ThreatModel
-from wcitrain.build import method_label
+from wcitrain.build import method_label, step_size
+from wcitrain.recipe import Recipe, fraction_text
 
 if TYPE_CHECKING:
     from wcitrain.train import Trainer
@@ -25,12 +27,18 @@ def summarize(trainer: "Trainer") -> dict[str, Any]:
     recipe, progress, measured = trainer.recipe, trainer.progress, trainer.measured
     last_weights = {name: value.clone() for name, value in measured.state_dict().items()}
     last = {"epoch": progress.epoch, **measure_everywhere(trainer)}
-    best = last
+    best: dict[str, Any] | None = last
     if progress.best_epoch not in (0, progress.epoch):
-        state, _ = checkpoint.load_checkpoint(trainer.folder / "checkpoints", "best")
-        measured.load_state_dict(state["model"])
-        best = {"epoch": state["epoch"], **measure_everywhere(trainer)}
-    export(trainer, "best", best)
+        try:
+            state, _ = checkpoint.load_checkpoint(trainer.folder / "checkpoints", "best")
+        except checkpoint.CheckpointError as error:
+            warnings.warn(f"the best weights are lost and left out of the summary: {error}", UserWarning, stacklevel=2)
+            best = None
+        else:
+            measured.load_state_dict(state["model"])
+            best = {"epoch": state["epoch"], **measure_everywhere(trainer)}
+    if best is not None:
+        export(trainer, "best", best)
     measured.load_state_dict(last_weights)
     export(trainer, "last", last)
     packages = ("torch", "timm", "accelerate")
@@ -40,7 +48,7 @@ def summarize(trainer: "Trainer") -> dict[str, Any]:
         "seed": recipe.seed,
         "method": method_label(recipe),
         "status": "finished",
-        "attack": f"PGD-{recipe.evaluation.num_steps} {ThreatModel(recipe.threat.norm, recipe.threat.eps)}",
+        "attack": attack_label(recipe),
         "last": last,
         "best": best,
         "seconds": progress.seconds,
@@ -52,6 +60,15 @@ def summarize(trainer: "Trainer") -> dict[str, Any]:
         "device": trainer.device.type,
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }
+
+
+def attack_label(recipe: Recipe) -> str:
+    """Return what robust accuracy means here: "PGD-10 linf 8/255, step 2/255"."""
+    settings = recipe.evaluation
+    restarts = f", {settings.num_restarts} restarts" if settings.num_restarts > 1 else ""
+    step = fraction_text(step_size(recipe, settings))
+    step = f"{step:.3g}" if isinstance(step, float) else step
+    return f"PGD-{settings.num_steps} {ThreatModel(recipe.threat.norm, recipe.threat.eps)}, step {step}{restarts}"
 
 
 def measure_everywhere(trainer: "Trainer") -> dict[str, Any]:
@@ -81,7 +98,7 @@ def cost(trainer: "Trainer") -> dict[str, float]:
 
 
 def export(trainer: "Trainer", name: str, result: dict[str, Any]) -> None:
-    """Write the inner timm model under ``model/<name>`` for ``timm.create_model(..., checkpoint_path=...)``."""
+    """Write the inner timm model and what it needs under ``model/<name>``; ``models.load_exported`` reads it."""
     if not trainer.accelerator.is_main_process:
         return
     measured, recipe = trainer.measured, trainer.recipe

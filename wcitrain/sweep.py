@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from wcitrain.recipe import Recipe, load_recipe
-from wcitrain.train import fit, run_folder
+from wcitrain.train import NonFiniteLossError, fit, has_started, run_folder
 
 
 def run_sweep(path: str | Path, settings: Sequence[str] = ()) -> list[Path]:
@@ -22,24 +22,37 @@ def run_sweep(path: str | Path, settings: Sequence[str] = ()) -> list[Path]:
 
     All recipes are read and checked before the first one is trained.
 
+    A run that diverges is reported and left out; the others go on.
+
     Raises:
-        ValueError: The file is not a sweep, a recipe is wrong, or a finished run used other settings.
+        ValueError: The file is not a sweep, a recipe is wrong, or a run there used other settings.
     """
     recipes = read_sweep(path, settings)
     for recipe in recipes:
         folder = run_folder(recipe)
         started = folder / "recipe.yaml"
-        if started.exists() and _without_machine(load_recipe(started)) != _without_machine(recipe):
+        if (
+            has_started(folder)
+            and started.exists()
+            and _without_machine(load_recipe(started)) != _without_machine(recipe)
+        ):
             raise ValueError(
                 f"{folder}: got a run with other settings; expected this sweep's. Choose another name= or output=, or move "
                 "the folder away."
             )
+    failed = []
+    for recipe in recipes:
+        folder = run_folder(recipe)
         if is_finished(folder):
             print(f"{folder}: finished, kept")
             continue
         print(f"\n== {folder} ==", flush=True)
-        fit(recipe, resume=(folder / "checkpoints").exists())
-    return [run_folder(recipe) for recipe in recipes]
+        try:
+            fit(recipe, resume=has_started(folder))
+        except NonFiniteLossError as error:  # a result too: the other runs go on
+            print(f"{folder}: diverged, {error}", flush=True)
+            failed.append(folder)
+    return [run_folder(recipe) for recipe in recipes if run_folder(recipe) not in failed]
 
 
 def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> list[Recipe]:
@@ -61,7 +74,13 @@ def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> list[Recipe]:
     seeds = content.get("seeds", [0])
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
         raise ValueError(f"{path}: seeds: got {seeds!r}; expected a list of integers such as [0, 1, 2].")
+    for key in ("recipes", "settings"):
+        values = content.get(key, [])
+        if not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
+            raise ValueError(f"{path}: {key}: got {values!r}; expected a list of texts. Write [..].")
     common = [*content.get("settings", []), *settings]
+    if any(setting.startswith("seed=") for setting in common):
+        raise ValueError(f"{path}: got the setting seed=...; expected seeds in the sweep file. Change `seeds` there.")
     recipes = [
         load_recipe(path.parent / name, [*common, f"seed={seed}"]) for seed in seeds for name in content["recipes"]
     ]

@@ -4,6 +4,7 @@ Every random number is a function of the recipe's seed and of the step it is use
 anywhere between two optimizer steps goes on exactly as if it had not stopped, and there is no random state to save.
 """
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from tqdm import tqdm
 
 from wcitrain import checkpoint, tracking
 from wcitrain.attacks import ThreatModel
-from wcitrain.build import build_objective, build_optimizer, build_regularizer, learning_rate_factor
-from wcitrain.data import load_splits
+from wcitrain.build import build_objective, build_optimizer, build_regularizer, learning_rate_factor, step_size
+from wcitrain.data import Splits, load_splits
 from wcitrain.evaluation import Evaluation, evaluate
 from wcitrain.models import Classifier, create_model
 from wcitrain.optim import RegularizedOptimizer
 from wcitrain.params import select_layers
+from wcitrain.preserve import undisturbed
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import generator_from, seed_from
 from wcitrain.stopping import StopRequest
@@ -44,12 +46,14 @@ def run_folder(recipe: Recipe) -> Path:
     return Path(recipe.output) / f"{recipe.name}-s{recipe.seed}"
 
 
-def fit(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+def fit(recipe: Recipe, *, resume: bool = False, folder: str | Path | None = None) -> dict[str, Any]:
     """Train what the recipe says and return the summary that is also written to ``summary.json``.
 
     Args:
         recipe: Every setting; see ``recipe.Recipe``.
-        resume: Go on from the newest intact checkpoint in the run folder, bit for bit (CPU, same versions).
+        resume: Go on from the newest intact checkpoint in the run folder, bit for bit (CPU, same versions); from the start
+            where the run was stopped before its first checkpoint.
+        folder: The run folder; by default ``run_folder(recipe)``.
 
     Returns:
         The summary: last and best-by-validation accuracies on train, validation and test, gap, WCI, cost.
@@ -57,10 +61,11 @@ def fit(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     Raises:
         FileExistsError: The run folder is there already and ``resume`` is not asked for: nothing is overwritten.
         ValueError: A setting does not fit the data or the model.
+        CheckpointError: No intact checkpoint to resume from, or the disk refused a new one.
         NonFiniteLossError: With the step, the indices of the images, and the last good checkpoint.
         Interrupted: After Ctrl-C or SIGTERM, once the state is saved.
     """
-    return Trainer(recipe, resume=resume).fit()
+    return Trainer(recipe, resume=resume, folder=folder).fit()
 
 
 @dataclass
@@ -81,10 +86,10 @@ class Progress:
 class Trainer:
     """The parts of one run and the loop over them."""
 
-    def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
+    def __init__(self, recipe: Recipe, *, resume: bool = False, folder: str | Path | None = None) -> None:
         self.recipe = recipe
-        self.folder = run_folder(recipe)
-        if self.folder.exists() and any(self.folder.iterdir()) and not resume:
+        self.folder = run_folder(recipe) if folder is None else Path(folder)
+        if has_started(self.folder) and not resume:
             raise FileExistsError(
                 f"{self.folder}: got a folder that holds a run; expected a new one. Go on with "
                 f"`wcitrain train --resume {self.folder}`, or choose another name= or output=."
@@ -101,6 +106,14 @@ class Trainer:
             log_with=names or None,
             project_dir=str(self.folder),
         )
+        if accelerator.gradient_accumulation_steps != recipe.train.accumulate:
+            raise ValueError(
+                f"train.accumulate: got {recipe.train.accumulate}, but Accelerate was told "
+                f"{accelerator.gradient_accumulation_steps} by its environment; expected the same. Unset "
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS."
+            )
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
         self.device, self.rank, self.world = accelerator.device, accelerator.process_index, accelerator.num_processes
         self.micro_size = recipe.train.batch_size // recipe.train.accumulate
         if self.micro_size % self.world:
@@ -125,6 +138,7 @@ class Trainer:
             in_chans=splits.in_chans,
             **model_settings["kwargs"],
         )
+        _try_forward(model, splits)
         if recipe.train.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.bare = model  # what is measured and exported: no DDP, no compilation
@@ -148,10 +162,11 @@ class Trainer:
         self.log = tracking.RunLog(self.folder) if accelerator.is_main_process else None
         self.progress = Progress()
         self.stop = StopRequest()
-        if resume:
+        if resume and has_started(self.folder):
             self._load()
-        elif accelerator.is_main_process:
+        elif self.log is not None:
             (self.folder / "recipe.yaml").write_text(recipe.to_yaml())
+            self.log.truncate(0)  # of a run that was stopped before its first checkpoint
         accelerator.wait_for_everyone()
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -173,6 +188,7 @@ class Trainer:
                 while progress.epoch < epochs:
                     self._train_epoch()
                     self._finish_epoch()
+                    self._stop_if_asked()
             summary = summarize(self)
             if self.log is not None:
                 self.log.write_summary(summary)
@@ -208,13 +224,7 @@ class Trainer:
             progress.epoch_seconds = before + time.perf_counter() - started
             bar.set_postfix(loss=f"{progress.loss_sum / progress.update:.3f}", refresh=False)
             bar.update()
-            if self._someone_wants_to_stop():
-                bar.close()
-                self._save()
-                raise Interrupted(
-                    f"stopped after epoch {progress.epoch}, step {progress.step}; everything is saved. "
-                    f"Go on with `wcitrain train --resume {self.folder}`."
-                )
+            self._stop_if_asked()
         bar.close()
 
     def _step(self, micro_batches: list[Any]) -> float:
@@ -270,6 +280,7 @@ class Trainer:
                     metrics[f"{split}/{key}"] = getattr(result, key)
             metrics["robust_gap"] = train.robust_accuracy - val.robust_accuracy
             metrics |= train.wci.metrics() if train.wci else {}
+            self._refuse_diverged(metrics)
             is_best = val.robust_accuracy > progress.best_score
             if is_best:
                 progress.best_score, progress.best_epoch = val.robust_accuracy, progress.epoch + 1
@@ -304,7 +315,7 @@ class Trainer:
             images.batches(settings.batch_size, device=self.device),
             threat=ThreatModel(self.recipe.threat.norm, self.recipe.threat.eps),
             num_steps=settings.num_steps,
-            step_size=settings.step_size,
+            step_size=step_size(self.recipe, settings),
             num_restarts=settings.num_restarts,
             seed=self.recipe.seed,
             layers=layers,
@@ -317,6 +328,7 @@ class Trainer:
         """Return everything an exact resume needs; ``epoch`` first, for the messages of ``checkpoint``."""
         return {
             "epoch": self.progress.epoch,
+            "recipe": self.recipe.to_yaml(),
             "progress": vars(self.progress) | {},
             "model": self.bare.state_dict(),
             "optimizer": self.regularizer.state_dict(),
@@ -345,13 +357,37 @@ class Trainer:
 
     def _refuse_non_finite(self, loss: float, index: Tensor) -> None:
         """Stop before anything is stepped on a loss that is not a number."""
-        last = self.folder / "checkpoints" / "last"
-        saved = f"The last good checkpoint is {last}" if last.exists() else "No checkpoint was saved yet"
+        shown = ", ".join(map(str, index.tolist()[:50])) + (f" (+{len(index) - 50})" if len(index) > 50 else "")
         raise NonFiniteLossError(
             f"step {self.progress.step} (epoch {self.progress.epoch + 1}): got loss {loss} on the training images "
-            f"{index.tolist()}; expected a finite number. {saved}. Lower optimizer.lr, set train.max_norm, or look at "
+            f"[{shown}]; expected a finite number. {self._last_good()}. Lower optimizer.lr, set train.max_norm, or look at "
             "these images."
         )
+
+    def _refuse_diverged(self, metrics: dict[str, Any]) -> None:
+        """Stop before weights that are no longer numbers, or give none, are saved over good ones."""
+        bad = [
+            key for key in ("train/clean_loss", "val/clean_loss", "val/robust_loss") if not math.isfinite(metrics[key])
+        ]
+        bad += [name for name, p in self.measured.named_parameters() if not bool(torch.isfinite(p).all())][:3]
+        if bad:
+            raise NonFiniteLossError(
+                f"end of epoch {self.progress.epoch + 1}: got {', '.join(bad)} not finite; expected numbers. "
+                f"{self._last_good()}. Lower optimizer.lr or set train.max_norm."
+            )
+
+    def _last_good(self) -> str:
+        last = self.folder / "checkpoints" / "last"
+        return f"The last good checkpoint is {last}" if last.exists() else "No checkpoint was saved yet"
+
+    def _stop_if_asked(self) -> None:
+        """Save and raise ``Interrupted`` once a signal has come."""
+        if self._someone_wants_to_stop():
+            self._save()
+            raise Interrupted(
+                f"stopped after epoch {self.progress.epoch}, step {self.progress.step}; everything is saved. "
+                f"Go on with `wcitrain train --resume {self.folder}`."
+            )
 
     def _someone_wants_to_stop(self) -> bool:
         """Agree over processes, so that none waits for another."""
@@ -370,6 +406,26 @@ class Trainer:
             leave=False,
             disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
         )
+
+
+def has_started(folder: Path) -> bool:
+    """Tell whether a folder holds results of a run, and not only its recipe."""
+    return any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "summary.json"))
+
+
+def _try_forward(model: Classifier, splits: Splits) -> None:
+    """Let one image through, so that a model that does not fit the images is refused before anything is written."""
+    size = splits.image_size if isinstance(splits.image_size, tuple) else (splits.image_size, splits.image_size)
+    try:
+        with torch.no_grad(), undisturbed(model, training=False):
+            logits = model(torch.zeros(1, splits.in_chans, *size))
+    except Exception as error:
+        raise ValueError(
+            f"model.name: the model fails on images of {size[0]}x{size[1]} pixels: {error} Set data.image_size, or the "
+            "model's own size such as model.kwargs.img_size."
+        ) from error
+    if logits.shape != (1, splits.num_classes):
+        raise ValueError(f"model: got outputs of shape {tuple(logits.shape)}; expected (1, {splits.num_classes}).")
 
 
 def _forget_previous_run() -> None:

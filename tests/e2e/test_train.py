@@ -57,7 +57,7 @@ def assert_equal_trees(left, right, place="state"):
     if isinstance(left, dict):
         assert left.keys() == right.keys(), place
         for key in left:
-            if key not in ("seconds", "train_seconds", "epoch_seconds"):
+            if key not in ("seconds", "train_seconds", "epoch_seconds", "recipe"):  # clocks; the recipe's name
                 assert_equal_trees(left[key], right[key], f"{place}.{key}")
     elif isinstance(left, (list, tuple)):
         assert len(left) == len(right), place
@@ -213,7 +213,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         fit(recipe)
     thread.join()
     assert signal.getsignal(signal.SIGINT) is handler
-    assert final_state(recipe)["progress"]["step"] > 4
+    assert final_state(recipe)["progress"]["step"] >= 4
 
 
 def test_a_non_finite_loss_stops_before_the_weights_are_touched(tmp_path, monkeypatch):
@@ -263,6 +263,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         (["trian.epochs=1"], "train"),
         (["train.epochs=many"], "train.epochs"),
         (["threat.eps=8"], "Did you mean 8/255"),
+        (["optimizer.name=adahessian"], "first-order"),
         (["data.source=folder", "data.root=nowhere"], "nowhere"),
         (["model.name=resnet81"], "Did you mean"),
         (["train.batch_size=5000"], "train.batch_size: got 5000"),
@@ -294,6 +295,8 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
     assert (run_folder(recipe) / "metrics.jsonl").read_text() == before
     assert main(["train", "--resume", str(tmp_path / "nothing")]) == 2
+    assert main(["train", "--resume", str(run_folder(recipe)), "optimizer.lr=0.5"]) == 2
+    assert "optimizer.lr=0.5; expected the run's own" in capsys.readouterr().err
     assert main(["train"]) == 2
     assert main(["report", str(run_folder(recipe))]) == 0
     assert "AT" in capsys.readouterr().out
@@ -317,8 +320,16 @@ def test_a_sweep_trains_all_keeps_what_is_finished_and_reports(tmp_path, capsys)
     assert "other settings" in capsys.readouterr().err
     sweep.write_text("recipes: [at.yaml, at.yaml]\nseeds: [0]\n")
     assert main(["sweep", str(sweep)]) == 2
-    sweep.write_text("recipe: at.yaml\n")
-    assert main(["sweep", str(sweep)]) == 2
+    for wrong in ("recipe: at.yaml", "recipes: at.yaml", "recipes: [at.yaml]\nsettings: train.epochs=1"):
+        sweep.write_text(wrong + "\n")
+        assert main(["sweep", str(sweep)]) == 2
+    sweep.write_text("recipes: [at.yaml]\nseeds: [0]\n")
+    assert main(["sweep", str(sweep), "seed=7"]) == 2
+    capsys.readouterr()
+    assert (
+        main(["report", *map(str, (tmp_path / "runs").iterdir()), "--at", "best"]) == 0
+    )  # the report's own folder among them
+    assert "Left out, no runs" in capsys.readouterr().err
 
 
 def test_trackers_get_every_epoch(tmp_path, monkeypatch):
@@ -363,3 +374,67 @@ def test_a_compiled_model_trains_like_the_eager_one(tmp_path):
     fit(eager)
     fit(compiled)
     assert metrics(compiled)[0]["train/loss"] == pytest.approx(metrics(eager)[0]["train/loss"], rel=1e-3)
+
+
+def test_a_moved_run_is_resumed_where_it_is(tmp_path, monkeypatch):
+    """The recipe's name and output say where the run was born, not where it is."""
+    recipe = tiny(tmp_path)
+    with monkeypatch.context() as patch:
+        StopAt(patch, 6)
+        with pytest.raises(Interrupted):
+            fit(recipe)
+    moved = run_folder(recipe).rename(tmp_path / "moved")
+    assert main(["train", "--resume", str(moved)]) == 0
+    assert not run_folder(recipe).exists()
+    assert json.loads((moved / "summary.json").read_text())["last"]["epoch"] == 3
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    """kill -9 in the first epoch leaves a recipe only: neither a retry nor --resume may be blocked by it."""
+    whole, killed = tiny(tmp_path, "train.epochs=1", name="whole"), tiny(tmp_path, "train.epochs=1", name="killed")
+    fit(whole)
+    run_folder(killed).mkdir()
+    (run_folder(killed) / "recipe.yaml").write_text(killed.to_yaml())
+    fit(killed, resume=True)
+    assert metrics(killed) == metrics(whole)
+
+
+def test_a_diverged_epoch_is_not_saved_over_a_good_one(tmp_path, monkeypatch):
+    """Weights can be lost after the last finite loss: what is measured must be finite before it is saved."""
+    recipe = tiny(tmp_path)
+    original = Trainer._train_epoch
+
+    def patched(trainer):
+        original(trainer)
+        if trainer.progress.epoch == 1:
+            with torch.no_grad():
+                trainer.bare.backbone.fc.weight.fill_(float("inf"))
+
+    monkeypatch.setattr(Trainer, "_train_epoch", patched)
+    with pytest.raises(NonFiniteLossError, match=r"end of epoch 2.*last good checkpoint"):
+        fit(recipe)
+    assert final_state(recipe)["epoch"] == 1
+    assert len(metrics(recipe)) == 1
+
+
+def test_exported_models_load_with_stem_and_normalisation(tmp_path):
+    """timm alone cannot build the small-image stem, and would leave the normalisation out."""
+    from wcitrain.models import load_exported
+
+    recipe = tiny(tmp_path, "train.epochs=1")
+    trainer = Trainer(recipe)
+    trainer.fit()
+    x = torch.rand(3, 1, 8, 8)
+    loaded = load_exported(run_folder(recipe) / "model" / "last")
+    assert torch.equal(loaded(x), trainer.measured.eval()(x))
+    with pytest.raises(ValueError, match="expected an export"):
+        load_exported(tmp_path)
+
+
+def test_a_model_that_does_not_fit_the_images_is_refused_before_anything_is_written(tmp_path):
+    """timm's own complaint comes at the first batch, and names no key."""
+    settings = TINY | {"output": str(tmp_path), "model": {"name": "vit_tiny_patch16_224"}}
+    recipe = recipe_from_dict(settings)
+    with pytest.raises(ValueError, match=r"images of 8x8 pixels.*model.kwargs.img_size"):
+        fit(recipe)
+    assert not run_folder(recipe).exists()

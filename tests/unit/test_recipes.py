@@ -93,5 +93,7 @@ def test_optimizers_by_name_and_without_decay_on_norms():
     assert type(lamb).__name__ == "Lamb"
     with pytest.raises(ValueError, match=r"optimizer.name: got 'adamww'.*Did you mean adamw"):
         build_optimizer(recipe_from_dict({"optimizer": {"name": "adamww"}}), model)
+    with pytest.raises(ValueError, match=r"second derivatives"):
+        build_optimizer(recipe_from_dict({"optimizer": {"name": "adahessian"}}), model)
     with pytest.raises(ValueError, match=r"optimizer.kwargs: sgd refuses"):
         build_optimizer(recipe_from_dict({"optimizer": {"kwargs": {"nonsense": 1}}}), model)

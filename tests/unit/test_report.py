@@ -18,7 +18,7 @@ LAYERS = ("backbone.conv1.weight", "backbone.layer1.0.conv1.weight", "backbone.f
 def write_run(folder, group="at", seed=0, *, method="AT", robust=0.5, train_seconds=100.0, num_epochs=3, **options):
     """Write a run folder: clean test accuracy is robust + 0.3, robust train accuracy robust + 0.1."""
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(f"name: {group}-seed{seed}\nseed: {seed}\n")
+    (folder / "recipe.yaml").write_text(f"name: {group}\nseed: {seed}\n")
     lines = []
     for epoch in range(1, num_epochs + 1):
         line = {"epoch": epoch, "step": 10 * epoch, "train/loss": 1.0, "robust_gap": 0.1}
@@ -103,7 +103,7 @@ def test_unfinished_runs_have_their_own_row_of_validation_numbers(tmp_path):
     """Averaged with finished seeds, a half-trained run on validation data would pass for a test result."""
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1, robust=0.3, finished=False)]
     assert [run.is_finished for run in runs] == [True, False]
-    assert runs[1].group == "at"  # from the recipe's name, without its seed
+    assert runs[1].group == "at"  # the recipe's name
     table = results_table(runs)
     assert cells(table, "AT")["robust test"] == "50.0 [48.0, 52.0]"
     row = cells(table, "AT, seed 1 (unfinished, epoch 3)")

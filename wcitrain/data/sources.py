@@ -161,6 +161,11 @@ def open_folder(*, root: str, train_split: str, val_split: str | None, test_spli
                 f"data.root: got no folder {folder} ({root} holds {there or 'nothing'}); expected one folder per "
                 "split. Correct data.root, data.train_split, data.val_split or data.test_split."
             )
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(
+            f"data.test_split: got splits {name_some([str(f) for f in folders])}, two of which are one folder; expected "
+            "different ones: selecting on test images is selecting the result. Correct the splits."
+        )
     train = scan_folder(folders[0])
     *val, test = [scan_folder(folder, train.class_names) for folder in folders[1:]]
     return Opened(train, val[0] if val else None, lambda: test, len(test.labels))

@@ -130,7 +130,11 @@ def _contradictions(recipe: Recipe) -> Iterator[Problem]:
 
 def _data_contradictions(recipe: Recipe) -> Iterator[Problem]:
     data, model = recipe.data, recipe.model
-    if data.source != "digits" and data.root is None:
+    is_remote = data.source == "timm" and (data.name or "").split("/")[0].lower() in ("hfds", "hfids", "tfds")
+    if data.source == "digits" and (data.root is not None or data.download):
+        text = "got a folder with source digits, which are embedded; expected null. Set data.source, e.g. to folder."
+        yield ("data.root" if data.root is not None else "data.download", "data.source"), text
+    if data.source != "digits" and data.root is None and not is_remote:
         yield ("data.root", "data.source"), f"got null with source {data.source}; expected a folder. Set data.root."
     if data.source == "timm" and data.name is None:
         yield ("data.name", "data.source"), "got null with source timm; expected a data set name. Set data.name."
@@ -140,6 +144,19 @@ def _data_contradictions(recipe: Recipe) -> Iterator[Problem]:
     if data.val_split is None and data.max_train is not None and data.val_size >= data.max_train:
         text = f"got {data.val_size}; expected fewer than data.max_train = {data.max_train}. Lower it or keep more."
         yield ("data.val_size", "data.max_train", "data.val_split"), text
+    if reserved := sorted(
+        {"model_name", "num_classes", "in_chans", "pretrained", "checkpoint_path"} & set(model.kwargs)
+    ):
+        text = f"got {', '.join(reserved)}; expected arguments that the recipe does not set itself. Remove them."
+        yield ("model.kwargs",), text
+    if reserved := sorted(
+        {"lr", "weight_decay", "momentum", "nesterov", "params", "opt"} & set(recipe.optimizer.kwargs)
+    ):
+        text = f"got {', '.join(reserved)}; expected arguments without a key of their own. Set optimizer.{reserved[0]}."
+        yield ("optimizer.kwargs",), text
+    if recipe.optimizer.nesterov and (recipe.optimizer.name != "sgd" or recipe.optimizer.momentum == 0):
+        text = f"got true with {recipe.optimizer.name}, momentum {recipe.optimizer.momentum:g}; expected sgd with momentum."
+        yield ("optimizer.nesterov", "optimizer.name", "optimizer.momentum"), f"{text} Remove it."
     if (model.mean is None) != (model.std is None):
         missing, given = ("mean", "std") if model.mean is None else ("std", "mean")
         yield (f"model.{missing}", f"model.{given}"), f"got null; expected a list like model.{given}. Set both or none."
@@ -156,24 +173,30 @@ def _attack_contradictions(recipe: Recipe) -> Iterator[Problem]:
         hint = f"Did you mean {eps:g}/255?" if norm == "linf" else "Write e.g. 128/255."
         text = f"got {eps:g}; expected at most {largest} under {norm}: pixels lie in [0, 1]. {hint}"
         yield ("threat.eps", "threat.norm"), text
+    if eps > 0:
+        yield from _step_contradictions("evaluation", recipe.evaluation.step_size, recipe.evaluation.num_steps, eps)
     if not isinstance(objective, PgdAtObjective):
         return
     if eps == 0:
         text = "got 0 with objective.name pgd_at; expected a positive radius. Set it, or objective.name to standard."
         yield ("threat.eps", "objective.name"), text
         return
-    step, keys = objective.step_size, ("objective.step_size", "threat.eps")
+    yield from _step_contradictions("objective", objective.step_size, objective.num_steps, eps)
+
+
+def _step_contradictions(section: str, step: float | None, num_steps: int, eps: float) -> Iterator[Problem]:
+    """Yield steps that leave the ball at once, or that do not reach its surface: such an attack flatters the model."""
+    keys = (f"{section}.step_size", "threat.eps", f"{section}.num_steps")
+    if step is None:
+        return
     if step > 2 * eps:
         hint = f"Did you mean {step:g}/255?" if step >= 1 else "Lower it."
         rule = f"at most twice threat.eps = {fraction_text(eps)}: a longer step leaves the ball from any point"
         yield keys, f"got {fraction_text(step)}; expected {rule}. {hint}"
     # The relative slack is for rounding: 4 * (2/255) may fall short of 8/255 by its last bit.
-    if not objective.random_start and step * objective.num_steps < eps * (1 - 1e-9):
-        rule = (
-            f"at least threat.eps = {fraction_text(eps)} over num_steps = {objective.num_steps} without a random start"
-        )
-        text = f"got {fraction_text(step)}; expected {rule}. Take more or longer steps, or set objective.random_start."
-        yield (*keys, "objective.num_steps", "objective.random_start"), text
+    if step * num_steps < eps * (1 - 1e-9):
+        rule = f"at least threat.eps = {fraction_text(eps)} over num_steps = {num_steps}"
+        yield keys, f"got {fraction_text(step)}; expected {rule}. Take more or longer steps, or set it to null."
 
 
 def _regularizer_contradictions(recipe: Recipe) -> Iterator[Problem]:
@@ -196,6 +219,12 @@ def _regularizer_contradictions(recipe: Recipe) -> Iterator[Problem]:
             "both move the weights for the same pass. Choose one and set the other's name to none."
         )
         yield ("penalty.name", "perturbation.name", "penalty.trace_weight"), text
+
+    if perturbation.name != "none" and penalty.name != "none" and perturbation.layers != penalty.layers:
+        text = (
+            f"got {penalty.layers!r}, and {perturbation.layers!r} for the perturbation; expected the same. Change one."
+        )
+        yield ("penalty.layers", "perturbation.layers"), text
 
 
 def _time_contradictions(recipe: Recipe) -> Iterator[Problem]:

@@ -108,7 +108,9 @@ class PgdAtObjective(Kind):
 
     name: Literal["pgd_at"] = Field(default="pgd_at", description="Kind of objective.")
     num_steps: PositiveCount = Field(default=10, description="Attack steps for each batch.")
-    step_size: StepSize = Field(default=2 / 255, description="Length of an attack step in [0, 1] pixel units.")
+    step_size: StepSize | None = Field(
+        default=None, description="Length of an attack step in [0, 1] pixel units; null: 2.5 threat.eps / num_steps."
+    )
     random_start: bool = Field(default=True, description="Start from a random point of the ball.")
     num_restarts: PositiveCount = Field(
         default=1, description="Attacks for each batch; the worst for each image counts."
@@ -309,12 +311,14 @@ class Evaluation(Section):
     """What is measured while training, and how strong its attack is."""
 
     every: PositiveCount = Field(default=1, description="Epochs between measurements.")
-    batch_size: PositiveCount = Field(default=500, description="Images for each pass, over all processes.")
+    batch_size: PositiveCount = Field(default=500, description="Images for each pass of a process.")
     train_size: PositiveCount = Field(
         default=1000, description="Training images in the measurement of training accuracy."
     )
     num_steps: PositiveCount = Field(default=10, description="Attack steps.")
-    step_size: StepSize = Field(default=2 / 255, description="Length of an attack step in [0, 1] pixel units.")
+    step_size: StepSize | None = Field(
+        default=None, description="Length of an attack step in [0, 1] pixel units; null: 2.5 threat.eps / num_steps."
+    )
     num_restarts: PositiveCount = Field(default=1, description="Attacks for each image; the worst counts.")
     wci: bool = Field(default=True, description="Measure the layer-wise WCI of the robust loss.")
 

@@ -19,11 +19,12 @@ from wcitrain.report.table import results_table
 __all__ = ["Run", "load_run", "results_table", "write_report"]
 
 
-def write_report(runs: Sequence[Run], out: str | Path) -> list[Path]:
+def write_report(runs: Sequence[Run], out: str | Path, *, at: str = "last") -> list[Path]:
     """Write table.md, curves.png and, where the runs have the numbers for them, tradeoff.png and wci_layers.png.
 
     tradeoff.png needs two groups with test accuracies, wci_layers.png the layer-wise WCI. These four names are
-    overwritten in ``out``; nothing else is touched, and a figure left over from an earlier report is warned about.
+    overwritten in ``out``; nothing else is touched, and a figure left over from an earlier report is warned about. ``at`` is
+    the epoch of the table, "last" or "best".
 
     Returns:
         The paths written.
@@ -38,7 +39,7 @@ def write_report(runs: Sequence[Run], out: str | Path) -> list[Path]:
     figures = {"curves.png": curves(rows), "tradeoff.png": tradeoff(rows), "wci_layers.png": wci_layers(rows)}
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "table.md"]
-    written[0].write_text(results_table(runs), "utf-8")
+    written[0].write_text(results_table(runs, at=at), "utf-8")
     for name, figure in figures.items():
         if figure is not None:
             figure.savefig(out / name, dpi=DPI)

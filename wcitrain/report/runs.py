@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +75,7 @@ def load_run(folder: str | Path) -> Run:
     known = summary or {}
     name = str(known.get("name") or recipe.get("name") or folder.name)
     seed = int(known.get("seed") or recipe.get("seed") or 0)
-    group = str(known.get("group") or re.sub(rf"[-_.](?:seed|s)?[-_]?{seed}$", "", name))
+    group = str(known.get("group") or recipe.get("name") or name)
     return Run(folder, name, group, seed, str(known.get("method") or group), metrics, summary, recipe)
 
 
