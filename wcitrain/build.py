@@ -78,7 +78,9 @@ def build_regularizer(
     if p.name == "awp":
         perturbation = optim.AWP(p.gamma, _schedule(p, updates))
     elif p.name == "wci":
-        perturbation = optim.WCIPosterior(p.relative_size, p.strength, p.frobenius, p.statistics, _schedule(p, updates))
+        perturbation = optim.WCIPosterior(
+            p.relative_size, p.strength, p.frobenius, p.statistics, p.floor, _schedule(p, updates)
+        )
     elif p.name == "noise":
         perturbation = optim.UniformNoise(p.relative_size, p.statistics, _schedule(p, updates))
     if q.name == "wci":

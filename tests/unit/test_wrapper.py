@@ -402,8 +402,7 @@ def test_layers_with_little_or_no_curvature_get_bounded_noise():
     """s = sqrt(a/t) explodes where a trace is small or came out negative: one layer would take all the noise."""
     a, d = torch.ones(4).double(), torch.full((4,), 10.0).double()
     t = torch.tensor([1.0, 1.0, -5.0, float("nan")]).double()
-    sigma = WCIPosterior(1.0).posterior(a, d, t, 1.0).sigma
-    variance = sigma**2
+    variance = WCIPosterior(1.0, floor=1e-2).posterior(a, d, t, 1.0).sigma ** 2
     # Mean product of the three measured layers is 2/3; the floor is 1 % of it; the layer without estimate counts with the mean.
     assert float(variance[2] / variance[0]) == pytest.approx((1e-2 * 2 / 3) ** -0.5)
     assert float(variance[3] / variance[0]) == pytest.approx((2 / 3) ** -0.5)

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from wcitrain.optim.schedule import StrengthSchedule
 
-FLOOR = (
-    1e-2  # lowest a_l t_l a layer counts with, as a share of the layers' mean: caps σ_l² at 10 times the mean layer's
-)
+FLOOR = 1e-4  # lowest a_l t_l a layer counts with, as a share of the layers' mean: σ_l² is at most 100 times the mean layer's
 FIRST_SIZE = 0.1  # relative size of the perturbations that measure, while a λ has no traces to be turned into a size
 
 
@@ -69,8 +67,8 @@ class WCIPosterior:
 
     The last equality of (2) holds at the optimal s_l, which is what (3) plugs in, from a running average of t_l. Directions
     are random signs, so the relative size is r exactly; the two antithetic gradients cancel the first-order noise. In (3) a
-    layer whose product a_l t_l is below ``FLOOR`` times the mean over layers, or negative, counts with that floor: its
-    variance is at most 1/sqrt(FLOOR) times that of a layer with the mean product, size and norm. A layer without any estimate
+    layer whose product a_l t_l is below ``floor`` times the mean over layers, or negative, counts with that floor: its
+    variance is at most 1/sqrt(floor) times that of a layer with the mean product, size and norm. A layer without any estimate
     (no gradient so far) counts with the mean. Until some trace is positive the shares are ``UniformNoise``'s, and a run by
     ``strength`` takes perturbations of relative size ``FIRST_SIZE``. Under bfloat16 traces from perturbations smaller than
     about 0.05 are rounding noise: avoid long ramps there.
@@ -82,6 +80,7 @@ class WCIPosterior:
             may grow to escape it where the loss is scale-invariant. Decays the same tensors as weight decay does.
         statistics: Where running statistics are updated: ``"perturbed"`` in the pass at W − u, for nothing; ``"clean"`` in
             one extra forward pass at W. No difference in accuracy was seen at r = 1 (see DESIGN.md).
+        floor: See above; the lower, the more noise goes where no curvature was found.
         schedule: When it acts; the ramp scales r (or λ).
     """
 
@@ -89,6 +88,7 @@ class WCIPosterior:
     strength: float | None = None
     frobenius: bool = False
     statistics: Literal["perturbed", "clean"] = "perturbed"
+    floor: float = FLOOR
     schedule: StrengthSchedule = field(default_factory=StrengthSchedule)
 
     def __post_init__(self) -> None:
@@ -97,11 +97,11 @@ class WCIPosterior:
                 f"WCIPosterior: got relative_size={self.relative_size}, strength={self.strength}; expected exactly one. "
                 "relative_size=1.0 is a good start."
             )
-        _check_positive("WCIPosterior", relative_size=self.relative_size, strength=self.strength)
+        _check_positive("WCIPosterior", relative_size=self.relative_size, strength=self.strength, floor=self.floor)
 
     def posterior(self, a: Tensor, d: Tensor, t: Tensor | None, factor: float) -> Posterior:
         """Return (3) for squared norms ``a``, sizes ``d`` and traces ``t`` (None: not measured yet), all [L]."""
-        s, is_known = posterior_shape(a, d, t)
+        s, is_known = posterior_shape(a, d, t, self.floor)
         volume = (d * s).sum().clamp_min(_TINY)  # all layers zero: nothing to perturb, sigma = 0
         by_size = (factor * (self.relative_size or FIRST_SIZE)) ** 2 * a.sum() / volume
         if self.relative_size is not None:
@@ -142,7 +142,7 @@ class UniformNoise:
 WeightPerturbation = AWP | WCIPosterior | UniformNoise
 
 
-def posterior_shape(a: Tensor, d: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
+def posterior_shape(a: Tensor, d: Tensor, t: Tensor | None, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
     """Return ``s_l = sqrt(a_l / t_l)`` [L] with the floor on ``a_l t_l``, and whether any trace is known and positive.
 
     Where none is, the shape is ``a_l / d_l``: right as shares, meaningless as an absolute value.
@@ -154,7 +154,7 @@ def posterior_shape(a: Tensor, d: Tensor, t: Tensor | None) -> tuple[Tensor, Ten
     is_measured = torch.isfinite(product)
     positive = torch.where(is_measured, product, 0.0).clamp_min(0)
     mean = positive.sum() / is_measured.sum().clamp_min(1)
-    counted = torch.where(is_measured, positive.clamp_min(FLOOR * mean), mean)
+    counted = torch.where(is_measured, positive.clamp_min(floor * mean), mean)
     is_known = mean > 0
     return torch.where(is_known, a / counted.clamp_min(_TINY).sqrt(), uniform), is_known
 

@@ -166,6 +166,9 @@ class WciPerturbation(RandomPerturbation):
         default=None, description="Weight lambda of the WCI in the loss; or set relative_size."
     )
     frobenius: bool = Field(default=False, description="Add the variational Frobenius term to the loss.")
+    floor: Annotated[Positive, Field(le=1)] = Field(
+        default=1e-4, description="Lowest norm-curvature product of a layer, as a share of the layers' mean, in (0, 1]."
+    )
 
     @model_validator(mode="before")
     @classmethod
