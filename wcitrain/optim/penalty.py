@@ -29,6 +29,8 @@ from wcitrain.optim.schedule import StrengthSchedule
 class WCIPenalty:
     """λ times the Weight-Curvature Index, λ Σ_l sqrt(a_l t_l), by two-point differences at a small radius.
 
+    The trace coefficients use `WCIPosterior`'s default floor on ``a_l t_l``; the norm coefficients use the clamped trace itself.
+
     Args:
         strength: λ >= 0; 0 only monitors.
         radius: Size of the probe perturbation relative to the weights, in (0, 1]. Small radii approach the Hessian on smooth
