@@ -33,7 +33,7 @@ types: install  ## check types
 	$(BIN)/mypy
 
 test: install  ## run the tests (minutes)
-	$(RUN_ENV) $(BIN)/python -m pytest -q -m "not slow"
+	$(RUN_ENV) $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 check: install lint types  ## everything that must hold before a change is proposed
-	$(RUN_ENV) $(BIN)/python -m pytest -q
+	$(RUN_ENV) $(BIN)/python -m pytest -q -n 2

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from wcitrain.curvature import cross_entropy
 from wcitrain.optim import (
     AWP,
     FrobeniusTracePenalty,
@@ -27,11 +27,16 @@ LATER = StrengthSchedule(start=10**6)
 
 @dataclass(frozen=True)
 class Rule:
-    """Constructor arguments of the wrapper and the documented cost of one step beyond a plain one (BatchNorm model)."""
+    """Constructor arguments of the wrapper and the documented cost of one step beyond a plain one (BatchNorm model).
+
+    ``gradients``: how often a leaf's gradient is computed beyond once; a differentiated backward counts double in
+    ``backwards`` but shows once at the leaf.
+    """
 
     kwargs: dict
     forwards: int
     backwards: int
+    gradients: int | None = None
 
 
 RULES: dict[str, Rule] = {
@@ -42,9 +47,16 @@ RULES: dict[str, Rule] = {
     "wci with frobenius": Rule({"perturbation": WCIPosterior(0.5, frobenius=True)}, 1, 1),
     "wci, clean statistics": Rule({"perturbation": WCIPosterior(0.5, statistics="clean")}, 2, 1),
     "noise": Rule({"perturbation": UniformNoise(0.5)}, 1, 1),
-    "wci penalty": Rule({"penalty": WCIPenalty(1e-3, radius=0.05)}, 2, 2),
+    "wci penalty": Rule({"penalty": WCIPenalty(1e-3, radius=0.05, estimator="two_point")}, 2, 2),
+    "wci penalty, gauss_newton": Rule({"penalty": WCIPenalty(1e-3, estimator="gauss_newton")}, 0, 3, 1),
+    "wci penalty, hutchinson": Rule({"penalty": WCIPenalty(1e-4, estimator="hutchinson")}, 2, 6, 4),
+    "wci penalty, 2 probes": Rule({"penalty": WCIPenalty(1e-3, estimator="gauss_newton", num_probes=2)}, 0, 6, 2),
+    "top layer penalty": Rule({"penalty": WCIPenalty(1e-3, estimator="top_layer")}, 0, 0),
     "frobenius penalty": Rule({"penalty": FrobeniusTracePenalty(1e-3, None)}, 0, 0),
-    "trace penalty": Rule({"penalty": FrobeniusTracePenalty(0.0, 1e-4, radius=0.05)}, 2, 2),
+    "trace penalty": Rule({"penalty": FrobeniusTracePenalty(0.0, 1e-4, radius=0.05, estimator="two_point")}, 2, 2),
+    "trace penalty, 2 probes": Rule(
+        {"penalty": FrobeniusTracePenalty(0.0, 1e-4, radius=0.05, estimator="two_point", num_probes=2)}, 4, 4
+    ),
     "awp and frobenius": Rule({"perturbation": AWP(0.02), "penalty": FrobeniusTracePenalty(1e-3, None)}, 1, 1),
 }
 
@@ -52,6 +64,9 @@ RULES: dict[str, Rule] = {
 IDLE: dict[str, dict] = {
     "no rule": {},
     "monitor wci": {"penalty": WCIPenalty(0.0)},
+    "monitor by two_point": {"penalty": WCIPenalty(0.0, estimator="two_point")},
+    "monitor by hutchinson": {"penalty": WCIPenalty(0.0, estimator="hutchinson", num_probes=2)},
+    "monitor by top_layer": {"penalty": WCIPenalty(0.0, estimator="top_layer")},
     "monitor trace": {"penalty": FrobeniusTracePenalty(0.0, 0.0)},
     "frobenius 0": {"penalty": FrobeniusTracePenalty(0.0, None)},
     "awp later": {"perturbation": AWP(0.01, LATER)},
@@ -107,7 +122,7 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5, star
     for step in range(start, start + steps):
         x, y = image_batch(seed=100 + step)
         torch.manual_seed(1000 + step)
-        losses.append(float(optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))))
+        losses.append(float(optimizer.step(lambda x=x, y=y: cross_entropy(model(x), y))))
     return losses
 
 

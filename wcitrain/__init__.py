@@ -1,10 +1,26 @@
 """Robust training with the Weight-Curvature Index as a training knob."""
 
 from wcitrain.attacks import ThreatModel, fgsm, pgd
-from wcitrain.curvature import TraceEstimate, gauss_newton_trace
+from wcitrain.curvature import (
+    Loss,
+    Output,
+    TraceEstimate,
+    binary_cross_entropy,
+    cross_entropy,
+    dense_hessian,
+    exact_gauss_newton_trace,
+    exact_trace,
+    gauss_newton_trace,
+    hutchinson_trace,
+    hutchpp_trace,
+    mean_squared_error,
+    top_layer_trace,
+    two_point_trace,
+)
 from wcitrain.evaluation import Evaluation, evaluate
+from wcitrain.measures import WCIMeasurement, measure_wci
 from wcitrain.models import create_model, load_exported
-from wcitrain.objectives import PGDAT, Loss, Standard
+from wcitrain.objectives import PGDAT, Standard
 from wcitrain.optim import (
     AWP,
     FrobeniusTracePenalty,
@@ -26,6 +42,7 @@ __all__ = [
     "Evaluation",
     "FrobeniusTracePenalty",
     "Loss",
+    "Output",
     "Recipe",
     "RecipeError",
     "RegularizedOptimizer",
@@ -34,16 +51,28 @@ __all__ = [
     "ThreatModel",
     "TraceEstimate",
     "UniformNoise",
+    "WCIMeasurement",
     "WCIPenalty",
     "WCIPosterior",
+    "binary_cross_entropy",
     "create_model",
+    "cross_entropy",
+    "dense_hessian",
     "evaluate",
+    "exact_gauss_newton_trace",
+    "exact_trace",
     "fgsm",
     "fit",
     "gauss_newton_trace",
+    "hutchinson_trace",
+    "hutchpp_trace",
     "load_exported",
     "load_recipe",
+    "mean_squared_error",
+    "measure_wci",
     "pgd",
     "recipe_from_dict",
     "select_layers",
+    "top_layer_trace",
+    "two_point_trace",
 ]

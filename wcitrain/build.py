@@ -84,16 +84,18 @@ def build_regularizer(
     elif p.name == "noise":
         perturbation = optim.UniformNoise(p.relative_size, p.statistics, _schedule(p, updates))
     if q.name == "wci":
-        penalty = optim.WCIPenalty(q.strength, q.radius, _schedule(q, updates))
+        penalty = optim.WCIPenalty(q.strength, schedule=_schedule(q, updates), **_estimation(q))
     elif q.name == "frobenius":
         penalty = optim.FrobeniusTracePenalty(q.strength, None, schedule=_schedule(q, updates))
     elif q.name == "trace":
-        penalty = optim.FrobeniusTracePenalty(0.0, q.strength, q.radius, _schedule(q, updates))
+        penalty = optim.FrobeniusTracePenalty(0.0, q.strength, schedule=_schedule(q, updates), **_estimation(q))
     elif q.name == "frobenius_trace":
         trace_weight = (
             None if perturbation is not None else q.trace_weight
         )  # no extra passes to monitor beside another rule
-        penalty = optim.FrobeniusTracePenalty(q.frobenius_weight, trace_weight, q.radius, _schedule(q, updates))
+        penalty = optim.FrobeniusTracePenalty(
+            q.frobenius_weight, trace_weight, schedule=_schedule(q, updates), **_estimation(q)
+        )
     rule = p if p.name != "none" else q
     return RegularizedOptimizer(
         base,
@@ -101,6 +103,7 @@ def build_regularizer(
         perturbation=perturbation,
         penalty=penalty,
         layers=getattr(rule, "layers", "weights"),
+        split_qkv=getattr(rule, "split_qkv", False),
         trace_decay=getattr(rule, "trace_decay", 0.9),
         seed=recipe.seed,
     )
@@ -142,6 +145,12 @@ def method_label(recipe: Recipe) -> str:
     if not parts:
         return label
     return " + ".join(parts if label == "AT" else [label, *parts])
+
+
+def _estimation(section: Any) -> dict[str, Any]:
+    """Return how a penalty's traces are estimated; what the recipe leaves open is the penalty's own default."""
+    settings = {key: getattr(section, key) for key in ("estimator", "num_probes", "radius", "gradient")}
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _schedule(section: Any, updates: int) -> StrengthSchedule:

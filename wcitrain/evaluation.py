@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wcitrain.attacks import ThreatModel, pgd
-from wcitrain.curvature import gauss_newton_trace
+from wcitrain.curvature.gauss_newton import gauss_newton_samples
 from wcitrain.measures import WCIMeasurement
 from wcitrain.params import squared_norms
 from wcitrain.preserve import full_precision, undisturbed
@@ -133,7 +133,7 @@ def _measure_batch(
             logits = model(part).float()
             parts.append(logits.detach())
             if layers:
-                trace = gauss_newton_trace(logits, layers, generator=generator)
+                trace = gauss_newton_samples(logits, layers, generator=generator)[0]
                 samples.append(torch.cat([trace.new_tensor([len(part)]), trace]))
     with torch.no_grad():
         sums = [torch.tensor(float(len(y)))]

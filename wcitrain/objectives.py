@@ -6,21 +6,15 @@ Weight-Curvature Index speaks of.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wcitrain.attacks import ThreatModel, pgd
+from wcitrain.curvature.loss import Loss, cross_entropy
 from wcitrain.preserve import undisturbed
-
-
-class Loss(NamedTuple):
-    """A differentiable total, and its named parts (detached) for the log."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
 
 
 class Objective(Protocol):
@@ -52,8 +46,7 @@ class Standard:
 
     def loss(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Loss:
         """Return the mean cross-entropy at ``x``."""
-        total = F.cross_entropy(model(x).float(), y, label_smoothing=self.label_smoothing)
-        return Loss(total, {"cross_entropy": total.detach()})
+        return cross_entropy(model(x), y, label_smoothing=self.label_smoothing)
 
     def attack_passes(self) -> tuple[int, int]:
         """No attack, no passes."""
@@ -99,8 +92,7 @@ class PGDAT:
 
     def loss(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Loss:
         """Return the mean cross-entropy at ``x_adv``, held fixed (Danskin)."""
-        total = F.cross_entropy(model(x_adv).float(), y, label_smoothing=self.label_smoothing)
-        return Loss(total, {"cross_entropy": total.detach()})
+        return cross_entropy(model(x_adv), y, label_smoothing=self.label_smoothing)
 
     def attack_passes(self) -> tuple[int, int]:
         """K forward and backward passes a restart, and one forward a restart to compare several."""

@@ -5,14 +5,120 @@ tensors of convolutions and linear maps (two or more dimensions); biases, normal
 class and position tokens are not layers (Xu & Zhang speak of "weight matrices" only).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 LAYER_CHOICES = ("weights", "weights+biases", "all")
+QKV = ("q", "k", "v")
+
+
+class Layers(Mapping[str, Tensor]):
+    """The tensors that count as layers, by name, and every sum over them.
+
+    A mapping from layer names to tensors. A tensor may be cut into equal parts along its first dimension, each its own
+    layer (``"blocks.0.attn.qkv.weight[q]"``): then ``layers[name]`` is a view, while ``layers.tensors`` holds what autograd
+    knows, the whole tensor once. L counts layers, ``tensors`` may be fewer.
+
+    Args:
+        tensors: Whole tensors by name (usually parameters); another ``Layers`` is taken as it is.
+        parts: For the names that are cut, the names of the parts.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]] | None = None) -> None:
+        own_parts: Mapping[str, Sequence[str]] = parts or {}
+        if isinstance(tensors, Layers):
+            own_parts = tensors._parts if parts is None else parts
+            tensors = tensors._whole
+        self._whole: dict[str, Tensor] = dict(tensors)
+        self._parts: dict[str, tuple[str, ...]] = {
+            name: tuple(p) for name, p in own_parts.items() if name in self._whole
+        }
+        self.tensors: list[Tensor] = list(self._whole.values())
+        self._counts = [len(self._parts.get(name, ("",))) for name in self._whole]
+        self._places = {
+            (f"{name}[{part}]" if part else name): (name, index)
+            for name in self._whole
+            for index, part in enumerate(self._parts.get(name, ("",)))
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        whole, index = self._places[name]
+        count = len(self._parts.get(whole, ("",)))
+        return self._whole[whole] if count == 1 else self._whole[whole].chunk(count)[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def only(self, ids: set[int]) -> "Layers":
+        """Return the layers whose tensors' ``id`` is in ``ids``."""
+        return Layers({name: t for name, t in self._whole.items() if id(t) in ids}, self._parts)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether some tensor is cut into several layers."""
+        return bool(self._parts)
+
+    def sum_parts(self, index: int, x: Tensor) -> Tensor:
+        """Return the sums [number of parts] of ``x``, shaped like tensor ``index``, in float64 where the device has it."""
+        if self._counts[index] == 1:
+            return x.sum(dtype=_wide_dtype(x)).reshape(1)
+        return rearrange(x, "(part d) ... -> part (d ...)", part=self._counts[index]).sum(1, dtype=_wide_dtype(x))
+
+    def dots(self, left: Sequence[Tensor], right: Sequence[Tensor | None]) -> Tensor:
+        """Return the inner products of two lists of tensors, layer by layer [L]; a missing tensor counts as zero."""
+        return torch.cat(
+            [
+                a.new_zeros(self._counts[index], dtype=_wide_dtype(a)) if b is None else self.sum_parts(index, a * b)
+                for index, (a, b) in enumerate(zip(left, right, strict=True))
+            ]
+        )
+
+    def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return the squared Frobenius norms of tensors shaped like the layers [L]; a missing tensor counts as zero."""
+        if not self.has_parts and all(t is not None and not t.requires_grad for t in tensors):
+            norms = torch._foreach_norm([t.float() if t.dtype.itemsize < 4 else t for t in tensors if t is not None])
+            return wide(torch.stack(norms)).square()
+        return torch.cat(
+            [
+                self.tensors[i].new_zeros(self._counts[i], dtype=_wide_dtype(self.tensors[i]))
+                if t is None
+                else self.sum_parts(i, t.square())
+                for i, t in enumerate(tensors)
+            ]
+        )
+
+    def squared_norms(self) -> Tensor:
+        """Return ``a_l = ||W_l||_F²`` [L], no graph attached."""
+        return self.squares([t.detach() for t in self.tensors])
+
+    def sizes(self) -> Tensor:
+        """Return ``d_l``, the number of elements of each layer [L], on the layers' device."""
+        numbers = [t.numel() // c for t, c in zip(self.tensors, self._counts, strict=True) for _ in range(c)]
+        return wide(torch.tensor(numbers, device=self.tensors[0].device, dtype=torch.float32))
+
+    def spread(self, values: Tensor) -> list[Tensor]:
+        """Return ``values`` [L] as one factor a tensor: a scalar, or shaped to broadcast where the tensor is cut."""
+        factors = []
+        for t, chunk in zip(self.tensors, values.split(self._counts), strict=True):
+            factor = chunk.to(t.dtype)
+            if len(factor) > 1:
+                factor = repeat(factor, "part -> (part d)", d=t.shape[0] // len(factor))
+                factor = factor.reshape(-1, *[1] * (t.ndim - 1))
+            factors.append(factor if len(factor) > 1 else factor[0])
+        return factors
+
+    def missing(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return which layers have no tensor in ``tensors``, booleans [L]."""
+        flags = [t is None for t, c in zip(tensors, self._counts, strict=True) for _ in range(c)]
+        return torch.tensor(flags, device=self.tensors[0].device)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -23,7 +129,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def select_layers(model: nn.Module, layers: str = "weights") -> dict[str, nn.Parameter]:
+def select_layers(model: nn.Module, layers: str = "weights", *, split_qkv: bool = False) -> Layers:
     """Return the tensors that count as layers, by the user's own names, in the model's own order.
 
     Args:
@@ -31,9 +137,12 @@ def select_layers(model: nn.Module, layers: str = "weights") -> dict[str, nn.Par
         layers: ``"weights"`` (default: named ``weight`` or ``*_weight``, two or more dimensions, no embedding);
             ``"weights+biases"`` (those and every bias of a module that has such a weight, each its own layer);
             ``"all"`` (every trainable tensor is its own layer); or a glob over parameter names such as ``"*layer4*weight"``.
+        split_qkv: Count the query, key and value maps of a fused attention projection (``*qkv.weight``,
+            ``in_proj_weight``: timm and ``nn.MultiheadAttention``) as three layers instead of one.
 
     Raises:
-        ValueError: Nothing was selected; the message lists some names that exist.
+        ValueError: Nothing was selected (the message lists some names that exist), or ``split_qkv`` finds nothing to split
+            or a projection whose parts are interleaved by head.
     """
     model = unwrapped(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -64,29 +173,41 @@ def select_layers(model: nn.Module, layers: str = "weights") -> dict[str, nn.Par
             f"layers: got {layers!r}, which selects no trainable tensor; expected one of {', '.join(LAYER_CHOICES)} "
             f"or a glob over parameter names. Trainable names begin with: {some}."
         )
-    return selected
+    return Layers(selected, _qkv_parts(model, selected) if split_qkv else None)
+
+
+def _qkv_parts(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Return the parts of the fused attention projections among ``selected``: thirds along the output dimension."""
+    fused = [
+        name
+        for name, p in selected.items()
+        if name.endswith(("qkv.weight", "qkv.bias", "in_proj_weight", "in_proj_bias")) and p.shape[0] % 3 == 0
+    ]
+    if not fused:
+        raise ValueError(
+            f"split_qkv: got True, but none of the {len(selected)} layers is a fused projection (*qkv.weight, in_proj_weight). "
+            "Set it to False for this model."
+        )
+    for name in fused:
+        owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+        if getattr(owner, "head_first", False):
+            raise ValueError(
+                f"split_qkv: got True, but the rows of {name} are interleaved by head; expected query, key and value one after "
+                "another. Set it to False for this model."
+            )
+    return {name: QKV for name in fused}
 
 
 def squared_norms(layers: Mapping[str, Tensor]) -> Tensor:
     """Return ``a_l = ||W_l||_F^2`` as a float64 tensor [L] (float32 on devices without float64), no graph attached."""
-    tensors = [p.detach() for p in layers.values()]
-    return wide(torch.stack(torch._foreach_norm([t.float() if t.dtype.itemsize < 4 else t for t in tensors]))).square()
-
-
-def sizes(layers: Mapping[str, Tensor]) -> Tensor:
-    """Return ``d_l``, the number of elements of each layer, as a tensor [L] on the layers' device."""
-    first = next(iter(layers.values()))
-    return wide(torch.tensor([p.numel() for p in layers.values()], device=first.device, dtype=torch.float32))
-
-
-def dots(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> Tensor:
-    """Return the inner products ``<left_l, right_l>`` [L], summed in float64; a missing tensor counts as zero."""
-    zero = torch.zeros((), device=left[0].device)
-    return torch.stack(
-        [wide(zero) if b is None else (a * b).sum(dtype=wide(zero).dtype) for a, b in zip(left, right, strict=True)]
-    )
+    return Layers(layers).squared_norms()
 
 
 def wide(x: Tensor) -> Tensor:
     """Return ``x`` in float64 where the device has it (Apple's MPS does not), for sums that must not lose digits."""
     return x if x.device.type == "mps" else x.double()
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype sums over ``x`` are made in."""
+    return torch.float32 if x.device.type == "mps" else torch.float64

@@ -1,15 +1,15 @@
-"""Leave the model as it was found: module modes, buffers, random state, numeric precision.
+"""Leave the model as it was found: weights, module modes, buffers, random state, numeric precision.
 
 Attacks, measurements and the extra passes of the optimizer wrapper run inside these context managers; each of them
 restores on exceptions too. Gradients need no context: extra passes use ``torch.autograd.grad``, which leaves ``.grad`` alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -63,6 +63,25 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_random_state(states, device)
+
+
+@contextmanager
+def perturbed(layers: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator[Callable[[int], None]]:
+    """Yield ``move(sign)``, which puts the weights at W + sign·u; W comes back bit for bit, also on exceptions.
+
+    From a clone and by copy: adding and subtracting u would be off by a rounding, rebinding ``.data`` would break views.
+    """
+    weights = [p.detach() for p in layers]
+    saved = [w.clone() for w in weights]
+
+    def move(sign: int) -> None:
+        torch._foreach_copy_(weights, saved)
+        torch._foreach_add_(weights, list(direction), alpha=sign)
+
+    try:
+        yield move
+    finally:
+        torch._foreach_copy_(weights, saved)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from wcitrain import checkpoint, tracking
 from wcitrain.attacks import ThreatModel
 from wcitrain.build import build_objective, build_optimizer, build_regularizer, learning_rate_factor, step_size
+from wcitrain.curvature import Loss
 from wcitrain.data import Splits, load_splits
 from wcitrain.evaluation import Evaluation, evaluate
 from wcitrain.models import Classifier, create_model
@@ -31,6 +32,8 @@ from wcitrain.recipe import Recipe
 from wcitrain.seeding import generator_from, seed_from
 from wcitrain.stopping import StopRequest
 from wcitrain.summary import summarize
+
+DRY_RUN_IMAGES = 4  # more than one: BatchNorm in train mode needs them
 
 
 class NonFiniteLossError(RuntimeError):
@@ -150,6 +153,7 @@ class Trainer:
         self.model = accelerator.prepare_model(self.attacked)
         self.optimizer = accelerator.prepare_optimizer(self.regularizer)
         self.regularizer.attach(accelerator, self.model)
+        self._choose_estimator()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             base, lambda step: learning_rate_factor(recipe, step / self.updates)
         )
@@ -252,9 +256,18 @@ class Trainer:
             self.ema.update(self.bare, step=step)
         return float(self.accelerator.reduce(total / len(micro_batches), reduction="mean"))
 
-    def _loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+    def _loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Loss:
         """Return the differentiable loss at fixed adversarial examples, a function of the weights."""
-        return self.objective.loss(self.model, x, x_adv, y).total
+        return self.objective.loss(self.model, x, x_adv, y)
+
+    def _choose_estimator(self) -> None:
+        """Let the penalty find out on a few images, before anything is trained, how it can estimate its traces."""
+        images = self.splits.train.subset(min(DRY_RUN_IMAGES, len(self.splits.train)))
+        x, y, _ = next(images.batches(len(images), device=self.device))
+        self.model.train()
+        choice = self.regularizer.choose_estimator(partial(self._loss, x, x, y))
+        if choice is not None and self.accelerator.is_main_process:
+            print(f"penalty estimator: {choice.estimator} ({choice.reason})", flush=True)
 
     def _finish_epoch(self) -> None:
         """Measure, log and save at the end of an epoch."""

@@ -3,11 +3,11 @@
 import sys
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from cases import RULES, SmoothNet
 from torch import nn
 
+from wcitrain.curvature import cross_entropy
 from wcitrain.optim import RegularizedOptimizer
 
 
@@ -33,7 +33,7 @@ def train(rule: str, rank: int, world: int, steps: int = 4, normalised: nn.Modul
         for micro in range(accumulate):
             x, y = data(2 * step + micro * world + rank)
             with accelerator.accumulate(prepared):
-                optimizer.backward(lambda x=x, y=y: F.cross_entropy(prepared(x), y))
+                optimizer.backward(lambda x=x, y=y: cross_entropy(prepared(x), y))
                 wrapped.step()
                 wrapped.zero_grad()
     traces = optimizer.traces()

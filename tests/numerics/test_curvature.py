@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from cases import SmoothNet
 from torch import nn
 
-from wcitrain.curvature import TraceEstimate, gauss_newton_trace
-from wcitrain.curvature.two_point import signs
+from wcitrain.curvature import TraceEstimate, cross_entropy
+from wcitrain.curvature.gauss_newton import gauss_newton_samples
+from wcitrain.curvature.probes import signs
 from wcitrain.measures import WCIMeasurement
 from wcitrain.optim import FrobeniusTracePenalty, RegularizedOptimizer, WCIPenalty, WCIPosterior
 from wcitrain.params import select_layers, squared_norms
+from wcitrain.seeding import generator_from
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def smooth():
     y = model(x).argmax(
         1
     )  # ... with these labels the Hessian is close to Gauss-Newton and its layer traces are positive
-    return model, lambda: F.cross_entropy(model(x), y)
+    return model, lambda: cross_entropy(model(x), y)
 
 
 def exact_traces(model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
@@ -41,9 +43,20 @@ def exact_traces(model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
     return torch.stack(traces)
 
 
-def exact_wci_gradient(model: nn.Module, loss_fn) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The gradient of Σ sqrt(a t) over all parameters by third-order autograd, and the traces."""
-    traces = exact_traces(model, loss_fn())
+def exact_gauss_newton_traces(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    """Σ over examples and classes of ||J_nᵀ S_n e_c||² / N, with its graph: one backward for every entry of S."""
+    layers, p = list(select_layers(model).values()), logits.softmax(-1)
+    traces = torch.zeros(len(layers)).double()
+    for n in range(len(logits)):
+        root = torch.diag(p[n].sqrt()) - torch.outer(p[n], p[n].sqrt())
+        for column in root.T:
+            gradients = torch.autograd.grad(logits[n], layers, column, create_graph=True)
+            traces = traces + torch.stack([g.square().sum() for g in gradients]) / len(logits)
+    return traces
+
+
+def exact_wci_gradient(model: nn.Module, traces: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The gradient of Σ sqrt(a t) over all parameters by autograd through the exact traces, and the traces."""
     assert (traces > 0).all(), "choose another seed: the index needs positive traces"
     a = torch.stack([p.square().sum() for p in select_layers(model).values()])
     gradients = torch.autograd.grad((a * traces).sqrt().sum(), list(model.parameters()), allow_unused=True)
@@ -59,27 +72,41 @@ def with_known_traces(model: nn.Module, traces: torch.Tensor, seed: int, **rule)
     return optimizer
 
 
-# Both are WCI's gradient: by small differences, and as the mean over a (here small) posterior. Truncation is O(radius²).
+# All are the index's gradient: by differences, by autograd, and as the mean over a (here small) posterior; gauss_newton's for
+# the Gauss–Newton traces. Truncation is O(radius²). Per rule: constructor arguments, strength, draws.
 RULES = {
-    "penalty": (lambda strength: {"penalty": WCIPenalty(strength, radius=1e-3)}, 1.0),
-    "posterior": (lambda strength: {"perturbation": WCIPosterior(strength=strength, frobenius=True)}, 1e-4),
-}
+    "two_point": (lambda s: {"penalty": WCIPenalty(s, radius=1e-3, estimator="two_point")}, 1.0, 1200),
+    "posterior": (lambda s: {"perturbation": WCIPosterior(strength=s, frobenius=True)}, 1e-4, 1200),
+    "gauss_newton": (lambda s: {"penalty": WCIPenalty(s, estimator="gauss_newton")}, 1.0, 900),
+    "hutchinson, differences": (
+        lambda s: {"penalty": WCIPenalty(s, radius=1e-3, estimator="hutchinson", num_probes=3)}, 1.0, 400,
+    ),
+    "hutchinson, autograd": (
+        lambda s: {"penalty": WCIPenalty(s, estimator="hutchinson", gradient="autograd", num_probes=3)}, 1.0, 400,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_two_point_gradient_converges_to_the_exact_gradient_of_the_index(name, smooth):
+def test_the_gradient_converges_to_the_exact_gradient_of_the_index(name, smooth):
     """Two published codes pass no gradient through their trace penalty; a wrong factor or a missing term shows here too.
 
     The mean over n independent directions must lie within the error its own variance predicts, and that error must be
     small against the gradient: both the norm and every factor are tested.
     """
     model, loss_fn = smooth
-    exact, traces = exact_wci_gradient(model, loss_fn)
-    plain = torch.autograd.grad(loss_fn(), list(model.parameters()))
-    rule, strength = RULES[name]
+    is_gauss_newton = name == "gauss_newton"
+    graph = (
+        exact_gauss_newton_traces(model, loss_fn().outputs[0].logits)
+        if is_gauss_newton
+        else exact_traces(model, loss_fn().total)
+    )
+    exact, traces = exact_wci_gradient(model, graph)
+    plain = torch.autograd.grad(loss_fn().total, list(model.parameters()))
+    rule, strength, num_draws = RULES[name]
     optimizer = with_known_traces(model, traces, seed=1, **rule(strength))
     samples = []
-    for draw in range(3000):
+    for draw in range(num_draws):
         optimizer._record["step"] = draw
         optimizer.zero_grad()
         optimizer.backward(loss_fn)
@@ -90,20 +117,22 @@ def test_the_two_point_gradient_converges_to_the_exact_gradient_of_the_index(nam
     truth = torch.cat([g.flatten() for g in exact])
     error = samples.mean(0) - truth
     predicted = (samples.var(0).sum() / len(samples)).sqrt()  # E||error||² = Σ var / n
-    assert predicted < 0.08 * truth.norm()
+    assert predicted < 0.13 * truth.norm()
     assert error.norm() < 1.5 * predicted + 1e-3 * truth.norm()
-    assert torch.cosine_similarity(samples.mean(0), truth, dim=0) > 0.995
+    assert torch.cosine_similarity(samples.mean(0), truth, dim=0) > 0.99
 
 
 def test_the_trace_penaltys_gradient_converges_to_the_exact_one(smooth):
     """Same for the bare trace, whose probe shape is uniform."""
     model, loss_fn = smooth
-    traces = exact_traces(model, loss_fn())
+    traces = exact_traces(model, loss_fn().total)
     exact = torch.autograd.grad(traces.sum(), list(model.parameters()))
-    plain = torch.autograd.grad(loss_fn(), list(model.parameters()))
-    optimizer = with_known_traces(model, traces.detach(), 2, penalty=FrobeniusTracePenalty(0.0, 1.0, radius=1e-3))
+    plain = torch.autograd.grad(loss_fn().total, list(model.parameters()))
+    optimizer = with_known_traces(
+        model, traces.detach(), 2, penalty=FrobeniusTracePenalty(0.0, 1.0, radius=1e-3, estimator="two_point")
+    )
     samples = []
-    for draw in range(2000):
+    for draw in range(900):
         optimizer._record["step"] = draw
         optimizer.zero_grad()
         optimizer.backward(loss_fn)
@@ -111,7 +140,7 @@ def test_the_trace_penaltys_gradient_converges_to_the_exact_one(smooth):
     samples = torch.stack(samples)
     truth = torch.cat([g.flatten() for g in exact])
     predicted = (samples.var(0).sum() / len(samples)).sqrt()
-    assert predicted < 0.1 * truth.norm()
+    assert predicted < 0.15 * truth.norm()
     assert (samples.mean(0) - truth).norm() < 1.5 * predicted + 1e-3 * truth.norm()
 
 
@@ -119,21 +148,21 @@ def test_the_trace_penaltys_gradient_converges_to_the_exact_one(smooth):
 def test_trace_estimates_are_unbiased(rule, smooth):
     """The L numbers that set the shares: mean within 4 standard errors of the exact traces."""
     model, loss_fn = smooth
-    traces = exact_traces(model, loss_fn()).detach()
+    traces = exact_traces(model, loss_fn().total).detach()
     kwargs = (
-        {"penalty": WCIPenalty(0.0, radius=1e-3)}
+        {"penalty": WCIPenalty(0.0, radius=1e-3, estimator="two_point")}
         if rule == "penalty"
         else {"perturbation": WCIPosterior(relative_size=1e-3)}
     )
     optimizer = with_known_traces(model, traces, seed=5, **kwargs)
     draws = []
-    for draw in range(1500):
+    for draw in range(600):
         optimizer._record["step"] = draw
         optimizer.backward(loss_fn)
         draws.append(optimizer._pending.pop())
     estimate = TraceEstimate.from_samples(torch.stack(draws))
     assert ((estimate.mean - traces).abs() < 4 * estimate.stderr).all(), (estimate, traces)
-    assert (estimate.stderr < 0.1 * traces.abs()).all()
+    assert (estimate.stderr < 0.16 * traces.abs()).all()
 
 
 def test_running_averages_are_bias_corrected(smooth):
@@ -176,7 +205,7 @@ def test_on_a_quadratic_the_estimate_and_the_gradient_hold_at_every_radius(relat
 def test_the_frobenius_term_is_the_variational_one(smooth):
     """(λ/2) Σ a_l / s_l has gradient λ W_l / s_l."""
     model, loss_fn = smooth
-    traces = exact_traces(model, loss_fn()).detach()
+    traces = exact_traces(model, loss_fn().total).detach()
     grads = []
     for frobenius in (False, True):
         optimizer = with_known_traces(
@@ -204,7 +233,7 @@ def test_rescaling_a_layer_leaves_index_and_relative_perturbation():
     for net in (model, scaled):
         layers = select_layers(net)
         generator = torch.Generator().manual_seed(0)
-        t = torch.stack([gauss_newton_trace(net(x), layers, generator=generator) for _ in range(50)]).mean(0)
+        t = torch.stack([gauss_newton_samples(net(x), layers, generator=generator)[0] for _ in range(50)]).mean(0)
         a = squared_norms(layers)
         d = torch.tensor([p.numel() for p in layers.values()]).double()
         index.append(float((a * t).sqrt().sum()))
@@ -224,7 +253,9 @@ def test_gauss_newton_trace_of_a_linear_model_is_its_closed_form():
     exact = float((x.square().sum(1) * (1 - p.square().sum(1))).mean())
     assert exact == pytest.approx(1.8285859402617057, abs=1e-12)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([gauss_newton_trace(model(x), {"w": model.weight}, generator=generator) for _ in range(4000)])
+    draws = torch.stack(
+        [gauss_newton_samples(model(x), {"w": model.weight}, generator=generator)[0] for _ in range(4000)]
+    )
     estimate = TraceEstimate.from_samples(draws)
     # The softmax runs in float32 (relative rounding 6e-8): far below the sampling error.
     assert abs(float(estimate.mean) - exact) < 4 * float(estimate.stderr)
@@ -239,7 +270,7 @@ def test_gauss_newton_trace_is_the_hessian_trace_of_a_relu_network():
     exact = exact_traces(model, F.cross_entropy(model(x), y)).detach()
     generator = torch.Generator().manual_seed(0)
     layers = select_layers(model)
-    draws = torch.stack([gauss_newton_trace(model(x), layers, generator=generator) for _ in range(3000)])
+    draws = torch.stack([gauss_newton_samples(model(x), layers, generator=generator)[0] for _ in range(3000)])
     estimate = TraceEstimate.from_samples(draws)
     assert ((estimate.mean - exact).abs() < 4 * estimate.stderr).all()
     assert (estimate.stderr < 0.05 * exact).all()
@@ -270,14 +301,19 @@ def test_standard_errors_are_those_of_repeated_experiments():
 def test_signs_are_fair_independent_and_reproducible():
     """A published Rademacher sampler always returned −1."""
     layers = [torch.zeros(100, 99), torch.zeros(13)]
-    v = torch.cat([s.flatten() for s in signs(layers, 1, 2)])
+    v = torch.cat([s.flatten() for s in signs(layers, generator_from("cpu", 1, 2))])
     n = v.numel()
     assert set(v.tolist()) == {-1.0, 1.0}
     assert abs(float(v.mean())) < 4 / n**0.5
     assert abs(float((v[1:] * v[:-1]).mean())) < 4 / n**0.5
     assert abs(float((v[8:] * v[:-8]).mean())) < 4 / n**0.5  # eight signs come from one random byte
-    assert all(torch.equal(p, q) for p, q in zip(signs(layers, 1, 2), signs(layers, 1, 2), strict=True))
-    assert not torch.equal(signs(layers, 1, 2)[0], signs(layers, 1, 3)[0])
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(
+            signs(layers, generator_from("cpu", 1, 2)), signs(layers, generator_from("cpu", 1, 2)), strict=True
+        )
+    )
+    assert not torch.equal(signs(layers, generator_from("cpu", 1, 2))[0], signs(layers, generator_from("cpu", 1, 3))[0])
 
 
 def test_evaluation_reports_the_index_with_its_error():

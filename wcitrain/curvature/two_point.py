@@ -13,31 +13,16 @@ ReLU the second difference also sees the kinks and does not converge to Tr(H) as
 loss smoothed over the radius, which is another quantity than autograd's Hessian.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from wcitrain.params import wide
-from wcitrain.seeding import generator_from
-
-
-def signs(layers: Sequence[Tensor], *key: object) -> list[Tensor]:
-    """Return one Rademacher tensor a layer (entries −1 or +1, mean 0, variance 1), a function of ``key`` alone.
-
-    Args:
-        layers: Tensors whose shapes, dtypes and device are followed.
-        key: Names the draw, for example ``(seed, step, micro_step)``; see ``seeding.seed_from``.
-    """
-    device = layers[0].device
-    generator = generator_from(device, *key)
-    num = sum(p.numel() for p in layers)
-    # Eight signs a random byte: several times cheaper than one random number a sign.
-    random_bytes = torch.randint(0, 256, (-(-num // 8), 1), generator=generator, device=device, dtype=torch.uint8)
-    bits = (random_bytes >> torch.arange(8, device=device, dtype=torch.uint8)) & 1
-    flat = bits.flatten()[:num].to(torch.int8).mul_(2).sub_(1)
-    parts = flat.split([p.numel() for p in layers])
-    return [v.view_as(p).to(p.dtype) for v, p in zip(parts, layers, strict=True)]
+from wcitrain.curvature.estimate import TraceEstimate
+from wcitrain.curvature.loss import LossFn, as_loss
+from wcitrain.curvature.probes import signs
+from wcitrain.params import Layers, wide
+from wcitrain.preserve import kept_random_state, perturbed, random_state, set_random_state
 
 
 def trace_from_slopes(slope_plus: Tensor, slope_minus: Tensor, sigma: Tensor) -> Tensor:
@@ -49,3 +34,59 @@ def trace_from_slopes(slope_plus: Tensor, slope_minus: Tensor, sigma: Tensor) ->
     """
     variance = wide(sigma).square()
     return (slope_plus - slope_minus) / torch.where(variance > 0, 2 * variance, torch.nan)
+
+
+def two_point_samples(
+    loss_fn: LossFn,
+    layers: Mapping[str, Tensor],
+    *,
+    radius: float = 0.01,
+    num_probes: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return independent draws of t_l by equation (1) as a tensor [K, L]; two passes a draw, no double backward.
+
+    Beside what (1) says, layer m adds (σ_m / σ_l)² ||H_lm||_F² to the variance of t_l. A layer of zero norm cannot be
+    perturbed: NaN. ``loss_fn`` is evaluated at ``W ± u`` with ``||u_l|| = radius ||W_l||`` for every layer, with the same global
+    random numbers (dropout); the weights come back bit for bit. Buffers are the caller's to protect (``preserve.undisturbed``).
+
+    Args:
+        loss_fn: Returns the differentiable mean loss; called ``2 num_probes`` times.
+        layers: Tensors by name (leaves).
+        radius: Relative size of the perturbation, > 0. Truncation is of order radius², rounding of order 1e-7 / radius in
+            float32.
+        num_probes: K.
+        generator: Source of the signs.
+    """
+    sized = Layers(layers)
+    detached = [t.detach() for t in sized.tensors]
+    sigma = radius * (sized.squared_norms() / sized.sizes()).sqrt()
+    factors = sized.spread(sigma)
+    device = detached[0].device
+    states = random_state(device)
+    samples = []
+    for _ in range(num_probes):
+        direction = [f * v for f, v in zip(factors, signs(detached, generator), strict=True)]
+        slopes = []
+        with kept_random_state(device), perturbed(sized.tensors, direction) as move:
+            for side in (+1, -1):
+                move(side)
+                set_random_state(states, device)
+                gradients = torch.autograd.grad(as_loss(loss_fn()).total, sized.tensors, allow_unused=True)
+                slopes.append(sized.dots(direction, gradients))
+        samples.append(trace_from_slopes(slopes[0], slopes[1], sigma))
+    return torch.stack(samples)
+
+
+def two_point_trace(
+    loss_fn: LossFn,
+    layers: Mapping[str, Tensor],
+    *,
+    radius: float = 0.01,
+    num_probes: int = 8,
+    generator: torch.Generator | None = None,
+) -> TraceEstimate:
+    """Return the estimate of t_l on one batch from ``num_probes`` draws of ``two_point_samples``."""
+    return TraceEstimate.from_samples(
+        two_point_samples(loss_fn, layers, radius=radius, num_probes=num_probes, generator=generator)
+    )

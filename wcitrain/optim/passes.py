@@ -1,31 +1,141 @@
-"""The building blocks of an extra pass: weights moved and put back, slopes collected, misuse explained."""
+"""What one call of ``backward`` may do with ``loss_fn``: evaluate it, differentiate it, move the weights and put them back.
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+Every pass of a call sees the same random numbers (dropout) and the same module; all passes but the last run inside
+``local()``, so that processes reduce their gradients once; on an exception nothing of the call remains.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wcitrain.params import dots
+from wcitrain.curvature.loss import Loss, LossFn, as_loss
+from wcitrain.curvature.probes import signs
+from wcitrain.params import Layers
+from wcitrain.preserve import random_state, set_random_state
+from wcitrain.seeding import generator_from
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
-@contextmanager
-def perturbed(layers: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator[Callable[[int], None]]:
-    """Yield ``move(sign)``, which puts the weights at W + sign·u; W comes back bit for bit, also on exceptions.
+class Passes:
+    """The passes of one micro-batch on one process.
 
-    From a clone and by copy: adding and subtracting u would be off by a rounding, rebinding ``.data`` would break views.
+    Args:
+        model: The module ``loss_fn`` calls (prepared, under Accelerate).
+        layers: The tensors that are perturbed and measured.
+        loss_fn: See ``RegularizedOptimizer.backward``.
+        parameters: All that the optimizer steps, for undoing.
+        share: Of this micro-batch in the step, 1 / num_micro_batches.
+        key: Names the micro-batch: every random direction is a function of it.
+        accelerator: None in a plain loop.
+        use_math_attention: Run attention by its plain formula: torch's fused kernels cannot be differentiated twice.
     """
-    weights = [p.detach() for p in layers]
-    saved = [w.clone() for w in weights]
 
-    def move(sign: int) -> None:
-        torch._foreach_copy_(weights, saved)
-        torch._foreach_add_(weights, list(direction), alpha=sign)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        loss_fn: LossFn,
+        *,
+        parameters: Sequence[Tensor] = (),
+        share: float = 1.0,
+        key: tuple[object, ...] = (0,),
+        accelerator: "Accelerator | None" = None,
+        use_math_attention: bool = False,
+    ) -> None:
+        self.model, self.layers, self.share = model, layers, share
+        self.use_math_attention = use_math_attention
+        self._loss_fn, self._parameters, self._key, self._accelerator = loss_fn, parameters, key, accelerator
+        self.device = layers.tensors[0].device
+        self._states = random_state(self.device)
 
-    try:
-        yield move
-    finally:
-        torch._foreach_copy_(weights, saved)
+    def evaluate(self, needs_graph: bool = True) -> Loss:
+        """Call ``loss_fn`` with the random numbers every pass of this call sees, and check what it returns."""
+        set_random_state(self._states, self.device)
+        before = self._gradient_versions()
+        with sdpa_kernel(SDPBackend.MATH) if self.use_math_attention else nullcontext():
+            loss = as_loss(self._loss_fn())
+        if before != self._gradient_versions():
+            raise RuntimeError(
+                "RegularizedOptimizer: loss_fn called backward() or zero_grad() itself; gradients of several passes are being "
+                "collected. Return the differentiable loss and leave the gradients alone."
+            )
+        total: Any = loss.total
+        if not isinstance(total, Tensor) or total.ndim != 0 or (needs_graph and not total.requires_grad):
+            is_tensor = isinstance(total, Tensor)
+            got = f"shape {tuple(total.shape)}, requires_grad={total.requires_grad}" if is_tensor else repr(total)
+            raise TypeError(
+                f"RegularizedOptimizer: loss_fn returned {got}; expected a scalar loss with its graph. Return the mean loss "
+                "and do not call backward, item or detach on it."
+            )
+        return loss
+
+    def backward(self, total: Tensor, weight: float = 1.0) -> None:
+        """Add ``weight`` times the gradients of ``total``, in this micro-batch's share, to ``.grad``."""
+        with explained():
+            (total if weight == 1 == self.share else total * (weight * self.share)).backward()
+
+    def plain(self, weight: float = 1.0) -> Tensor:
+        """Evaluate once, add ``weight`` times the gradients, return the loss, detached."""
+        total = self.evaluate().total
+        self.backward(total, weight)
+        return total.detach()
+
+    def layer_gradients(self, total: Tensor, *, create_graph: bool = False) -> Sequence[Tensor | None]:
+        """Return the gradients with respect to the layers' tensors, on this process, without touching ``.grad``."""
+        with explained():
+            return torch.autograd.grad(total, self.layers.tensors, allow_unused=True, create_graph=create_graph)
+
+    def generator(self, *names: object) -> torch.Generator:
+        """Return the random numbers of this micro-batch that go by these names."""
+        return generator_from(self.device, *self._key, *names)
+
+    def random_direction(self, sigma: Tensor, probe: int = 0) -> tuple[list[Tensor], Tensor]:
+        """Return u_l = σ_l v_l with fresh signs, and σ as it was rounded to the weights' dtype."""
+        detached = [t.detach() for t in self.layers.tensors]
+        rounded = sigma.to(detached[0].dtype)
+        direction = signs(detached, self.generator(*([probe] if probe else [])))
+        for u, factor in zip(direction, self.layers.spread(rounded), strict=True):
+            u.mul_(factor)
+        return direction, rounded
+
+    def add_norm_gradients(self, coefficients: Tensor | None, factor: float = 1.0) -> None:
+        """Add ``factor · coefficient_l · W_l`` to ``.grad`` (the same on every rank, a share per micro-batch)."""
+        if coefficients is None:
+            return
+        with torch.no_grad():
+            factors = self.layers.spread(coefficients * (factor * self.share))
+            for p, c in zip(self.layers.tensors, factors, strict=True):
+                p.grad = p * c if p.grad is None else p.grad.add_(p * c)
+
+    def local(self) -> AbstractContextManager:
+        """Keep gradients on this rank: forward *and* backward of every pass but the last run inside."""
+        return nullcontext() if self._accelerator is None else self._accelerator.no_sync(self.model)
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Several passes add all of their gradients or none: on an exception gradients, buffers and random state go back."""
+        gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters]
+        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for p, gradient in zip(self._parameters, gradients, strict=True):
+                    p.grad = gradient
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            set_random_state(self._states, self.device)
+            raise
+
+    def _gradient_versions(self) -> list[tuple[int, int | None]]:
+        """Return what changes when somebody writes to the layers' gradients."""
+        return [(id(p.grad), None if p.grad is None else p.grad._version) for p in self.layers.tensors]
 
 
 class Slopes:
@@ -36,21 +146,21 @@ class Slopes:
     a layer that got no gradient has NaN.
     """
 
-    def __init__(self, layers: Sequence[Tensor], direction: Sequence[Tensor]) -> None:
+    def __init__(self, layers: Layers, direction: Sequence[Tensor]) -> None:
         self._layers, self._direction = layers, direction
         self._found: dict[int, Tensor] = {}
 
     def __enter__(self) -> "Slopes":
-        self._handles = [p.register_hook(self._hook(index)) for index, p in enumerate(self._layers)]
+        self._handles = [t.register_hook(self._hook(index)) for index, t in enumerate(self._layers.tensors)]
         return self
 
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, index: int) -> Callable[[Tensor], None]:
+    def _hook(self, index: int) -> Any:
         def collect(gradient: Tensor) -> None:
-            slope = dots([self._direction[index]], [gradient.detach()])[0]
+            slope = self._layers.sum_parts(index, self._direction[index] * gradient.detach())
             self._found[index] = (
                 self._found[index] + slope if index in self._found else slope
             )  # reentrant checkpointing
@@ -60,8 +170,11 @@ class Slopes:
     @property
     def values(self) -> Tensor:
         """The inner products [L], summed in float64."""
-        missing = dots(self._direction[:1], [None])[0] * torch.nan
-        return torch.stack([self._found.get(index, missing) for index in range(len(self._direction))])
+        nothing = [
+            self._layers.sum_parts(i, u) * torch.nan for i, u in enumerate(self._direction) if i not in self._found
+        ]
+        missing = iter(nothing)
+        return torch.cat([self._found[i] if i in self._found else next(missing) for i in range(len(self._direction))])
 
 
 @contextmanager

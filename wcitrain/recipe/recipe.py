@@ -220,11 +220,35 @@ def _regularizer_contradictions(recipe: Recipe) -> Iterator[Problem]:
         )
         yield ("penalty.name", "perturbation.name", "penalty.trace_weight"), text
 
+    if isinstance(penalty, CurvaturePenalty):
+        yield from _estimator_contradictions(recipe, penalty)
     if perturbation.name != "none" and penalty.name != "none" and perturbation.layers != penalty.layers:
         text = (
             f"got {penalty.layers!r}, and {perturbation.layers!r} for the perturbation; expected the same. Change one."
         )
         yield ("penalty.layers", "perturbation.layers"), text
+
+
+def _estimator_contradictions(recipe: Recipe, penalty: CurvaturePenalty) -> Iterator[Problem]:
+    """Yield settings that the chosen estimator of the traces has no use for, or cannot work with."""
+    estimator = penalty.estimator
+    if penalty.gradient is not None and estimator != "hutchinson":
+        text = f"got {penalty.gradient!r} with estimator {estimator}; expected null: only hutchinson has a choice. Remove it."
+        yield ("penalty.gradient", "penalty.estimator"), text
+    if penalty.radius is not None and (estimator in ("gauss_newton", "top_layer") or penalty.gradient == "autograd"):
+        text = f"got {penalty.radius:g}, but {estimator} makes no finite differences here; expected null. Remove it."
+        yield ("penalty.radius", "penalty.estimator", "penalty.gradient"), text
+    if estimator == "top_layer" and penalty.num_probes > 1:
+        text = f"got {penalty.num_probes}, but top_layer is a closed form; expected 1. Remove it."
+        yield ("penalty.num_probes", "penalty.estimator"), text
+    if estimator == "top_layer" and (penalty.layers != "weights" or penalty.split_qkv):
+        text = (
+            f"got {penalty.layers!r}, but top_layer's only layer is the head's weight; expected 'weights'. Remove it."
+        )
+        yield ("penalty.layers", "penalty.estimator", "penalty.split_qkv"), text
+    if recipe.train.compile and estimator not in ("auto", "two_point"):
+        text = f"got {estimator} with train.compile; expected auto or two_point: compiled models differentiate once. Change one."
+        yield ("penalty.estimator", "train.compile"), text
 
 
 def _time_contradictions(recipe: Recipe) -> Iterator[Problem]:

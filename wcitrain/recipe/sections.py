@@ -131,6 +131,9 @@ class TimedKind(Kind):
     ramp_epochs: NonNegative = Field(default=0.0, description="Epochs over which it grows from nothing to full size.")
     every: PositiveCount = Field(default=1, description="Acts in one of so many optimizer steps.")
     layers: Text = Field(default="weights", description="weights, all, weights+biases, or a glob over parameter names.")
+    split_qkv: bool = Field(
+        default=False, description="Count query, key and value of a fused projection as three layers."
+    )
 
 
 class NoPerturbation(Kind):
@@ -205,9 +208,15 @@ class FrobeniusPenalty(TimedKind):
 class CurvaturePenalty(TimedKind):
     """What the penalties on Hessian traces share."""
 
-    estimator: Literal["two_point"] = Field(default="two_point", description="How Hessian traces are estimated.")
-    radius: Annotated[Positive, Field(le=1)] = Field(
-        default=0.01, description="Probe norm over weight norm, in (0, 1]."
+    estimator: Literal["auto", "two_point", "gauss_newton", "hutchinson", "top_layer"] = Field(
+        default="auto", description="How traces are estimated; auto decides by a dry run and says why."
+    )
+    num_probes: PositiveCount = Field(default=1, description="Random probes for each batch.")
+    radius: Annotated[Positive, Field(le=1)] | None = Field(
+        default=None, description="Probe norm over weight norm of finite differences, in (0, 1]; null: 0.01."
+    )
+    gradient: Literal["finite_difference", "autograd"] | None = Field(
+        default=None, description="How hutchinson is differentiated; null: finite_difference."
     )
     trace_decay: Decay = Field(default=0.9, description="Decay per step of the running trace estimates, in [0, 1).")
 

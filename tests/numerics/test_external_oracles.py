@@ -1,0 +1,83 @@
+"""The same numbers from other people's programs: curvlinops (dense operators) and PyHessian (Hutchinson, whole network)."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wcitrain.curvature.dense import dense_hessian, exact_gauss_newton_trace, exact_trace
+from wcitrain.curvature.hutchinson import hutchinson_trace
+from wcitrain.curvature.hvp import hvp
+from wcitrain.curvature.loss import cross_entropy, mean_squared_error
+from wcitrain.params import Layers
+from wcitrain.seeding import generator_from
+
+# curvlinops' forward mode compiles its rules with torch.jit.script, which PyTorch warns of.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")]
+
+
+@pytest.fixture
+def problem() -> tuple[nn.Module, Tensor, Tensor, Layers]:
+    """A convolutional GELU network with BatchNorm in eval mode, seven examples; weights and biases are layers."""
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.GELU(), nn.Flatten(), nn.Linear(12, 4), nn.GELU(), nn.Linear(4, 3)
+    )
+    model = model.double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    x, y = torch.rand(7, 1, 4, 4).double(), torch.randint(0, 3, (7,))
+    return model, x, y, Layers(dict(model.named_parameters()))
+
+
+def test_dense_blocks_are_those_of_curvlinops(problem):
+    """On two ragged batches: its Hessian of the mean over all examples is ours of the whole batch."""
+    curvlinops = pytest.importorskip("curvlinops")
+    model, x, y, layers = problem
+    data = [(x[:5], y[:5]), (x[5:], y[5:])]
+    for name, block in dense_hessian(cross_entropy(model(x), y), layers).items():
+        operator = curvlinops.HessianLinearOperator(model, nn.CrossEntropyLoss(), [layers[name]], data)
+        theirs = operator @ torch.eye(layers[name].numel()).double()
+        # Rounding of float64 sums of a few thousand terms.
+        assert torch.allclose(block, theirs, rtol=0, atol=1e-12 * float(1 + theirs.norm())), name
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "squared error"])
+def test_gauss_newton_traces_are_those_of_curvlinops(loss, problem):
+    """Its Gauss–Newton operator knows the reduction of torch's own loss modules; ours must declare the same weight."""
+    curvlinops = pytest.importorskip("curvlinops")
+    model, x, y, layers = problem
+    targets = y if loss == "cross-entropy" else torch.rand(7, 3).double()
+    criterion = nn.CrossEntropyLoss() if loss == "cross-entropy" else nn.MSELoss()
+    ours_of = cross_entropy if loss == "cross-entropy" else mean_squared_error
+    ours = exact_gauss_newton_trace(ours_of(model(x), targets), layers).mean
+    for trace, (name, p) in zip(ours, layers.items(), strict=True):
+        operator = curvlinops.GGNLinearOperator(model, criterion, [p], [(x, targets)])
+        theirs = operator @ torch.eye(p.numel()).double()
+        assert float(trace) == pytest.approx(float(theirs.trace()), rel=1e-10), name
+
+
+# PyHessian keeps its gradients by backward(create_graph=True), which PyTorch warns of: the reason why we never do.
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_products_and_traces_are_those_of_pyhessian(problem):
+    """It sees the network as one block: our layers sum to its trace, within 4 standard errors of both."""
+    pyhessian = pytest.importorskip("pyhessian")
+    from pyhessian.utils import hessian_vector_product
+
+    model, x, y, layers = problem
+    theirs = pyhessian.hessian(model, nn.CrossEntropyLoss(), data=(x, y), cuda=False)
+    vectors = [torch.randn_like(p) for p in layers.tensors]
+    product = hessian_vector_product(theirs.gradsH, theirs.params, vectors)
+    for a, b in zip(hvp(cross_entropy(model(x), y), layers.tensors, vectors), product, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+    torch.manual_seed(0)
+    draws = torch.tensor(theirs.trace(maxIter=400, tol=-1))  # a tolerance would stop it early, and bias it
+    exact = float(exact_trace(cross_entropy(model(x), y), layers).mean.sum())
+    assert abs(float(draws.mean()) - exact) < 4 * float(draws.std()) / 400**0.5
+    ours = hutchinson_trace(
+        cross_entropy(model(x), y), layers, num_probes=400, groups="layers", generator=generator_from("cpu", 0)
+    )
+    assert abs(float(ours.mean.sum()) - exact) < 4 * float(ours.stderr.sum())
+    # Block probes leave out the variance between layers, which is part of any probe over all of them.
+    assert float(ours.stderr.square().sum()) < float(draws.var()) / 400

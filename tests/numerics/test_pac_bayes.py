@@ -1,0 +1,140 @@
+"""The PAC-Bayes surrogate against closed forms, and against a minimisation over the posterior variances themselves."""
+
+import math
+
+import pytest
+import torch
+from scipy.optimize import minimize, minimize_scalar
+
+from wcitrain.measures.pac_bayes import default_betas, pac_bayes_bound, posterior_sigma
+
+
+def fine_grid(low: float, high: float) -> list[float]:
+    return torch.logspace(math.log10(low), math.log10(high), 4001, dtype=torch.float64).tolist()
+
+
+def test_without_curvature_the_optimum_is_the_textbook_one():
+    """min_β c/β + β/(8N) is √(c/(2N)) at β = √(8Nc), c = ln(1/δ) + ln|B|: the union over the grid is paid for."""
+    n, delta, betas = 1000, 0.05, fine_grid(1e2, 1e3)
+    cost = math.log(1 / delta) + math.log(len(betas))
+    bound = pac_bayes_bound(0.3, 0.0, n, delta=delta, betas=betas)
+    # Grid points are 0.058 % apart; the value is flat at its minimum: relative error below (3e-4)²/2.
+    assert bound.value == pytest.approx(0.3 + math.sqrt(cost / (2 * n)), rel=1e-7)
+    assert bound.beta == pytest.approx(math.sqrt(8 * n * cost), rel=6e-4)
+    assert bound.num_betas == len(betas)
+
+
+def test_with_curvature_the_value_is_the_minimum_over_the_posterior_variances():
+    """WCI/√β must be what the best Gaussian posterior reaches: a wrong factor would make the bound too good."""
+    a, t = torch.tensor([2.0, 50.0, 9.0]).double(), torch.tensor([0.3, 4.0, 100.0]).double()
+    beta, n = 500.0, 1000
+
+    def free_energy(log_s) -> float:
+        s = torch.tensor(log_s).double().exp()
+        kl = sum(  # KL of the two Gaussians from its definition, d_l = 1: variances agree, means differ by ||W_l||
+            torch.distributions.kl_divergence(
+                torch.distributions.Normal(a_l.sqrt(), s_l.sqrt()),
+                torch.distributions.Normal(torch.zeros(()).double(), s_l.sqrt()),
+            )
+            for a_l, s_l in zip(a, s, strict=True)
+        )
+        return float(0.5 * (s * t).sum() + kl / beta)
+
+    best = minimize(
+        free_energy, [0.0, 0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13, "maxiter": 4000}
+    )
+    wci = float((a * t).sqrt().sum())
+    bound = pac_bayes_bound(0.7, wci, n, delta=0.1, betas=[beta])
+    assert bound.value == pytest.approx(0.7 + best.fun + math.log(10) / beta + beta / (8 * n), rel=1e-9)
+    # The minimiser is less sharp than the minimum: √fatol.
+    torch.testing.assert_close(posterior_sigma(a, t, beta), torch.tensor(best.x).exp().sqrt(), rtol=1e-5, atol=0)
+
+
+def test_the_terms_are_the_value_and_the_error_is_that_of_the_curvature():
+    """A report that prints the terms must add up; the error of the index divides by √β like the index."""
+    bound = pac_bayes_bound(1.1, 150.0, 50_000, wci_stderr=6.0)
+    assert list(bound.terms) == ["risk", "curvature", "confidence", "complexity"]
+    assert math.isclose(sum(bound.terms.values()), bound.value, rel_tol=1e-15)
+    step = 1e-3  # the chosen β stays chosen
+    slope = (pac_bayes_bound(1.1, 150 + step, 50_000).value - pac_bayes_bound(1.1, 150 - step, 50_000).value) / (
+        2 * step
+    )
+    assert bound.stderr == pytest.approx(6 * slope, rel=1e-9)
+    assert pac_bayes_bound(1.1, 150.0, 50_000).stderr is None
+    assert pac_bayes_bound(1.1, 150.0, 50_000, wci_stderr=math.inf).stderr == math.inf
+    assert "surrogate" in str(bound)
+
+
+def test_the_value_grows_with_the_index_and_with_confidence_and_falls_with_data():
+    """The order of models by bound is what it is for."""
+    values = [pac_bayes_bound(0.5, wci, 1000).value for wci in (0.0, 1.0, 10.0, 100.0, 1000.0)]
+    assert values == sorted(set(values))
+    values = [pac_bayes_bound(0.5, 10.0, 1000, delta=delta).value for delta in (0.5, 0.05, 1e-6)]
+    assert values == sorted(set(values))
+    values = [pac_bayes_bound(0.5, 10.0, n).value for n in (10**5, 10**4, 10**3)]
+    assert values == sorted(set(values))
+
+
+def test_every_grid_point_costs_a_share_of_delta():
+    """Minimising over β without the union would be choosing the bound after seeing the data."""
+    alone = pac_bayes_bound(0.0, 0.0, 100, betas=[40.0])
+    among = pac_bayes_bound(0.0, 0.0, 100, betas=[40.0, 1e9, 1e10, 40.0])  # the same one twice counts once
+    assert among.beta == alone.beta
+    assert among.value - alone.value == pytest.approx(math.log(3) / 40, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 1000, 1797, 50_000, 1_281_167])
+def test_the_default_grid_is_fine_and_wide_enough(n):
+    """It depends on N alone, and loses at most 6.1 % against the best β for any index up to 128 √N."""
+    grid = default_betas(n)
+    assert grid[0] == 1
+    assert 32 * n < grid[-1] <= 64 * n
+    for wci in [0.0, *(10.0**k for k in range(-3, 8)), 64 * n**0.5]:
+        if wci > 90 * n**0.5:  # 128 √N, less the last, incomplete factor of two
+            continue
+        bound = pac_bayes_bound(0.0, wci, n)
+        cost = math.log(1 / 0.05) + math.log(len(grid))
+        if math.sqrt(8 * n * cost) > grid[-1]:
+            continue  # a handful of examples: nothing to bound
+        best = minimize_scalar(
+            lambda b, w=wci, c=cost: w * math.exp(-b / 2) + c * math.exp(-b) + math.exp(b) / (8 * n), bounds=(0, 40)
+        )
+        assert bound.value <= best.fun * (2**0.5 + 0.5**0.5) / 2 * (1 + 1e-9)
+
+
+def test_a_flat_layer_may_move_without_limit_and_an_empty_one_not_at_all():
+    """Trace estimates can be negative; a NaN would spread through the table."""
+    sigma = posterior_sigma(torch.tensor([4.0, 4.0, 0.0, 16.0]), torch.tensor([0.0, -1.0, 2.0, 1.0]), 1.0)
+    assert sigma.tolist() == [math.inf, math.inf, 0.0, 2.0]
+    assert sigma.dtype == torch.float64
+    assert float(posterior_sigma(16.0, 1.0, 16.0)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"risk": math.nan}, "pac_bayes.risk: got nan"),
+        ({"risk": -1.0}, "pac_bayes.risk"),
+        ({"wci": -0.1}, "pac_bayes.wci: got -0.1"),
+        ({"wci": math.inf}, "pac_bayes.wci"),
+        ({"num_examples": 0}, "pac_bayes.num_examples"),
+        ({"delta": 0.0}, "pac_bayes.delta"),
+        ({"delta": 1.0}, "pac_bayes.delta"),
+        ({"betas": []}, "pac_bayes.betas"),
+        ({"betas": [1.0, -2.0]}, "pac_bayes.betas"),
+        ({"betas": [math.inf]}, "pac_bayes.betas"),
+        ({"wci_stderr": -1.0}, "pac_bayes.wci_stderr"),
+        ({"wci_stderr": math.nan}, "pac_bayes.wci_stderr"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(change, message):
+    """min() over NaN returns whatever comes first."""
+    with pytest.raises(ValueError, match=message):
+        pac_bayes_bound(**({"risk": 0.5, "wci": 1.0, "num_examples": 100} | change))
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan])
+def test_a_temperature_out_of_range_is_refused(beta):
+    """λ = 0 would otherwise give an infinite posterior without a word."""
+    with pytest.raises(ValueError, match=r"pac_bayes\.beta"):
+        posterior_sigma(1.0, 1.0, beta)

@@ -1,0 +1,108 @@
+"""A loss that knows how it depends on the network's outputs: what the Gauss–Newton estimators need beside the number.
+
+Legend: N examples, C outputs, z network outputs ("logits") [N, C], p = softmax(z), q = sigmoid(z).
+
+A loss is the mean over examples of terms w_n ℓ(z_n). Each ``Output`` names ℓ by ``kind``; the Hessian of ℓ in z factors as
+S Sᵀ (`gauss_newton`), and does not depend on the targets:
+
+| kind              | ℓ(z)                               | ∂²ℓ/∂z²          | S                    |
+|-------------------|------------------------------------|------------------|----------------------|
+| ``cross_entropy`` | −Σ_c y_c log p_c, Σ_c y_c = 1      | diag(p) − p pᵀ   | diag(√p) − p √pᵀ     |
+| ``bce``           | −Σ_c [y log q + (1−y) log(1−q)]_c  | diag(q (1−q))    | diag √(q (1−q))      |
+| ``mse``           | Σ_c (z_c − y_c)²                   | 2 I              | √2 I                 |
+
+Label smoothing and soft targets are cross-entropy. KL(p ‖ softmax(z)) as a function of z alone, TRADES' adversarial branch,
+is cross-entropy with soft targets p.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Output(NamedTuple):
+    """One term of a mean loss as a function of network outputs.
+
+    ``logits`` [N, C] with their graph; ``kind`` as in the module's table; ``weight`` w, one number or [N].
+    """
+
+    logits: Tensor
+    kind: Literal["cross_entropy", "bce", "mse"] = "cross_entropy"
+    weight: float | Tensor = 1.0
+
+
+class Loss(NamedTuple):
+    """A differentiable total, its named parts (detached, for the log), and the outputs it was computed from.
+
+    ``outputs`` is empty where the loss does not say: then only the estimators that need nothing but the total apply.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor] = {}  # noqa: RUF012  (a NamedTuple's default, never written to)
+    outputs: tuple[Output, ...] = ()
+
+
+LossFn = Callable[[], Tensor | Loss]
+
+
+def cross_entropy(logits: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> Loss:
+    """Return the mean cross-entropy of ``logits`` [N, C] with classes ``y`` [N] or soft targets [N, C] that sum to one.
+
+    Raises:
+        ValueError: Soft targets that do not sum to one: the loss would have another Hessian.
+    """
+    if y.ndim == logits.ndim and bool(((y.sum(-1) - 1).abs() > 1e-3).any()):
+        raise ValueError(
+            f"cross_entropy: got soft targets with sums from {float(y.sum(-1).min()):.3g} to {float(y.sum(-1).max()):.3g}; "
+            "expected 1 in every row. Normalise them, or use binary_cross_entropy for several labels an image."
+        )
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    return Loss(total, {"cross_entropy": total.detach()}, (Output(logits),))
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Loss:
+    """Return the mean over all N·C elements of the binary cross-entropy with targets in [0, 1]."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.binary_cross_entropy_with_logits(logits, targets.to(logits))
+    return Loss(total, {"bce": total.detach()}, (Output(logits, "bce", 1 / logits.shape[1]),))
+
+
+def mean_squared_error(outputs: Tensor, targets: Tensor) -> Loss:
+    """Return the mean over all N·C elements of (z − y)²."""
+    total = F.mse_loss(outputs, targets)
+    return Loss(total, {"mse": total.detach()}, (Output(outputs, "mse", 1 / outputs.shape[1]),))
+
+
+def as_loss(value: Tensor | Loss) -> Loss:
+    """Return ``value`` as a ``Loss``; a bare tensor has no outputs."""
+    return value if isinstance(value, Loss) else Loss(value)
+
+
+def outputs_of(value: Tensor | Output | Loss | Sequence[Output], where: str) -> tuple[Output, ...]:
+    """Return the outputs in ``value``; a bare tensor of logits means cross-entropy.
+
+    Raises:
+        ValueError: There are none, or one is not [N, C].
+    """
+    if isinstance(value, Loss):
+        outputs = value.outputs
+    elif isinstance(value, Output):
+        outputs = (value,)
+    elif isinstance(value, Tensor):
+        outputs = (Output(value),)
+    else:
+        outputs = tuple(value)
+    if not outputs:
+        raise ValueError(
+            f"{where}: got a loss that does not say which outputs it was computed from; expected one with `outputs`. Return "
+            "wcitrain.cross_entropy(model(x_adv), y) or Loss(total, {}, (Output(logits),)), or use an estimator that needs only "
+            "the loss (two_point, hutchinson)."
+        )
+    for output in outputs:
+        if output.logits.ndim != 2:
+            raise ValueError(f"{where}: got outputs of shape {tuple(output.logits.shape)}; expected [N, C].")
+    return outputs
