@@ -4,8 +4,10 @@ Data, model and threat come from a recipe: the run's own, or one that is given. 
 """
 
 import json
+import math
 import os
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -121,16 +123,28 @@ def measure_run(
         seed=seed,
         **attack,
     )
+    changed = any(value is not None for value in (norm, eps, num_steps))
     bound = None
     if split == "train" and measurement.total >= 0:
         bound = pac_bayes_bound(
-            measurement.mean_loss, measurement.total, len(splits.train), wci_stderr=measurement.total_stderr
+            measurement.mean_loss,
+            measurement.total,
+            len(splits.train),
+            wci_stderr=measurement.total_stderr if math.isfinite(measurement.total_stderr) else None,
         )
     name = "-".join(
         [
             f"wci-{found.at}-{split}",
             *(["clean"] if threat is None else []),
+            *(
+                [f"{threat}-PGD-{attack['num_steps']}".replace("/", "_").replace(" ", "-")]
+                if changed and threat
+                else []
+            ),
             *([measurement.estimator] if estimator not in ("auto", "gauss_newton") else []),
+            *([re.sub(r"[^\w+.]+", "_", layers)] if layers != "weights" else []),
+            *(["qkv"] if split_qkv else []),
+            *([f"s{seed}"] if seed else []),
         ]
     )
     folder = Path(out) if out else (found.run or found.path.parent) / "measures"
@@ -140,6 +154,7 @@ def measure_run(
         "split": split,
         "seed": seed,
         "layers_counted": layers,
+        "split_qkv": split_qkv,
         "threat": asdict(threat) if threat else None,
         "attack": attack,
         **measurement.as_dict(),
@@ -154,7 +169,7 @@ def find_target(path: Path, at: str | None) -> Target:
     if path.is_dir() and (path / "recipe.yaml").is_file():
         return Target("run", path, path, at or "last")
     if path.is_dir() and (path / "metadata.json").is_file():
-        above = path.resolve().parents[1]
+        above = path.resolve().parent.parent
         found = Target("export", path, above if (above / "recipe.yaml").is_file() else None, path.resolve().name)
     elif path.is_file() and path.suffix in FILES:
         found = Target("file", path, None, path.stem)

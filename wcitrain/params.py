@@ -134,7 +134,8 @@ def select_layers(model: nn.Module, layers: str = "weights", *, split_qkv: bool 
 
     Args:
         model: Any module. Frozen parameters are left out; a tied tensor appears once, under its first name.
-        layers: ``"weights"`` (default: named ``weight`` or ``*_weight``, two or more dimensions, no embedding);
+        layers: ``"weights"`` (default: named ``weight`` or ``*_weight``, two or more dimensions, no embedding; so without LSTM's
+            ``weight_ih_l0`` and parametrised ``parametrizations.weight.original``: name those by a glob);
             ``"weights+biases"`` (those and every bias of a module that has such a weight, each its own layer);
             ``"all"`` (every trainable tensor is its own layer); or a glob over parameter names such as ``"*layer4*weight"``.
         split_qkv: Count the query, key and value maps of a fused attention projection (``*qkv.weight``,

@@ -28,23 +28,44 @@ def module_mode(model: nn.Module, *, training: bool | None) -> Iterator[None]:
             module.training = flag
 
 
+SavedBuffers = list[tuple[nn.Module, str, Tensor, Tensor]]
+
+
+def saved_buffers(model: nn.Module) -> SavedBuffers:
+    """Return what ``put_back_buffers`` needs: every buffer (running statistics, counters, whatever a norm class keeps there)."""
+    return [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
+def put_back_buffers(saved: SavedBuffers) -> None:
+    """Restore every buffer, also where a module replaced the tensor instead of writing into it."""
+    with torch.no_grad():
+        for module, name, buffer, value in saved:
+            buffer.copy_(value)
+            module._buffers[name] = buffer
+
+
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore every buffer on exit (running statistics, batch counters, whatever a norm class keeps there)."""
-    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    """Restore every buffer on exit."""
+    saved = saved_buffers(model)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+        put_back_buffers(saved)
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:
-    """Return the state of the global generators a forward pass on ``device`` may draw from (CPU, and CUDA if there)."""
+    """Return the state of the global generators a forward pass on ``device`` may draw from (CPU, and CUDA or MPS if there)."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
+    elif device.type == "mps":
+        states.append(torch.mps.get_rng_state())
     return states
 
 
@@ -53,6 +74,8 @@ def set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states[1])
 
 
 @contextmanager
@@ -135,15 +158,19 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _no_tf32() -> Iterator[None]:
-    """Compute float32 products in float32 on CUDA, by torch's newer or older switches."""
+    """Compute float32 products in float32 on CUDA.
+
+    By torch's older switches where they can be read, since mixing them with the newer ones makes every later read of them
+    raise; by the newer ones where somebody has used those already.
+    """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    conv = getattr(cudnn, "conv", None)
-    switches: list[tuple[Any, str, Any]]
-    if hasattr(conv, "fp32_precision"):
-        switches = [(conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
-    else:
-        switches = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
-    former = [getattr(place, name) for place, name, _ in switches]
+    switches: list[tuple[Any, str, Any]] = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    try:
+        former = [getattr(place, name) for place, name, _ in switches]
+    except RuntimeError:
+        newer: Any = cudnn
+        switches = [(newer.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
+        former = [getattr(place, name) for place, name, _ in switches]
     for place, name, value in switches:
         setattr(place, name, value)
     try:

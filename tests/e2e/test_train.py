@@ -438,3 +438,31 @@ def test_a_model_that_does_not_fit_the_images_is_refused_before_anything_is_writ
     with pytest.raises(ValueError, match=r"images of 8x8 pixels.*model.kwargs.img_size"):
         fit(recipe)
     assert not run_folder(recipe).exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        (["penalty.name=wci", "penalty.strength=1e-3"], "gauss_newton (the loss gives its outputs"),
+        (["penalty.name=trace", "penalty.strength=1e-4", "penalty.estimator=hutchinson"], "hutchinson (as asked)"),
+        (["penalty.name=wci", "penalty.strength=1e-3", "penalty.estimator=top_layer"], "top_layer (as asked)"),
+    ],
+)
+def test_a_penalty_says_how_it_measures_and_trains(settings, chosen, tmp_path, capsys):
+    """The choice is made before the first step and printed, or nobody knows what was penalised."""
+    recipe = tiny(tmp_path, *settings, "train.epochs=1")
+    fit(recipe)
+    assert f"penalty estimator: {chosen}" in capsys.readouterr().out
+    assert metrics(recipe)[0]["running/wci/total"] > 0
+
+
+def test_an_impossible_estimator_stops_before_anything_is_written(tmp_path, capsys):
+    """hardsigmoid has no second derivative: the layers are named, and no run folder is left behind."""
+    recipe = tiny(tmp_path, "model.name=mobilenetv3_small_050", "data.image_size=32", "penalty.name=wci", "name=mobile")
+    changed = recipe_from_dict(
+        recipe.model_dump(mode="json") | {"model": {"name": "mobilenetv3_small_050"}},
+        ["penalty.strength=0.1", "penalty.estimator=gauss_newton"],
+    )
+    with pytest.raises(ValueError, match="Hardsigmoid"):
+        fit(changed)
+    assert not run_folder(changed).exists()

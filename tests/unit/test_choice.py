@@ -138,3 +138,47 @@ def test_a_trades_like_loss_has_both_branches_in_its_trace():
         values.append(float(optimizer.traces()[0]))
     assert values[1] > values[0] * 1.1
     assert values[2] - values[0] == pytest.approx(3 * (values[1] - values[0]), rel=1e-5)
+
+
+def test_outputs_of_different_batch_sizes_have_their_own_means():
+    """Labelled and unlabelled images in one loss: each term is a mean over its own examples."""
+    from wcitrain.curvature import exact_gauss_newton_trace, top_layer_trace
+    from wcitrain.curvature.gauss_newton import gauss_newton_samples
+
+    torch.manual_seed(0)
+    head = nn.Linear(4, 3).double()
+    few, many = torch.randn(3, 4).double(), torch.randn(12, 4).double()
+    outputs = (Output(head(few)), Output(head(many), weight=0.5))
+    exact = float(top_layer_trace(outputs, [few, many]).detach())
+    assert float(exact_gauss_newton_trace(outputs, {"w": head.weight}).mean[0]) == pytest.approx(exact, rel=1e-10)
+    draws = gauss_newton_samples(
+        outputs, {"w": head.weight}, num_probes=600, generator=torch.Generator().manual_seed(0)
+    )
+    assert abs(float(draws.mean()) - exact) < 4 * float(draws.std()) / 600**0.5
+
+
+def test_auto_survives_a_loss_that_cannot_be_diagnosed():
+    """Parts of the model called in the loss: the culprit cannot be named, but two_point works."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Hardsigmoid(), nn.Linear(8, 3))
+    x, y = image_batch()
+    choice = wrap(model).choose_estimator(lambda: cross_entropy(model.forward(x), y))
+    assert choice.estimator == "two_point"
+
+
+def test_divergence_is_not_mistaken_for_another_head():
+    """NaN logits equal themselves here: the loss is NaN and the caller's own check finds it."""
+    model = BatchNormNet()
+    x, y = image_batch()
+    optimizer = wrap(model, estimator="top_layer")
+    optimizer.step(lambda: cross_entropy(model(x), y))
+    assert not torch.isfinite(optimizer.backward(lambda: cross_entropy(model(x * float("nan")), y)))
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_outputs_without_a_class_dimension_are_refused(loss):
+    """One number an image is [N, 1] here."""
+    from wcitrain.curvature import binary_cross_entropy, mean_squared_error
+
+    function = binary_cross_entropy if loss == "bce" else mean_squared_error
+    with pytest.raises(ValueError, match=r"expected \[N, C\]"):
+        function(torch.zeros(4), torch.zeros(4))

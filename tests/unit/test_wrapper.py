@@ -494,7 +494,7 @@ def test_autocast_around_the_call_is_refused_and_inside_float32_passes_too():
 
     model, optimizer = make({"perturbation": WCIPosterior(0.5)})
     optimizer.step(lambda: loss_fn(model))
-    model, optimizer = make({"penalty": WCIPenalty(1e-3)})
+    model, optimizer = make({"penalty": WCIPenalty(1e-3, estimator="two_point")})
     with pytest.raises(RuntimeError, match="needs float32"):
         optimizer.step(lambda: loss_fn(model))
     half = nn.Linear(2, 2).bfloat16()
@@ -503,22 +503,23 @@ def test_autocast_around_the_call_is_refused_and_inside_float32_passes_too():
 
 
 def test_tf32_is_off_in_float32_passes_and_back_afterwards():
-    """On CUDA, TF32 products have 10 bits: differences of gradients drown."""
+    """On CUDA, TF32 products have 10 bits: differences of gradients drown. Mixed switches make torch's own reads raise."""
     from wcitrain.preserve import full_precision
 
-    matmul = torch.backends.cuda.matmul
-    name, on, off = (
-        ("fp32_precision", "tf32", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True, False)
-    )
-    before = getattr(matmul, name)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
     try:
-        setattr(matmul, name, on)
+        matmul.allow_tf32 = cudnn.allow_tf32 = True
         for _ in range(2):
             with full_precision(nn.Linear(1, 1)):
-                assert getattr(matmul, name) == off
-            assert getattr(matmul, name) == on
+                assert not matmul.allow_tf32
+                assert not cudnn.allow_tf32
+                with cudnn.flags(enabled=True):
+                    pass
+            assert matmul.allow_tf32
+            assert cudnn.allow_tf32
     finally:
-        setattr(matmul, name, before)
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def test_misuse_is_refused_with_a_way_out():
@@ -655,3 +656,76 @@ def test_what_accelerate_cannot_do_right_is_refused():
     model.static_graph = True
     with pytest.raises(ValueError, match="static_graph"):
         optimizer.attach(accelerator(), model)
+
+
+class RebindingNorm(nn.Module):
+    """A norm that replaces its buffer instead of writing into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mu", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mu = 0.5 * self.mu + 0.5 * x.detach().mean(0)
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if RULES[r].forwards and "perturbation" not in RULES[r].kwargs])
+def test_buffers_that_are_replaced_come_back_too(rule):
+    """Restoring only by writing into the old tensor leaves the replaced one in the module: statistics move thrice a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), RebindingNorm(), nn.Linear(3, 3))
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, **RULES[rule].kwargs)
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    mean = model[0](x).detach().mean(0)
+    for step in range(1, 4):
+        optimizer.step(lambda: cross_entropy(model(x), y))
+        assert torch.allclose(model[1].mu, (1 - 0.5**step) * mean, atol=1e-6)
+
+
+def test_an_exception_also_restores_parameters_of_other_optimizers():
+    """With several optimizers over one model, half of a difference in .grad would be stepped on by the others."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    penalty = WCIPenalty(1e-2, estimator="two_point")
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model[2].parameters(), lr=0.0), model, penalty=penalty)
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    optimizer.step(lambda: cross_entropy(model(x), y))
+    model.zero_grad()
+    calls = 0
+
+    def loss_fn():
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError
+        return cross_entropy(model(x), y)
+
+    with pytest.raises(MemoryError):
+        optimizer.backward(loss_fn)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("gradient", ["autograd", "finite_difference"])
+def test_layers_of_zero_norm_keep_hutchinson_finite(gradient):
+    """A zero head (LoRA, linear probing): 0/0 must not reach the weights, and all-zero layers have no relative step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    nn.init.zeros_(model[2].weight)
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    how = {"estimator": "hutchinson", "gradient": gradient}
+    both = {"penalty": WCIPenalty(1e-3, **how)}
+    head = {"penalty": FrobeniusTracePenalty(0.0, 1e-2, **how), "layers": "2.weight"}
+    for kwargs in (both, head):
+        optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), model, **kwargs)
+        for _ in range(3):
+            assert torch.isfinite(optimizer.step(lambda: cross_entropy(model(x), y)))
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_plain_tensor_loss_warns_that_two_point_is_used():
+    """On ReLU networks that is another quantity than the one asked for by default."""
+    model, optimizer = make({"penalty": WCIPenalty(1e-3)})
+    x, y = image_batch()
+    with pytest.warns(UserWarning, match="two_point, since"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    optimizer.step(lambda: F.cross_entropy(model(x), y))  # once

@@ -71,7 +71,7 @@ def failing_modules(model: nn.Module, forward: Callable[[], object], *, order: L
     if order not in ORDINALS:
         raise ValueError(f"failing_modules.order: got {order!r}; expected 2 or 3. Hutchinson needs 2, its gradient 3.")
     compiled = [
-        Unsupported(n or "(model)", type(m).__name__, COMPILED) for n, m in model.named_modules() if _is_compiled(m)
+        Unsupported(n or "(model)", type(m).__name__, COMPILED) for n, m in model.named_modules() if is_compiled(m)
     ]
     if compiled:
         return compiled
@@ -134,7 +134,7 @@ def _way_out(failure: Unsupported) -> str:
     return 'use estimator="two_point"'
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile(module)`` made it, or ``module.compile()`` was called."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 

@@ -10,7 +10,8 @@ With independent signs ε_n in {−1, +1}^C and u_n = √w_n S_n ε_n; for cross
 The signs remove the terms between examples, so no per-example gradients are needed, and examples may interact (BatchNorm
 in train mode): (1) is then the trace for the loss of that batch. The estimate is never negative. Differentiated with p in the
 graph its gradient is unbiased for that of t_l; with sampled labels in place of signs (as in Sophia) it would not be, because
-their score-function term is lost. Several outputs (clean and adversarial logits) share one backward pass, with independent signs.
+their score-function term is lost. Several outputs (clean and adversarial logits,
+also of different N) share one backward pass, with independent signs.
 
 For networks of piecewise linear units with normalisation in eval mode Tr(G_l) *is* the trace of the layer's Hessian block;
 with GELU, SiLU or train-mode normalisation it is only its positive part. Targets do not enter.
@@ -73,7 +74,7 @@ def gauss_newton_samples(
             create_graph=create_graph,
             retain_graph=create_graph or retain_graph or probe + 1 < num_probes,
         )
-        samples.append(sized.squares(gradients) / len(terms[0].logits))
+        samples.append(sized.squares(gradients))
     return torch.stack(samples)
 
 
@@ -102,7 +103,7 @@ def gauss_newton_trace(
 
 
 def _square_root_times_signs(term: Output, generator: torch.Generator | None, create_graph: bool) -> Tensor:
-    """Return u [N, C] of equation (1) for one output."""
+    """Return u / √N [N, C] of equation (1) for one output, N its own number of examples."""
     z = term.logits if create_graph else term.logits.detach()
     z = z if z.dtype == torch.float64 else z.float()
     device = generator.device if generator is not None else z.device
@@ -122,4 +123,4 @@ def _square_root_times_signs(term: Output, generator: torch.Generator | None, cr
         u = weight.to(u).sqrt().reshape(-1, *[1] * (u.ndim - 1 if weight.ndim else 0)) * u
     elif weight != 1:
         u = weight**0.5 * u
-    return u.to(term.logits.dtype)
+    return (u / len(z) ** 0.5).to(term.logits.dtype)

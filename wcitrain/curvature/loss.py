@@ -66,6 +66,7 @@ def cross_entropy(logits: Tensor, y: Tensor, *, label_smoothing: float = 0.0) ->
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Loss:
     """Return the mean over all N·C elements of the binary cross-entropy with targets in [0, 1]."""
+    _check_two_dimensional("binary_cross_entropy", logits)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     total = F.binary_cross_entropy_with_logits(logits, targets.to(logits))
     return Loss(total, {"bce": total.detach()}, (Output(logits, "bce", 1 / logits.shape[1]),))
@@ -73,8 +74,16 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Loss:
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Loss:
     """Return the mean over all N·C elements of (z − y)²."""
+    _check_two_dimensional("mean_squared_error", outputs)
     total = F.mse_loss(outputs, targets)
     return Loss(total, {"mse": total.detach()}, (Output(outputs, "mse", 1 / outputs.shape[1]),))
+
+
+def _check_two_dimensional(where: str, outputs: Tensor) -> None:
+    if outputs.ndim != 2:
+        raise ValueError(
+            f"{where}: got outputs of shape {tuple(outputs.shape)}; expected [N, C]. Use unsqueeze(1) for C = 1."
+        )
 
 
 def as_loss(value: Tensor | Loss) -> Loss:

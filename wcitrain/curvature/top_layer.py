@@ -197,7 +197,8 @@ class HeadFeatures:
 
     def _features_of(self, logits: Tensor) -> Tensor:
         for call in reversed(self._calls):
-            if call.logits is logits or torch.equal(call.logits.detach().to(logits), logits.detach()):
+            returned = call.logits.detach().to(logits)
+            if call.logits is logits or _same(returned, logits.detach()):
                 return call.features
         raise ValueError(
             f"top_layer: got outputs {tuple(logits.shape)} that none of {len(self._calls)} recorded passes of {self.name} "
@@ -206,6 +207,11 @@ class HeadFeatures:
         )
 
     def _record(self, module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
+        if len(args) != 1:
+            raise ValueError(
+                f"top_layer: got a call of {self.name} with {len(args)} positional arguments; expected one, the features. Call the "
+                "head as head(features), or use estimator gauss_newton."
+            )
         (features,) = args
         if features.ndim != 2:
             raise ValueError(
@@ -213,6 +219,11 @@ class HeadFeatures:
                 "Use estimator gauss_newton for a head that runs on every token or position."
             )
         self._calls.append(_Call(features, logits))
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Tell whether two tensors hold the same numbers, NaN counting as a number: divergence is reported elsewhere."""
+    return left.shape == right.shape and torch.equal(left.nan_to_num(), right.nan_to_num())
 
 
 def _squared_norms(features: Tensor, logits: Tensor, has_bias: bool) -> Tensor:

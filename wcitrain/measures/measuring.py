@@ -323,6 +323,10 @@ class _Measuring:
                 generator=generator,
             )
         samples, loss = self.estimator.draw(lambda: loss_at(x), self.layers, num_probes, generator)
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(
+                f"measure_wci: got a loss of {float(loss)}; expected a finite number. Has the model diverged?"
+            )
         return samples, loss.detach(), len(x)
 
     @property

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from wcitrain.curvature.differentiability import is_compiled
 from wcitrain.optim.penalty import Penalty
 
 if TYPE_CHECKING:
@@ -30,8 +31,12 @@ def check_attachable(
         raise ValueError(
             "attach: got a DDP model with static_graph=True; expected False: extra passes change the graph."
         )
-    is_compiled = any(hasattr(m, "_orig_mod") for m in model.modules())
-    if is_compiled and accelerator.mixed_precision == "bf16" and penalty and penalty.measures_curvature:
+    if (
+        any(is_compiled(m) for m in model.modules())
+        and accelerator.mixed_precision == "bf16"
+        and penalty
+        and penalty.measures_curvature
+    ):
         raise ValueError(
             "attach: got a compiled bf16 model and a curvature penalty, whose differences need float32 passes that the "
             "compiled graph cannot switch to. Use precision 'no', drop compile, or use WCIPosterior."

@@ -5,12 +5,12 @@ Not every operation can be differentiated twice (fused attention, hardsigmoid, a
 the modules. The run leaves weights, gradients, buffers and random state as they were.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from wcitrain.curvature.differentiability import explain, failing_modules
+from wcitrain.curvature.differentiability import Unsupported, explain, failing_modules
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
 from wcitrain.curvature.hvp import gradients_with_graph, hvp
 from wcitrain.curvature.loss import Loss
@@ -79,7 +79,7 @@ def _problem(passes: Passes, penalty: Penalty, name: str, needs_gradient: bool) 
     except (RuntimeError, NotImplementedError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        found = failing_modules(passes.model, passes.evaluate, order=3 if is_third_order else 2)
+        found = _failing(passes, 3 if is_third_order else 2)
         what = f"{name} needs {'third' if is_third_order else 'second'} derivatives"
         return (
             explain(found, what)
@@ -87,6 +87,16 @@ def _problem(passes: Passes, penalty: Penalty, name: str, needs_gradient: bool) 
             else f"{what}, which fail: {str(error).splitlines()[0]} Use estimator='two_point'."
         )
     return None
+
+
+def _failing(passes: Passes, order: Literal[2, 3]) -> list[Unsupported]:
+    """Return the modules that fail; nothing where that cannot be found out (the loss calls parts of the model, ...)."""
+    try:
+        return failing_modules(passes.model, passes.evaluate, order=order)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return []
 
 
 def _head_problem(passes: Passes) -> str | None:
@@ -101,8 +111,9 @@ def _head_problem(passes: Passes) -> str | None:
 
 
 def _try_gauss_newton(passes: Passes, loss: Loss, needs_gradient: bool) -> None:
-    """Take the derivatives the estimator takes."""
-    samples = gauss_newton_samples(loss, passes.layers, create_graph=needs_gradient)
+    """Take the derivatives the estimator takes, that of the loss itself after its graph was used once included."""
+    samples = gauss_newton_samples(loss, passes.layers, create_graph=needs_gradient, retain_graph=True)
+    passes.layer_gradients(loss.total, create_graph=samples.requires_grad)
     if samples.requires_grad:  # not so for a linear model under squared error
         _differentiate(samples.sum(), passes.model)
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wcitrain.curvature.loss import Loss, LossFn, as_loss
 from wcitrain.curvature.probes import signs
 from wcitrain.params import Layers
-from wcitrain.preserve import random_state, set_random_state
+from wcitrain.preserve import put_back_buffers, random_state, saved_buffers, set_random_state
 from wcitrain.seeding import generator_from
 
 if TYPE_CHECKING:
@@ -120,16 +120,15 @@ class Passes:
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Several passes add all of their gradients or none: on an exception gradients, buffers and random state go back."""
-        gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters]
-        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        parameters = {id(p): p for p in (*self._parameters, *self.model.parameters())}.values()
+        gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+        buffers = saved_buffers(self.model)
         try:
             yield
         except BaseException:
-            with torch.no_grad():
-                for p, gradient in zip(self._parameters, gradients, strict=True):
-                    p.grad = gradient
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            put_back_buffers(buffers)
             set_random_state(self._states, self.device)
             raise
 

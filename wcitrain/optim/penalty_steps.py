@@ -11,7 +11,9 @@ Legend: c_l coefficients [L] held constant, v_l signs, u_l = √c_l v_l, g(W) gr
 | ``top_layer``                    | autograd of the closed form                 | 0, 0         | outputs, a linear head   |
 
 (Extra passes: forward, backward; a differentiated backward counts as two.) With coefficients zero every estimator only
-measures, at less cost (gauss_newton: K backwards, hutchinson: 1 + 2K), and the gradient left is the plain one, bit for bit.
+measures, at less cost (gauss_newton: K backwards, hutchinson: 1 + 2K), and the gradient left is the plain one, bit for bit
+(but for attention that hutchinson needs unfused, which rounds differently). Reentrant activation checkpointing works with none
+of them: pass ``use_reentrant=False``.
 """
 
 from collections.abc import Callable, Sequence
@@ -87,8 +89,8 @@ def gauss_newton(passes: Passes, penalty: Penalty, shape: Tensor, strength: floa
         retain_graph=True,
     )
     traces = samples.mean(0)
-    passes.backward(loss.total + _weighted(traces, strength * shape, loss.total) if strength else loss.total)
-    return Step(loss.total.detach(), traces.detach())
+    added = _weighted(traces, strength * shape, loss.total) if strength else None
+    return Step(_backward_with(passes, loss.total, added), traces.detach())
 
 
 def hutchinson(passes: Passes, penalty: Penalty, shape: Tensor, strength: float) -> Step:
@@ -98,21 +100,23 @@ def hutchinson(passes: Passes, penalty: Penalty, shape: Tensor, strength: float)
     layers = passes.layers
     loss = passes.evaluate()
     gradients = passes.layer_gradients(loss.total, create_graph=True)
-    terms = []
+    terms, factor = [], strength or 1.0  # the directions carry √(factor · shape)
     for probe in range(penalty.num_probes):
-        direction, sigma = passes.random_direction(((strength or 1.0) * shape).sqrt(), probe)
+        direction, sigma = passes.random_direction((factor * shape).sqrt(), probe)
         products = hvp(gradients, layers.tensors, direction, create_graph=strength > 0)
-        terms.append(layers.dots(direction, products) / wide(sigma).square())
-    traces = torch.stack(terms).mean(0)
-    passes.backward(loss.total + _weighted(traces, strength * shape, loss.total) if strength else loss.total)
-    return Step(loss.total.detach(), torch.where(layers.missing(gradients), torch.nan, traces.detach()))
+        terms.append(layers.dots(direction, products))
+    weighted = torch.stack(terms).mean(0)  # c_l t_l: no division by the σ of a layer of zero norm
+    shown = _backward_with(passes, loss.total, weighted.sum().to(loss.total) if strength else None)
+    traces = weighted.detach() / wide(sigma).square()
+    return Step(shown, torch.where(layers.missing(gradients), torch.nan, traces))
 
 
 def _hutchinson_by_differences(passes: Passes, penalty: Penalty, shape: Tensor, strength: float) -> Step:
     """[H(W + hu) u − H(W − hu) u] / 2h with ||hu|| = radius ||W||: second derivatives only."""
     layers, share = passes.layers, passes.share
     norm = (layers.sizes() * strength * shape).sum().sqrt()  # ||u||
-    h = float(penalty.radius * layers.squared_norms().sum().sqrt() / norm)
+    size = layers.squared_norms().sum().sqrt()
+    h = float(penalty.radius * torch.where(size > 0, size, 1.0) / torch.where(norm > 0, norm, 1.0))
     estimates, losses = [], []
     with full_precision(passes.model):
         with kept_buffers(passes.model), passes.local():
@@ -138,8 +142,8 @@ def top_layer(passes: Passes, penalty: Penalty, shape: Tensor, strength: float) 
     with HeadFeatures(passes.model) as head:
         loss = passes.evaluate()
     trace = top_layer_trace(loss, head.features_of(loss)).reshape(1)
-    passes.backward(loss.total + _weighted(trace, strength * shape, loss.total) if strength else loss.total)
-    return Step(loss.total.detach(), trace.detach().to(shape))
+    added = _weighted(trace, strength * shape, loss.total) if strength else None
+    return Step(_backward_with(passes, loss.total, added), trace.detach().to(shape))
 
 
 STEPS: dict[str, Callable[[Passes, Penalty, Tensor, float], Step]] = {
@@ -148,6 +152,12 @@ STEPS: dict[str, Callable[[Passes, Penalty, Tensor, float], Step]] = {
     "hutchinson": hutchinson,
     "top_layer": top_layer,
 }
+
+
+def _backward_with(passes: Passes, total: Tensor, added: Tensor | None) -> Tensor:
+    """Backward through ``total + added`` and return ``total``, NaN where what was added is not finite."""
+    passes.backward(total if added is None else total + added)
+    return total.detach() if added is None else spoiled_by(total.detach(), added.detach())
 
 
 def _weighted(traces: Tensor, coefficients: Tensor, like: Tensor) -> Tensor:

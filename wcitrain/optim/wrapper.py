@@ -18,6 +18,7 @@ base optimizer, bit for bit. Perturbed weights come back by copy from a clone, a
 the same random numbers (dropout) and running statistics move once: in the pass at W where there is one, else at W − u.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,7 +112,8 @@ class RegularizedOptimizer(DelegatingOptimizer):
         self._choice: Choice | None = None
         self._is_busy = False
         low = [n for n, p in self.layers.items() if p.dtype.itemsize < 4]
-        if low and penalty is not None and penalty.measures_curvature:
+        takes_differences = penalty is not None and penalty.estimator in ("auto", "two_point", "hutchinson")
+        if low and takes_differences and penalty is not None and penalty.measures_curvature:
             raise ValueError(
                 f"penalty: got {self.layers[low[0]].dtype} weights in {low[0]}; expected float32 or float64: differences of "
                 "low-precision gradients are noise. Keep float32 weights and use autocast, or use WCIPosterior."
@@ -145,7 +147,9 @@ class RegularizedOptimizer(DelegatingOptimizer):
         factor = perturbation.schedule.factor(now) if perturbation else 0.0
         penalty_factor = penalty.schedule.factor(now) * penalty.schedule.every if penalty else 0.0
         if penalty and penalty_factor and penalty.measures_curvature and self._choice is None:
-            self.choose_estimator(loss_fn)
+            choice = self.choose_estimator(loss_fn)
+            if choice and penalty.estimator == "auto" and choice.estimator == "two_point":
+                warnings.warn(f"penalty estimator: two_point, since {choice.reason}", UserWarning, stacklevel=2)
         passes = self._passes(loss_fn)
         self._is_busy = True
         try:
@@ -354,7 +358,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
             ValueError: See ``attaching.check_attachable``.
         """
         check_attachable(accelerator, model, self.penalty, self.num_micro_batches)
-        self._accelerator, self.model = accelerator, model
+        self._accelerator, self.model, self._choice = accelerator, model, None
         self.num_micro_batches = accelerator.gradient_accumulation_steps
         return self
 

@@ -227,6 +227,9 @@ def _regularizer_contradictions(recipe: Recipe) -> Iterator[Problem]:
             f"got {penalty.layers!r}, and {perturbation.layers!r} for the perturbation; expected the same. Change one."
         )
         yield ("penalty.layers", "perturbation.layers"), text
+    if perturbation.name != "none" and penalty.name != "none" and perturbation.split_qkv != penalty.split_qkv:
+        text = f"got {penalty.split_qkv}, and {perturbation.split_qkv} for the perturbation; expected the same. Change one."
+        yield ("penalty.split_qkv", "perturbation.split_qkv"), text
 
 
 def _estimator_contradictions(recipe: Recipe, penalty: CurvaturePenalty) -> Iterator[Problem]:

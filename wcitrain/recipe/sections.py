@@ -209,7 +209,8 @@ class CurvaturePenalty(TimedKind):
     """What the penalties on Hessian traces share."""
 
     estimator: Literal["auto", "two_point", "gauss_newton", "hutchinson", "top_layer"] = Field(
-        default="auto", description="How traces are estimated; auto decides by a dry run and says why."
+        default="auto",
+        description="How traces are estimated; auto tries and says why; top_layer counts the head alone.",
     )
     num_probes: PositiveCount = Field(default=1, description="Random probes for each batch.")
     radius: Annotated[Positive, Field(le=1)] | None = Field(
