@@ -137,8 +137,8 @@ def _add_measure(commands: Any) -> None:
         help="measure the WCI of a trained model",
         description=(
             "Measure the Weight-Curvature Index of a model in eval mode and float32, print it layer by layer with standard "
-            "errors, and write wci-<at>-<split>.json and .png (a bar a layer); -clean and the estimator's name are appended where "
-            "they differ from the default. Files of the same name are replaced. One process only."
+            "errors, and write wci-<at>-<split>.json and .png (a bar a layer); what differs from the default (clean, attack, "
+            "estimator, layers, seed) is appended to the name. Files of the same name are replaced. One process only."
         ),
     )
     measure.add_argument(

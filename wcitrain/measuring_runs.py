@@ -142,7 +142,7 @@ def measure_run(
                 else []
             ),
             *([measurement.estimator] if estimator not in ("auto", "gauss_newton") else []),
-            *([re.sub(r"[^\w+.]+", "_", layers)] if layers != "weights" else []),
+            *([re.sub(r"[^\w+.]+", "_", layers).strip("_")] if layers != "weights" else []),
             *(["qkv"] if split_qkv else []),
             *([f"s{seed}"] if seed else []),
         ]

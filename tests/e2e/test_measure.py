@@ -107,14 +107,14 @@ def test_options_reach_the_measurement_and_name_the_files(run, capsys):
     """An option that is parsed and dropped measures something else under the right name."""
     common = ["measure", str(run), "--examples", "10", "--at", "best"]
     assert main([*common, "--split", "val", "--clean", "--estimator", "hutchinson", "--layers", "*fc.weight"]) == 0
-    clean = result(run / "measures" / "wci-best-val-clean-hutchinson.json")
+    clean = result(run / "measures" / "wci-best-val-clean-hutchinson-fc.weight.json")
     assert (clean["threat"], clean["estimator"], list(clean["layers"])) == (None, "hutchinson", ["backbone.fc.weight"])
     assert clean["pac_bayes_surrogate"] is None  # the bound is about training images
     assert (
         main([*common, "--norm", "l2", "--eps", "1/2", "--steps", "5", "--seed", "3", "--recipe", "data.max_test=50"])
         == 0
     )
-    attacked = result(run / "measures" / "wci-best-train.json")
+    attacked = result(run / "measures" / "wci-best-train-l2-0.5-PGD-5-s3.json")
     assert attacked["threat"] == {"norm": "l2", "eps": 0.5}
     assert attacked["attack"] == {"num_steps": 5, "step_size": 0.25}
     assert attacked["seed"] == 3
@@ -122,7 +122,7 @@ def test_options_reach_the_measurement_and_name_the_files(run, capsys):
     quick = ["--steps", "1", "--layers", "*fc.weight"]
     assert main(["measure", str(run), "--target-error", "0.001", *quick]) == 0
     assert "instead of 0.001: limited by examples" in capsys.readouterr().out
-    assert result(run / "measures" / "wci-last-train.json")["num_examples"] == 100
+    assert result(run / "measures" / "wci-last-train-linf-0.1-PGD-1-fc.weight.json")["num_examples"] == 100
 
 
 @pytest.mark.parametrize(
