@@ -34,9 +34,12 @@ RULES = {
     "AWP": {"perturbation": AWP(0.01)},
     "noise": {"perturbation": UniformNoise(1.0)},
     "WCI": {"perturbation": WCIPosterior(1.0)},
-    "WCI, clean statistics": {"perturbation": WCIPosterior(1.0, statistics="clean")},
-    "WCI penalty": {"penalty": WCIPenalty(1e-4)},
-    "WCI penalty, every 10": {"penalty": WCIPenalty(1e-4, schedule=StrengthSchedule(every=10))},
+    "WCI (clean statistics)": {"perturbation": WCIPosterior(1.0, statistics="clean")},
+    "WCI penalty (two_point)": {"penalty": WCIPenalty(1e-4, estimator="two_point")},
+    "WCI penalty (gauss_newton)": {"penalty": WCIPenalty(1e-4, estimator="gauss_newton")},
+    "WCI penalty (gauss_newton every 10)": {
+        "penalty": WCIPenalty(1e-4, schedule=StrengthSchedule(every=10), estimator="gauss_newton"),
+    },
 }
 
 
@@ -57,7 +60,7 @@ class Workload:
     def step(self) -> None:
         """Attack, gradients, step."""
         x_adv = self.objective.perturb(self.model, self.x, self.y)
-        self.optimizer.step(lambda: self.objective.loss(self.model, self.x, x_adv, self.y).total)
+        self.optimizer.step(lambda: self.objective.loss(self.model, self.x, x_adv, self.y))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
