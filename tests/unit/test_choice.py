@@ -70,10 +70,11 @@ def test_a_loss_without_outputs_gets_two_point_and_the_reason():
     """The plain three-line loop returns a tensor: auto must not guess what the outputs were."""
     model = BatchNormNet()
     x, y = image_batch()
-    optimizer = wrap(model)
-    choice = optimizer.choose_estimator(lambda: F.cross_entropy(model(x), y))
+    optimizer, calls = wrap(model), []
+    choice = optimizer.choose_estimator(lambda: calls.append(1) or F.cross_entropy(model(x), y))
     assert choice.estimator == "two_point"
     assert "does not say which outputs" in choice.reason
+    assert len(calls) == 1  # nothing that another attention kernel could mend
     with pytest.raises(ValueError, match=r"Return wcitrain\.cross_entropy"):
         wrap(model, estimator="gauss_newton").backward(lambda: F.cross_entropy(model(x), y))
 
@@ -182,3 +183,33 @@ def test_outputs_without_a_class_dimension_are_refused(loss):
     function = binary_cross_entropy if loss == "bce" else mean_squared_error
     with pytest.raises(ValueError, match=r"expected \[N, C\]"):
         function(torch.zeros(4), torch.zeros(4))
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e-3])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_models_work_whatever_the_strength(strength, backend):
+    """A compiled graph may be differentiated once, and inductor's buffers used once: monitoring needs two backwards."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    compiled = torch.compile(model, backend=backend)
+    x, y = image_batch()
+    optimizer = RegularizedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), compiled, penalty=WCIPenalty(strength)
+    )
+    choice = optimizer.choose_estimator(lambda: cross_entropy(compiled(x), y))
+    assert strength == 0 or choice.estimator == "two_point"
+    for _ in range(2):
+        assert torch.isfinite(optimizer.step(lambda: cross_entropy(compiled(x), y)))
+
+
+def test_a_penalty_that_is_not_finite_shows_in_the_returned_loss(monkeypatch):
+    """The gradient is NaN there: a finite loss would let the trainer step on it."""
+    from wcitrain.optim import penalty_steps
+
+    model = BatchNormNet()
+    x, y = image_batch()
+    optimizer = wrap(model, estimator="gauss_newton")
+    optimizer.step(lambda: cross_entropy(model(x), y))
+    draw = penalty_steps.gauss_newton_samples
+    monkeypatch.setattr(penalty_steps, "gauss_newton_samples", lambda *a, **k: draw(*a, **k) * float("inf"))
+    assert not torch.isfinite(optimizer.backward(lambda: cross_entropy(model(x), y)))

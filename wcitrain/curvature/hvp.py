@@ -26,7 +26,10 @@ from wcitrain.preserve import kept_random_state, perturbed, random_state, set_ra
 # Lowest order of derivative that is wrong, and what to do; tests/numerics/test_estimators.py measures both (torch 2.15, CPU).
 _WRONG_FROM_ORDER = {
     "WeightNormInterfaceBackward0": (2, "Remove the weight norm, or use an estimator with gradients only (two_point)."),
-    "NativeLayerNormBackward0": (3, "Use central differences of Hessian products: hutchinson_penalty_gradient."),
+    "NativeLayerNormBackward0": (
+        3,
+        "Use central differences: a penalty's gradient='finite_difference', or hutchinson_penalty_gradient.",
+    ),
 }
 
 

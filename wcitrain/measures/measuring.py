@@ -5,29 +5,14 @@ a_l = ||W_l||_F², t_l = Tr(H_l).
 
 The examples are cut into chunks. Each chunk is attacked once; then m probes of its traces are drawn at the adversarial
 examples, held fixed (Danskin), and their mean is one sample. The jackknife over the K samples gives the index and its error
-(`wci`); it needs no model of where the variance comes from. Near the estimate the index is linear in the traces, with
-c_l = ½ sqrt(a_l / t_l), which splits the variance:
+(`wci`); it needs no model of where the variance comes from.
 
-    Var WCI ≈ ( σ_b² + σ_w² / m ) / K,     σ_w² = Var_j Σ_l c_l x_kjl  within a chunk,  σ_b² between chunks       (1)
-
-A chunk costs c_a passes for its attack and its forward, c_p for each probe. The least variance for a given cost has
-
-    m* = sqrt( c_a σ_w² / (c_p σ_b²) )                                                                           (2)
-
-For a target relative error r a *pilot* of 16 chunks with 2 probes estimates (1). Then m follows from (2), K from
-
-    ( σ_b² + σ_w² / m ) / K = (r WCI)² / s,     s = ν / χ²_ν(5 %),  ν = K_pilot − 1,                              (3)
-
-where s covers the error of the variance itself. The stage so planned is made on fresh examples with fresh random numbers, and
-the pilot's samples are thrown away: adding to them until the error looks small enough would stop where the estimate is low by
-chance, since the two are correlated (two stages as in Stein 1945). If the stage misses all the same, one time in eight to
-forty in simulations, its variance plans a larger one. The result is the last stage alone; what bias is left, that of taking
-the first stage that did not miss, was below a tenth of a standard error there.
+How many chunks and probes a target error needs is `planning`'s.
 
 Choices by measurement (a residual network of 0.3 M weights after AT and WCI, CIFAR-10 at 16x16, PGD-10, one CPU thread):
 B = 25, since the part of σ_w² that comes from pairs of examples does not shrink with B, and an attacked example takes 1.2
-times as long as in chunks of 100, in chunks of 5 it takes 2.5 times as long. (2) gave 12 and 14 probes; 8 need at most 8 %
-more time for the same error.
+times as long as in chunks of 100, in chunks of 5 it takes 2.5 times as long. `planning` (2) gave 12 and 14 probes; 8 need at
+most 8 % more time for the same error.
 """
 
 import copy
@@ -49,18 +34,22 @@ from wcitrain.curvature.gauss_newton import gauss_newton_samples
 from wcitrain.curvature.hutchinson import hutchinson_samples
 from wcitrain.curvature.loss import Loss, as_loss, cross_entropy
 from wcitrain.curvature.two_point import two_point_samples
+from wcitrain.measures.examples import Examples
+from wcitrain.measures.planning import (
+    MAX_PROBES_WITHOUT_EXAMPLES,
+    MAX_STAGES,
+    PILOT_CHUNKS,
+    PILOT_PROBES,
+    plan,
+    probes_for,
+    safety,
+)
 from wcitrain.measures.wci import WCIMeasurement
 from wcitrain.params import Layers, select_layers, unwrapped
 from wcitrain.preserve import full_precision, undisturbed
 from wcitrain.seeding import generator_from
 
 CHUNK_SIZE = 25  # B
-PILOT_CHUNKS = 16  # also the fewest of any stage: a standard error from fewer is itself too uncertain
-PILOT_PROBES = 2  # the fewest that tell σ_w² from σ_b²
-MAX_PROBES = 16  # m*, where σ_b² comes out near zero
-MAX_PROBES_WITHOUT_EXAMPLES = 64  # where probes are all that can be added
-MAX_STAGES = 4  # after the pilot
-TINY = sys.float_info.min
 
 ModelLoss = Callable[[nn.Module, Tensor, Tensor], Tensor | Loss]
 LossFn = Callable[[], Loss]
@@ -194,7 +183,7 @@ def measure_wci(
                 seed=seed,
                 has_bar=progress and sys.stderr.isatty(),
             )
-            examples = _Examples(batches, num_examples)
+            examples = Examples(batches, num_examples)
             available = examples.ahead(PILOT_CHUNKS * CHUNK_SIZE)
             if not available:
                 raise ValueError("measure_wci: got no images; expected at least one batch. Is the data set empty?")
@@ -243,7 +232,7 @@ class _Stage:
         )
 
     def spread(self, index: WCIMeasurement, within: float = 0.0) -> tuple[float, float]:
-        """Return σ_b² and σ_w² of equation (1); ``within`` stands for σ_w² where a single probe a chunk cannot tell."""
+        """Return σ_b² and σ_w² of `planning` (1); ``within`` stands for σ_w² where a single probe a chunk cannot tell."""
         t, num_probes = index.trace.mean, self.samples.shape[1]
         c = torch.where(t > 0, (index.squared_norms / t).sqrt() / 2, 0)
         draws = self.samples @ c  # [K, m]
@@ -267,7 +256,7 @@ class _Measuring:
 
     @property
     def passes(self) -> int:
-        """c_a of equation (2): the attack's passes and the forward at the adversarial examples."""
+        """c_a of `planning` (2): the attack's passes and the forward at the adversarial examples."""
         return 1 + (2 * self.num_steps if self.threat else 0)
 
     def check(self, x: Tensor, y: Tensor) -> None:
@@ -359,58 +348,8 @@ class _Measuring:
             )
 
 
-class _Examples:
-    """The examples of an iterable of batches, read when they are needed, at most ``limit`` of them."""
-
-    def __init__(self, batches: Iterable[Any], limit: int | None) -> None:
-        self._batches = iter(batches)
-        self._left: float = math.inf if limit is None else limit
-        self._x: list[Tensor] = []
-        self._y: list[Tensor] = []
-
-    def ahead(self, num: int) -> int:
-        """Read until ``num`` examples are there to be taken, or all there are; return how many."""
-        while (there := sum(map(len, self._x))) < num and self._left > 0:
-            batch = next(self._batches, None)
-            if batch is None:
-                self._left = 0
-                break
-            x, y = self._pair(batch)
-            keep = int(min(len(x), self._left))
-            self._left -= keep
-            self._x.append(x[:keep])
-            self._y.append(y[:keep])
-        return there
-
-    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Take all examples in chunks of ``size``, whatever the batches were; the last one may be smaller."""
-        while self.ahead(size):
-            if len(self._x) > 1:
-                self._x, self._y = [torch.cat(self._x)], [torch.cat(self._y)]
-            x, y = self._x[0], self._y[0]
-            self._x, self._y = [x[size:]], [y[size:]]
-            yield x[:size], y[:size]
-
-    def peek(self) -> tuple[Tensor, Tensor]:
-        """Return the first example without taking it."""
-        return self._x[0][:1], self._y[0][:1]
-
-    @staticmethod
-    def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-        """Return images and labels of a batch."""
-        pair = batch[:2] if isinstance(batch, tuple | list) else ()
-        if len(pair) < 2 or not all(isinstance(item, Tensor) for item in pair) or len(pair[0]) != len(pair[1]):
-            got = f"a {type(batch).__name__}"
-            got += f" of {', '.join(type(item).__name__ for item in batch)}" if isinstance(batch, tuple | list) else ""
-            raise ValueError(
-                f"measure_wci: got {got} as a batch; expected (x, y, ...), two tensors of the same length first. Wrap the loader "
-                "in a generator that yields them."
-            )
-        return pair[0], pair[1]
-
-
 def _to_target(measuring: _Measuring, chunks: Iterator[tuple[Tensor, Tensor]], target: float) -> WCIMeasurement:
-    """Plan and make stages until the error of one is small enough; see the module's docstring.
+    """Plan and make stages until the error of one is small enough; see `planning`.
 
     When fresh examples run out, a stage takes *all* examples once, those of earlier stages too, with fresh random starts and
     signs: its size then depends on no estimate. From there on only probes can be added.
@@ -423,15 +362,15 @@ def _to_target(measuring: _Measuring, chunks: Iterator[tuple[Tensor, Tensor]], t
         return replace(index, target_relative_error=target, limited_by="examples")
     for stage in range(1, MAX_STAGES + 1):
         between, within = last.spread(index, within)
-        variance = (target * float(index.per_layer.sum())) ** 2 / _safety(len(last.samples) - 1)
-        num_chunks, num_probes = _plan(between, within, variance, measuring.passes, measuring.estimator.passes)
+        variance = (target * float(index.per_layer.sum())) ** 2 / safety(len(last.samples) - 1)
+        num_chunks, num_probes = plan(between, within, variance, measuring.passes, measuring.estimator.passes)
         if stage > 1:
             num_chunks = max(num_chunks, math.ceil(1.5 * len(last.samples)))
         read += islice(chunks, max(0, used + num_chunks - len(read)))
         if len(read) - used >= num_chunks:
             taken, used = read[used : used + num_chunks], used + num_chunks
         else:
-            more = min(MAX_PROBES_WITHOUT_EXAMPLES, _probes_for(between, within, variance, len(read)))
+            more = min(MAX_PROBES_WITHOUT_EXAMPLES, probes_for(between, within, variance, len(read)))
             if limited_by == "examples" and more <= last.samples.shape[1]:
                 break  # the probes are not what is missing
             taken, num_probes, limited_by = read, max(more, num_probes), "examples"
@@ -440,28 +379,6 @@ def _to_target(measuring: _Measuring, chunks: Iterator[tuple[Tensor, Tensor]], t
         if index.reached:
             return index
     return replace(index, limited_by=limited_by)
-
-
-def _plan(between: float, within: float, variance: float, passes: int, passes_a_probe: int) -> tuple[int, int]:
-    """Return K by equation (3) and m by equation (2), or fewer probes where the fewest chunks leave room for that."""
-    best = math.sqrt(passes * within / (passes_a_probe * between)) if between > 0 else MAX_PROBES
-    num_probes = min(max(1, round(best)), MAX_PROBES, _probes_for(between, within, variance, PILOT_CHUNKS))
-    return max(PILOT_CHUNKS, math.ceil((between + within / num_probes) / max(variance, TINY))), num_probes
-
-
-def _probes_for(between: float, within: float, variance: float, num_chunks: int) -> int:
-    """Return the fewest probes with which so many chunks reach a variance, from equation (1).
-
-    If the spread between chunks alone exceeds it: those that bring the error within an eighth of what endless probes would.
-    """
-    room = num_chunks * variance - between
-    return max(1, math.ceil(within / (room if room > 0 else max(between / 4, TINY))))
-
-
-def _safety(nu: int) -> float:
-    """Return s of equation (3), at most 10; the quantile of χ² by Wilson and Hilferty's cube."""
-    root = 1 - 2 / (9 * nu) - 1.645 * math.sqrt(2 / (9 * nu))
-    return min(10.0, 1 / max(root, TINY) ** 3)
 
 
 def _check_arguments(

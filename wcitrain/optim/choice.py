@@ -19,6 +19,10 @@ from wcitrain.optim.passes import Passes
 from wcitrain.optim.penalty import Penalty
 from wcitrain.preserve import kept_random_state, undisturbed
 
+FUSED_ATTENTION = (
+    "scaled_dot_product"  # in torch's message about every fused kernel; their plain formula has all derivatives
+)
+
 
 class Choice(NamedTuple):
     """The estimator, why in one sentence, and whether attention must run by its plain formula for it."""
@@ -46,9 +50,9 @@ def choose_estimator(passes: Passes, penalty: Penalty, strength: float) -> Choic
     name = "gauss_newton" if wanted == "auto" else wanted
     with undisturbed(passes.model, training=None), kept_random_state(passes.device), passes.local():
         problem = _problem(passes, penalty, name, strength > 0)
-        if problem is not None and not passes.use_math_attention:
+        if problem is not None and FUSED_ATTENTION in problem:
             passes.use_math_attention = True
-            problem = problem if _problem(passes, penalty, name, strength > 0) is not None else None
+            problem = _problem(passes, penalty, name, strength > 0)
     if problem is None:
         reason = "as asked" if wanted != "auto" else "the loss gives its outputs and the dry run passed"
         reason += ", with attention unfused" if passes.use_math_attention else ""
