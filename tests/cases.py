@@ -8,14 +8,23 @@ from torch import nn
 
 from wcitrain.curvature import cross_entropy
 from wcitrain.optim import (
+    ASAM,
     AWP,
+    CRSAM,
+    GSAM,
+    RWP,
+    SAM,
     FrobeniusTracePenalty,
+    GradientNorm,
+    NoiseStability,
     RegularizedOptimizer,
     StrengthSchedule,
     UniformNoise,
+    VaSSO,
+    WCIAdversary,
     WCIPenalty,
     WCIPosterior,
-)  # fmt: skip
+)
 
 BASES: dict[str, Callable] = {
     "sgd": lambda params, lr=0.05: torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=1e-3),
@@ -30,18 +39,32 @@ class Rule:
     """Constructor arguments of the wrapper and the documented cost of one step beyond a plain one (BatchNorm model).
 
     ``gradients``: how often a leaf's gradient is computed beyond once; a differentiated backward counts double in
-    ``backwards`` but shows once at the leaf.
+    ``backwards`` but shows once at the leaf. ``is_random``: whether the seed matters.
     """
 
     kwargs: dict
     forwards: int
     backwards: int
     gradients: int | None = None
+    is_random: bool = True
 
+
+GAUSS_NEWTON = WCIPenalty(1e-3, estimator="gauss_newton")
 
 RULES: dict[str, Rule] = {
-    "none": Rule({}, 0, 0),
-    "awp": Rule({"perturbation": AWP(0.02)}, 1, 1),
+    "none": Rule({}, 0, 0, is_random=False),
+    "sam": Rule({"perturbation": SAM(0.05)}, 1, 1, is_random=False),
+    "asam": Rule({"perturbation": ASAM(0.1)}, 1, 1, is_random=False),
+    "awp": Rule({"perturbation": AWP(0.02)}, 1, 1, is_random=False),
+    "vasso": Rule({"perturbation": VaSSO(0.05)}, 1, 1, is_random=False),
+    "gsam": Rule({"perturbation": GSAM(0.05)}, 1, 1, is_random=False),
+    "gradient norm": Rule({"perturbation": GradientNorm(0.03)}, 1, 1, is_random=False),
+    "cr-sam": Rule({"perturbation": CRSAM()}, 2, 2, is_random=False),
+    "wci adversary": Rule({"perturbation": WCIAdversary(0.02)}, 1, 2),
+    "rwp": Rule({"perturbation": RWP(0.05)}, 1, 1),
+    "rwp, unmixed": Rule({"perturbation": RWP(0.05, mixing=1.0)}, 0, 0),
+    "rwp, unmixed, clean statistics": Rule({"perturbation": RWP(0.05, mixing=1.0, statistics="clean")}, 1, 0),
+    "noise stability": Rule({"perturbation": NoiseStability(0.05)}, 1, 1),
     "wci": Rule({"perturbation": WCIPosterior(0.5)}, 1, 1),
     "wci by strength": Rule({"perturbation": WCIPosterior(strength=1e-3)}, 1, 1),
     "wci with frobenius": Rule({"perturbation": WCIPosterior(0.5, frobenius=True)}, 1, 1),
@@ -51,13 +74,21 @@ RULES: dict[str, Rule] = {
     "wci penalty, gauss_newton": Rule({"penalty": WCIPenalty(1e-3, estimator="gauss_newton")}, 0, 3, 1),
     "wci penalty, hutchinson": Rule({"penalty": WCIPenalty(1e-4, estimator="hutchinson")}, 2, 6, 4),
     "wci penalty, 2 probes": Rule({"penalty": WCIPenalty(1e-3, estimator="gauss_newton", num_probes=2)}, 0, 6, 2),
-    "top layer penalty": Rule({"penalty": WCIPenalty(1e-3, estimator="top_layer")}, 0, 0),
-    "frobenius penalty": Rule({"penalty": FrobeniusTracePenalty(1e-3, None)}, 0, 0),
+    "top layer penalty": Rule({"penalty": WCIPenalty(1e-3, estimator="top_layer")}, 0, 0, is_random=False),
+    "frobenius penalty": Rule({"penalty": FrobeniusTracePenalty(1e-3, None)}, 0, 0, is_random=False),
     "trace penalty": Rule({"penalty": FrobeniusTracePenalty(0.0, 1e-4, radius=0.05, estimator="two_point")}, 2, 2),
     "trace penalty, 2 probes": Rule(
         {"penalty": FrobeniusTracePenalty(0.0, 1e-4, radius=0.05, estimator="two_point", num_probes=2)}, 4, 4
     ),
-    "awp and frobenius": Rule({"perturbation": AWP(0.02), "penalty": FrobeniusTracePenalty(1e-3, None)}, 1, 1),
+    "awp and frobenius": Rule(
+        {"perturbation": AWP(0.02), "penalty": FrobeniusTracePenalty(1e-3, None)}, 1, 1, is_random=False
+    ),
+    "wci and frobenius": Rule({"perturbation": WCIPosterior(0.5), "penalty": FrobeniusTracePenalty(1e-3, None)}, 1, 1),
+    "awp and wci penalty": Rule({"perturbation": AWP(0.02), "penalty": GAUSS_NEWTON}, 1, 4, 2),
+    "sam and wci penalty": Rule({"perturbation": SAM(0.05), "penalty": GAUSS_NEWTON, "layers": "weights"}, 1, 4, 2),
+    "rwp and wci penalty": Rule(
+        {"perturbation": RWP(0.05, mixing=1.0), "penalty": GAUSS_NEWTON, "layers": "weights"}, 0, 3, 1
+    ),
 }
 
 # Everything that must change nothing: strengths at zero, monitors, and rules whose time has not come.
@@ -70,8 +101,11 @@ IDLE: dict[str, dict] = {
     "monitor trace": {"penalty": FrobeniusTracePenalty(0.0, 0.0)},
     "frobenius 0": {"penalty": FrobeniusTracePenalty(0.0, None)},
     "awp later": {"perturbation": AWP(0.01, LATER)},
+    "vasso later": {"perturbation": VaSSO(schedule=LATER)},
+    "gsam later": {"perturbation": GSAM(schedule=LATER)},
     "wci later": {"perturbation": WCIPosterior(1.0, schedule=LATER)},
     "noise later": {"perturbation": UniformNoise(1.0, schedule=LATER)},
+    "rwp later": {"perturbation": RWP(schedule=LATER)},
     "penalty later": {"penalty": WCIPenalty(0.1, schedule=LATER)},
 }
 

@@ -18,28 +18,59 @@ from pathlib import Path
 import torch
 
 from wcitrain import (
+    ASAM,
     AWP,
+    CRSAM,
+    GSAM,
+    MART,
     PGDAT,
+    RWP,
+    SAM,
+    TRADES,
+    FreeAT,
+    GradAlign,
+    GradientNorm,
+    NoiseStability,
     RegularizedOptimizer,
     StrengthSchedule,
     ThreatModel,
     UniformNoise,
+    VaSSO,
+    WCIAdversary,
     WCIPenalty,
     WCIPosterior,
     create_model,
-)  # fmt: skip
+)
 
-RULES = {
+THREAT = ThreatModel("linf", 8 / 255)
+GAUSS_NEWTON = WCIPenalty(1e-4, estimator="gauss_newton")
+RULES = {  # what the wrapper is given; "objective" replaces PGD-10 adversarial training
     "AT": {},
+    "SAM": {"perturbation": SAM(0.05)},
+    "ASAM": {"perturbation": ASAM(0.5)},
     "AWP": {"perturbation": AWP(0.01)},
+    "VaSSO": {"perturbation": VaSSO(0.05)},
+    "GSAM": {"perturbation": GSAM(0.05)},
+    "gradient norm": {"perturbation": GradientNorm(0.04)},
+    "CR-SAM": {"perturbation": CRSAM()},
+    "RWP": {"perturbation": RWP(0.01)},
+    "RWP (unmixed)": {"perturbation": RWP(0.01, mixing=1.0)},
+    "NSO": {"perturbation": NoiseStability(0.01)},
     "noise": {"perturbation": UniformNoise(1.0)},
     "WCI": {"perturbation": WCIPosterior(1.0)},
     "WCI (clean statistics)": {"perturbation": WCIPosterior(1.0, statistics="clean")},
+    "worst-case WCI": {"perturbation": WCIAdversary(0.01)},
     "WCI penalty (two_point)": {"penalty": WCIPenalty(1e-4, estimator="two_point")},
-    "WCI penalty (gauss_newton)": {"penalty": WCIPenalty(1e-4, estimator="gauss_newton")},
+    "WCI penalty (gauss_newton)": {"penalty": GAUSS_NEWTON},
     "WCI penalty (gauss_newton every 10)": {
         "penalty": WCIPenalty(1e-4, schedule=StrengthSchedule(every=10), estimator="gauss_newton"),
     },
+    "AWP and WCI penalty": {"perturbation": AWP(0.01), "penalty": GAUSS_NEWTON},
+    "TRADES": {"objective": TRADES(THREAT, num_steps=10)},
+    "TRADES and WCI": {"objective": TRADES(THREAT, num_steps=10), "perturbation": WCIPosterior(1.0)},
+    "MART": {"objective": MART(THREAT, num_steps=10)},
+    "GradAlign": {"objective": GradAlign(THREAT)},
+    "free AT (one replay)": {"objective": FreeAT(THREAT)},
 }
 
 
@@ -52,22 +83,26 @@ class Workload:
         self.model = create_model(options.model, num_classes=10, stem=options.stem).to(device)
         self.x = torch.rand(options.batch, 3, options.size, options.size, device=device)
         self.y = torch.randint(0, 10, (options.batch,), device=device)
-        self.objective = PGDAT(ThreatModel("linf", 8 / 255), num_steps=10)
+        settings = dict(RULES[rule])
+        self.objective = settings.pop("objective", PGDAT(THREAT, num_steps=10))
         base = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
-        self.optimizer = RegularizedOptimizer(base, self.model, **RULES[rule])
+        self.optimizer = RegularizedOptimizer(base, self.model, **settings)
         self.device = device
 
     def step(self) -> None:
         """Attack, gradients, step."""
         x_adv = self.objective.perturb(self.model, self.x, self.y)
         self.optimizer.step(lambda: self.objective.loss(self.model, self.x, x_adv, self.y))
+        if x_adv.requires_grad:
+            self.objective.after_backward(self.x, x_adv)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def predicted(self) -> float:
-        """The multiple that counting passes predicts."""
+        """The multiple of PGD-10 adversarial training that counting passes predicts: 10 + 10 + 1 + 2 of its own."""
+        attack, (loss_forward, loss_backward) = sum(self.objective.attack_passes()), self.objective.loss_passes()
         forward, backward = self.optimizer.extra_passes()
-        return (23 + forward + 2 * backward) / 23
+        return (attack + loss_forward * (1 + forward) + 2 * loss_backward * (1 + backward)) / 23
 
 
 def measure_memory(rule: str, options: argparse.Namespace) -> float:
@@ -103,6 +138,7 @@ def main() -> None:
     parser.add_argument(
         "--rules", default=",".join(RULES), help="comma-separated; AT is the reference and is always run"
     )
+    parser.add_argument("--no-memory", action="store_true", help="times only: a process a rule less")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -121,30 +157,24 @@ def main() -> None:
             work[rule].step()
             seconds[rule].append(time.perf_counter() - start)
     arguments = [a for a in sys.argv[1:] if a != "--memory-of"]
-    memory = {
-        rule: float(
-            json.loads(
-                subprocess.run(
-                    [sys.executable, __file__, *arguments, "--memory-of", rule],
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                ).stdout
-            )
-        )
-        for rule in rules
-    }
+    memory = {} if options.no_memory else {rule: memory_in_a_fresh_process(rule, arguments) for rule in rules}
     print(
         f"{options.model}, batch {options.batch}, {options.size} px, PGD-10, {options.device}, {options.threads} thread(s)"
     )
-    print(f"plain step: {sorted(seconds['AT'])[len(seconds['AT']) // 2]:.2f} s, {memory['AT']:.0f} MB\n")
+    print(f"plain step: {sorted(seconds['AT'])[len(seconds['AT']) // 2]:.2f} s, {memory.get('AT', 0):.0f} MB\n")
     print("| rule | time | range | predicted | memory |\n| --- | ---: | ---: | ---: | ---: |")
     for rule in rules:
         ratios = sorted(s / plain for s, plain in zip(seconds[rule], seconds["AT"], strict=True))
         print(
             f"| {rule} | {ratios[len(ratios) // 2]:.2f}x | {ratios[0]:.2f} to {ratios[-1]:.2f} | "
-            f"{work[rule].predicted():.2f}x | {memory[rule] / memory['AT']:.2f}x |"
+            f"{work[rule].predicted():.2f}x | " + (f"{memory[rule] / memory['AT']:.2f}x |" if memory else "|")
         )
+
+
+def memory_in_a_fresh_process(rule: str, arguments: list[str]) -> float:
+    """Return ``measure_memory`` of a process that made no other steps."""
+    command = [sys.executable, __file__, *arguments, "--memory-of", rule]
+    return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 
 if __name__ == "__main__":

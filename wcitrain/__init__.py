@@ -1,6 +1,6 @@
 """Robust training with the Weight-Curvature Index as a training knob."""
 
-from wcitrain.attacks import ThreatModel, fgsm, pgd
+from wcitrain.attacks import ATTACK_LOSSES, Attack, ThreatModel, fgsm, msd, pgd, project
 from wcitrain.curvature import (
     Loss,
     Output,
@@ -17,19 +17,49 @@ from wcitrain.curvature import (
     top_layer_trace,
     two_point_trace,
 )
+from wcitrain.data import Augmentation, Mixing
 from wcitrain.evaluation import Evaluation, evaluate
 from wcitrain.measures import WCIMeasurement, measure_wci
 from wcitrain.models import create_model, load_exported
-from wcitrain.objectives import PGDAT, Standard
+from wcitrain.objectives import (
+    ALP,
+    CURE,
+    FGSMRS,
+    MART,
+    PGDAT,
+    TRADES,
+    CatastrophicOverfittingGuard,
+    FreeAT,
+    GradAlign,
+    InputGradient,
+    RotationAT,
+    Standard,
+    UnionAT,
+    WithInputRegularizer,
+    alp,
+    mart,
+    pgd_at,
+    trades,
+)
 from wcitrain.optim import (
+    ASAM,
     AWP,
+    CRSAM,
+    GSAM,
+    RWP,
+    SAM,
+    WCI,
     FrobeniusTracePenalty,
+    GradientNorm,
+    NoiseStability,
     RegularizedOptimizer,
     StrengthSchedule,
     UniformNoise,
+    VaSSO,
+    WCIAdversary,
     WCIPenalty,
     WCIPosterior,
-)  # fmt: skip
+)
 from wcitrain.params import select_layers
 from wcitrain.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
 from wcitrain.train import fit
@@ -37,23 +67,50 @@ from wcitrain.train import fit
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALP",
+    "ASAM",
+    "ATTACK_LOSSES",
     "AWP",
+    "CRSAM",
+    "CURE",
+    "FGSMRS",
+    "GSAM",
+    "MART",
     "PGDAT",
+    "RWP",
+    "SAM",
+    "TRADES",
+    "WCI",
+    "Attack",
+    "Augmentation",
+    "CatastrophicOverfittingGuard",
     "Evaluation",
+    "FreeAT",
     "FrobeniusTracePenalty",
+    "GradAlign",
+    "GradientNorm",
+    "InputGradient",
     "Loss",
+    "Mixing",
+    "NoiseStability",
     "Output",
     "Recipe",
     "RecipeError",
     "RegularizedOptimizer",
+    "RotationAT",
     "Standard",
     "StrengthSchedule",
     "ThreatModel",
     "TraceEstimate",
     "UniformNoise",
+    "UnionAT",
+    "VaSSO",
+    "WCIAdversary",
     "WCIMeasurement",
     "WCIPenalty",
     "WCIPosterior",
+    "WithInputRegularizer",
+    "alp",
     "binary_cross_entropy",
     "create_model",
     "cross_entropy",
@@ -68,11 +125,16 @@ __all__ = [
     "hutchpp_trace",
     "load_exported",
     "load_recipe",
+    "mart",
     "mean_squared_error",
     "measure_wci",
+    "msd",
     "pgd",
+    "pgd_at",
+    "project",
     "recipe_from_dict",
     "select_layers",
     "top_layer_trace",
+    "trades",
     "two_point_trace",
 ]

@@ -7,27 +7,78 @@ from typing import Any
 import torch
 from torch import nn
 
-from wcitrain import optim
+from wcitrain import data, objectives, optim
 from wcitrain.attacks import ThreatModel
-from wcitrain.objectives import PGDAT, Objective, Standard
+from wcitrain.objectives import OBJECTIVES, Objective, WithInputRegularizer
 from wcitrain.optim import RegularizedOptimizer, StrengthSchedule
 from wcitrain.recipe import Recipe
 
-OBJECTIVES = {"standard": Standard, "pgd_at": PGDAT}
+PERTURBATIONS: dict[str, type[optim.WeightPerturbation]] = {
+    "sam": optim.SAM,
+    "asam": optim.ASAM,
+    "awp": optim.AWP,
+    "vasso": optim.VaSSO,
+    "gsam": optim.GSAM,
+    "gradient_norm": optim.GradientNorm,
+    "cr_sam": optim.CRSAM,
+    "wci_adversary": optim.WCIAdversary,
+    "wci": optim.WCIPosterior,
+    "noise": optim.UniformNoise,
+    "noise_stability": optim.NoiseStability,
+    "rwp": optim.RWP,
+}
+INPUT_REGULARIZERS = {"cure": objectives.CURE, "input_gradient": objectives.InputGradient}
+WRAPPER_KEYS = {
+    "name",
+    "start_epoch",
+    "ramp_epochs",
+    "every",
+    "layers",
+    "split_qkv",
+    "trace_decay",
+}  # not the rule's own
 
 
 def build_objective(recipe: Recipe) -> Objective:
-    """Return the recipe's objective; ``pgd_at`` gets the threat model."""
+    """Return the recipe's objective with its threat model, and its input-space regulariser around it."""
     settings = recipe.objective.model_dump(exclude={"name"})
-    if recipe.objective.name == "pgd_at":
+    name = recipe.objective.name
+    if name == "union":
+        del settings["step_size"]
+        settings["threats"] = tuple((ThreatModel(t["norm"], t["eps"]), t["step_size"]) for t in settings["threats"])
+    elif name != "standard":
         settings["threat"] = ThreatModel(recipe.threat.norm, recipe.threat.eps)
+    if name != "union" and "num_steps" in settings:
         settings["step_size"] = step_size(recipe, recipe.objective)
-    return OBJECTIVES[recipe.objective.name](**settings)
+    objective: Objective = OBJECTIVES[name](**settings)
+    regularizer = recipe.input_regularizer
+    if regularizer.name == "none":
+        return objective
+    return WithInputRegularizer(
+        objective, INPUT_REGULARIZERS[regularizer.name](**regularizer.model_dump(exclude={"name"}))
+    )
+
+
+def build_augmentation(recipe: Recipe) -> data.Augmentation | None:
+    """Return what happens to single training images, None for nothing."""
+    return None if recipe.augment.policy == "none" else data.Augmentation(**recipe.augment.model_dump())
+
+
+def build_mixing(recipe: Recipe) -> data.Mixing | None:
+    """Return how batches are mixed, None for not at all."""
+    mixing = data.Mixing(**recipe.mixing.model_dump())
+    return mixing if mixing.is_active else None
 
 
 def step_size(recipe: Recipe, attack: Any) -> float:
     """Return the attack's step; where the recipe leaves it open, 2.5 eps / num_steps (2/255 for 8/255 in 10 steps)."""
     return 2.5 * recipe.threat.eps / attack.num_steps if attack.step_size is None else attack.step_size
+
+
+def threat_factor(recipe: Recipe, epoch: float) -> float:
+    """Return the share of the full radius that training attacks with at a (fractional) epoch, in (0, 1]."""
+    warmup = recipe.threat.warmup_epochs
+    return 1.0 if epoch >= warmup else epoch / warmup
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -71,18 +122,12 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 def build_regularizer(
     recipe: Recipe, base: torch.optim.Optimizer, model: nn.Module, updates: int
 ) -> RegularizedOptimizer:
-    """Wrap ``base`` with the recipe's perturbation and penalty; epochs become steps of ``updates`` an epoch."""
+    """Wrap ``base`` with the recipe's perturbation and penalty; epochs become ``updates`` optimizer steps each."""
     p, q = recipe.perturbation, recipe.penalty
-    perturbation: optim.perturbation.WeightPerturbation | None = None
+    perturbation: optim.WeightPerturbation | None = None
     penalty: optim.penalty.Penalty | None = None
-    if p.name == "awp":
-        perturbation = optim.AWP(p.gamma, _schedule(p, updates))
-    elif p.name == "wci":
-        perturbation = optim.WCIPosterior(
-            p.relative_size, p.strength, p.frobenius, p.statistics, p.floor, _schedule(p, updates)
-        )
-    elif p.name == "noise":
-        perturbation = optim.UniformNoise(p.relative_size, p.statistics, _schedule(p, updates))
+    if p.name != "none":
+        perturbation = PERTURBATIONS[p.name](**p.model_dump(exclude=WRAPPER_KEYS), schedule=_schedule(p, updates))  # type: ignore[call-arg]
     if q.name == "wci":
         penalty = optim.WCIPenalty(q.strength, schedule=_schedule(q, updates), **_estimation(q))
     elif q.name == "frobenius":
@@ -90,21 +135,19 @@ def build_regularizer(
     elif q.name == "trace":
         penalty = optim.FrobeniusTracePenalty(0.0, q.strength, schedule=_schedule(q, updates), **_estimation(q))
     elif q.name == "frobenius_trace":
-        trace_weight = (
-            None if perturbation is not None else q.trace_weight
-        )  # no extra passes to monitor beside another rule
+        # beside a perturbation: no extra passes only to monitor
+        trace_weight = None if perturbation is not None and not q.trace_weight else q.trace_weight
         penalty = optim.FrobeniusTracePenalty(
             q.frobenius_weight, trace_weight, schedule=_schedule(q, updates), **_estimation(q)
         )
-    rule = p if p.name != "none" else q
     return RegularizedOptimizer(
         base,
         model,
         perturbation=perturbation,
         penalty=penalty,
-        layers=getattr(rule, "layers", "weights"),
-        split_qkv=getattr(rule, "split_qkv", False),
-        trace_decay=getattr(rule, "trace_decay", 0.9),
+        layers=getattr(p, "layers", None) or getattr(q, "layers", None),
+        split_qkv=getattr(p, "split_qkv", False) or getattr(q, "split_qkv", False),
+        trace_decay=next((rule.trace_decay for rule in (p, q) if hasattr(rule, "trace_decay")), 0.9),
         seed=recipe.seed,
     )
 
@@ -124,27 +167,6 @@ def learning_rate_factor(recipe: Recipe, epoch: float) -> float:
         share = min(1.0, max(0.0, (epoch - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1e-9)))
         factor = schedule.final_fraction + (1 - schedule.final_fraction) * (1 + math.cos(math.pi * share)) / 2
     return factor * min(1.0, epoch / schedule.warmup_epochs) if schedule.warmup_epochs else factor
-
-
-def method_label(recipe: Recipe) -> str:
-    """Return the short name of what is trained, for tables: "AT", "AWP γ=0.01", "WCI r=1", ..."""
-    p, q = recipe.perturbation, recipe.penalty
-    label = {"standard": "standard", "pgd_at": "AT"}[recipe.objective.name]
-    parts = []
-    if p.name == "awp":
-        parts.append(f"AWP γ={p.gamma:g}")
-    elif p.name == "wci":
-        parts.append(f"WCI r={p.relative_size:g}" if p.relative_size else f"WCI λ={p.strength:g}")
-        parts[-1] += " +F" if p.frobenius else ""
-    elif p.name == "noise":
-        parts.append(f"noise r={p.relative_size:g}")
-    if q.name == "frobenius_trace" and (q.frobenius_weight or q.trace_weight):
-        parts.append(f"F+T penalty {q.frobenius_weight:g}, {q.trace_weight:g}")
-    elif q.name in ("wci", "frobenius", "trace") and q.strength:
-        parts.append(f"{q.name} penalty {q.strength:g}")
-    if not parts:
-        return label
-    return " + ".join(parts if label == "AT" else [label, *parts])
 
 
 def _estimation(section: Any) -> dict[str, Any]:

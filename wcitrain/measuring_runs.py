@@ -203,7 +203,7 @@ def _load_model(target: Target, recipe: Recipe, splits: Splits) -> Classifier:
         return _checked(load_exported(target.path), splits, target.path)
     if target.kind == "run":
         state, source = load_checkpoint(target.path / "checkpoints", target.at)
-        weights = state.get("ema") or state["model"]
+        weights = (state.get("average") or {}).get("module") or state["model"]
     else:
         weights, source = read_weights(target.path), target.path
     settings = recipe.model.model_dump()
@@ -211,6 +211,7 @@ def _load_model(target: Target, recipe: Recipe, splits: Splits) -> Classifier:
         **{k: v for k, v in settings.items() if k not in ("kwargs", "pretrained", "checkpoint_path")},
         num_classes=splits.num_classes,
         in_chans=splits.in_chans,
+        rotation_head=recipe.objective.name == "rotation",
         **settings["kwargs"],
     )
     load_weights(model, weights, str(source))

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -17,6 +17,8 @@ from timm.models import register_model
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from wcitrain.preserve import undisturbed
+
 
 class Classifier(nn.Module):
     """A backbone with its input normalisation in front: ``backbone((x − mean) / std)`` for images in [0, 1].
@@ -24,20 +26,37 @@ class Classifier(nn.Module):
     Args:
         backbone: Maps normalised images [B, C, H, W] to logits [B, num_classes].
         mean, std: Per channel, in [0, 1] units; std > 0.
+        rotation_head: Add a second head, four logits from the backbone's last features: the quarter turns of the image. The
+            backbone must have timm's ``forward_features`` and ``forward_head``. It is not exported.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float], *, rotation_head: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.rotation_head = nn.Linear(_num_head_features(backbone), 4) if rotation_head else None
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits [B, num_classes] for images [B, C, H, W] in [0, 1]."""
-        return self.backbone((x - self.mean) / self.std)
+    def forward(self, x: Tensor, head: Literal["classes", "rotation"] = "classes") -> Tensor:
+        """Return logits [B, num_classes] for images [B, C, H, W] in [0, 1], or [B, 4] of the rotation head.
+
+        Both heads are reached through ``forward``, so that wrappers (DDP, ``torch.compile``) have one entry point.
+        """
+        x = (x - self.mean) / self.std
+        if head == "classes":
+            return self.backbone(x)
+        if head != "rotation" or self.rotation_head is None:
+            raise ValueError(
+                f"Classifier: got head={head!r}, rotation_head={self.rotation_head}; expected 'classes', or 'rotation' where "
+                "there is such a head. create_model(..., rotation_head=True) adds it."
+            )
+        backbone = cast(Any, self.backbone)
+        return self.rotation_head(backbone.forward_head(backbone.forward_features(x), pre_logits=True))
 
 
 def create_model(
@@ -50,6 +69,7 @@ def create_model(
     stem: str = "default",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    rotation_head: bool = False,
     **kwargs: Any,
 ) -> Classifier:
     """Build a timm model (or ``preact_resnet18``) and put its normalisation inside.
@@ -61,11 +81,12 @@ def create_model(
         checkpoint_path: A state dict to load instead, as timm reads it.
         stem: ``"cifar"`` replaces the stem of a timm ResNet by one 3x3 convolution of stride 1 without pooling.
         mean, std: Normalisation; by default the model's ``pretrained_cfg`` (averaged over channels if their number differs).
+        rotation_head: Add a head that tells four rotations apart, ``model(x, head="rotation")``, for ``objectives.RotationAT``.
         kwargs: For ``timm.create_model``, e.g. ``layers=[1, 1, 1, 1], channels=[16, 32, 64, 128]``.
 
     Raises:
         ValueError: Unknown name (the nearest are listed), a stem the model does not have, arguments timm refuses,
-            or a normalisation that does not fit ``in_chans``.
+            a normalisation that does not fit ``in_chans``, or a backbone without features for a second head.
     """
     is_remote = ":" in name or "/" in name  # hf-hub:..., local-dir:...: timm finds out itself
     if not is_remote and name.partition(".")[0] not in _known_names():
@@ -103,6 +124,7 @@ def create_model(
         backbone,
         _channels("mean", mean if mean is not None else config.get("mean", (0.5,)), in_chans, given=mean is not None),
         _channels("std", std if std is not None else config.get("std", (0.5,)), in_chans, given=std is not None),
+        rotation_head=rotation_head,
     )
 
 
@@ -132,8 +154,37 @@ def load_exported(folder: str | Path) -> Classifier:
     ).eval()
 
 
+def try_forward(model: Classifier, in_chans: int, image_size: int | tuple[int, int], num_classes: int) -> None:
+    """Let one black image through, so that a model that does not fit the images is refused before anything is written.
+
+    Raises:
+        ValueError: The model fails on images of that size, or gives other than [1, num_classes].
+    """
+    size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    try:
+        with torch.no_grad(), undisturbed(model, training=False):
+            logits = model(torch.zeros(1, in_chans, *size))
+    except Exception as error:
+        raise ValueError(
+            f"model.name: the model fails on images of {size[0]}x{size[1]} pixels: {error} Set data.image_size, or the "
+            "model's own size such as model.kwargs.img_size."
+        ) from error
+    if logits.shape != (1, num_classes):
+        raise ValueError(f"model: got outputs of shape {tuple(logits.shape)}; expected (1, {num_classes}).")
+
+
 def _known_names() -> list[str]:
     return timm.list_models()
+
+
+def _num_head_features(backbone: nn.Module) -> int:
+    """Return how many features ``forward_head(..., pre_logits=True)`` returns."""
+    if not (hasattr(backbone, "forward_features") and hasattr(backbone, "forward_head")):
+        raise ValueError(
+            f"model.rotation_head: got a {type(backbone).__name__}; expected a model with timm's forward_features and "
+            "forward_head. Choose another, or write forward(x, head=...) yourself."
+        )
+    return int(getattr(backbone, "head_hidden_size", None) or cast(int, backbone.num_features))
 
 
 def _channels(key: str, values: Sequence[float], in_chans: int, *, given: bool) -> list[float]:
@@ -205,10 +256,23 @@ class PreActResNet(nn.Module):
         self.bn = nn.BatchNorm2d(widths[-1])
         self.fc = nn.Linear(widths[-1], num_classes)
 
+    def get_classifier(self) -> nn.Linear:
+        """Return the head, as timm's models do."""
+        return self.fc
+
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [B, num_classes] for normalised images [B, in_chans, H, W] (32x32 as published; any size works)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last feature maps [B, num_features, H/8, W/8]."""
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        return self.fc(F.relu(self.bn(x)).mean((2, 3)))
+        return F.relu(self.bn(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits for feature maps, or with ``pre_logits`` their averages [B, num_features], as timm's models do."""
+        x = x.mean((2, 3))
+        return x if pre_logits else self.fc(x)
 
 
 @register_model

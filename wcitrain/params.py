@@ -39,6 +39,7 @@ class Layers(Mapping[str, Tensor]):
             name: tuple(p) for name, p in own_parts.items() if name in self._whole
         }
         self.tensors: list[Tensor] = list(self._whole.values())
+        self.names = tuple(self._whole)  # of the whole tensors
         self._counts = [len(self._parts.get(name, ("",))) for name in self._whole]
         self._places = {
             (f"{name}[{part}]" if part else name): (name, index)

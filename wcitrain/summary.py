@@ -15,11 +15,15 @@ import torch
 
 from wcitrain import checkpoint
 from wcitrain.attacks import ThreatModel
-from wcitrain.build import method_label, step_size
+from wcitrain.build import step_size
+from wcitrain.labels import method_label
 from wcitrain.recipe import Recipe, fraction_text
 
 if TYPE_CHECKING:
     from wcitrain.train import Trainer
+
+
+PGD10_AT_COST = 10 + 10 + 3  # as ``cost`` counts
 
 
 def summarize(trainer: "Trainer") -> dict[str, Any]:
@@ -48,6 +52,7 @@ def summarize(trainer: "Trainer") -> dict[str, Any]:
         "seed": recipe.seed,
         "method": method_label(recipe),
         "status": "finished",
+        "stopped_early": progress.stop_reason or None,
         "attack": attack_label(recipe),
         "last": last,
         "best": best,
@@ -83,17 +88,23 @@ def measure_everywhere(trainer: "Trainer") -> dict[str, Any]:
 
 
 def cost(trainer: "Trainer") -> dict[str, float]:
-    """Return the passes of one optimizer step, and their cost as a multiple of the same step without our rules.
+    """Return the passes of one optimizer step, and their cost as a multiple of the same objective without perturbation and
+    penalty, and of adversarial training with PGD-10.
 
-    A forward counts 1, a backward to the input alone 1 (attack), a backward to the weights 2.
+    A forward counts 1, a backward to the input alone 1 (attack), a backward to the weights 2. Every pass of a rule evaluates
+    the objective's whole loss.
     """
     attack_forward, attack_backward = trainer.objective.attack_passes()
-    extra_forward, extra_backward = trainer.regularizer.extra_passes()
-    plain = attack_forward + attack_backward + 3
+    loss_forward, loss_backward = trainer.objective.loss_passes()
+    rule_forward, rule_backward = trainer.regularizer.extra_passes()
+    forward, backward = loss_forward * (1 + rule_forward), loss_backward * (1 + rule_backward)
+    attack = attack_forward + attack_backward
+    total = attack + forward + 2 * backward
     return {
-        "forward_passes": attack_forward + 1 + extra_forward,
-        "backward_passes": attack_backward + 1 + extra_backward,
-        "relative": (plain + extra_forward + 2 * extra_backward) / plain,
+        "forward_passes": attack_forward + forward,
+        "backward_passes": attack_backward + backward,
+        "relative": total / (attack + loss_forward + 2 * loss_backward),
+        "relative_to_pgd10_at": total / PGD10_AT_COST,
     }
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import yaml
 
+from wcitrain.progress import has_started, run_folder
 from wcitrain.recipe import Recipe, load_recipe
-from wcitrain.train import NonFiniteLossError, fit, has_started, run_folder
+from wcitrain.train import NonFiniteLossError, fit
 
 
 def run_sweep(path: str | Path, settings: Sequence[str] = ()) -> list[Path]:

@@ -7,7 +7,7 @@ anywhere between two optimizer steps goes on exactly as if it had not stopped, a
 import math
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,24 +15,38 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from wcitrain import checkpoint, tracking
 from wcitrain.attacks import ThreatModel
-from wcitrain.build import build_objective, build_optimizer, build_regularizer, learning_rate_factor, step_size
-from wcitrain.curvature import Loss
-from wcitrain.data import Splits, load_splits
+from wcitrain.averaging import EMA, SWA
+from wcitrain.build import (
+    build_augmentation,
+    build_mixing,
+    build_objective,
+    build_optimizer,
+    build_regularizer,
+    learning_rate_factor,
+    step_size,
+    threat_factor,
+)
+from wcitrain.data import Batch, StreamSet, noisy_labels
 from wcitrain.evaluation import Evaluation, evaluate
-from wcitrain.models import Classifier, create_model
+from wcitrain.images import open_splits, open_training_set
+from wcitrain.models import Classifier, create_model, try_forward
+from wcitrain.objectives import CatastrophicOverfittingGuard
 from wcitrain.optim import RegularizedOptimizer
 from wcitrain.params import select_layers
 from wcitrain.preserve import undisturbed
+from wcitrain.progress import Progress, epoch_line, has_started, last_line, run_folder
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import generator_from, seed_from
 from wcitrain.stopping import StopRequest
 from wcitrain.summary import summarize
 
+OVERFITTING_IMAGES = 256  # behind one look for catastrophic overfitting: a standard error of at most 3 points
 DRY_RUN_IMAGES = 4  # more than one: BatchNorm in train mode needs them
 
 
@@ -42,11 +56,6 @@ class NonFiniteLossError(RuntimeError):
 
 class Interrupted(Exception):
     """The user (or the scheduler) asked to stop; everything is saved. The message says how to go on."""
-
-
-def run_folder(recipe: Recipe) -> Path:
-    """Return where a recipe's run lives: ``<output>/<name>-s<seed>``."""
-    return Path(recipe.output) / f"{recipe.name}-s{recipe.seed}"
 
 
 def fit(recipe: Recipe, *, resume: bool = False, folder: str | Path | None = None) -> dict[str, Any]:
@@ -71,21 +80,6 @@ def fit(recipe: Recipe, *, resume: bool = False, folder: str | Path | None = Non
     return Trainer(recipe, resume=resume, folder=folder).fit()
 
 
-@dataclass
-class Progress:
-    """How far the run is; saved as it stands."""
-
-    epoch: int = 0  # finished epochs
-    update: int = 0  # finished optimizer steps of the epoch under way
-    step: int = 0  # finished optimizer steps
-    loss_sum: float = 0.0  # over the updates of the epoch under way
-    epoch_seconds: float = 0.0  # training time of the epoch under way
-    train_seconds: float = 0.0  # without evaluation
-    seconds: float = 0.0
-    best_epoch: int = 0
-    best_score: float = -1.0  # validation robust accuracy
-
-
 class Trainer:
     """The parts of one run and the loop over them."""
 
@@ -108,6 +102,9 @@ class Trainer:
             cpu=recipe.train.device == "cpu",
             log_with=names or None,
             project_dir=str(self.folder),
+            # The optimizer wrapper shares running statistics itself. DDP's own broadcast, before every forward pass, would
+            # write into what the first of two forward passes (TRADES) still needs.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         if accelerator.gradient_accumulation_steps != recipe.train.accumulate:
             raise ValueError(
@@ -125,8 +122,14 @@ class Trainer:
                 f"multiple of {recipe.train.accumulate} x {self.world} processes."
             )
         with accelerator.main_process_first():
-            self.splits = splits = load_splits(**recipe.data.model_dump(exclude={"crop_padding", "flip"}))
-        self.updates = len(splits.train) // recipe.train.batch_size
+            self.splits = splits = open_splits(recipe)
+            self.train_set = open_training_set(
+                recipe, splits, accelerator.device, is_talking=accelerator.is_main_process
+            )
+        self.augmentation, self.mixing = build_augmentation(recipe), build_mixing(recipe)
+        self.objective = build_objective(recipe)
+        self.batches = self.train_set.num_updates(recipe.train.batch_size)  # of an epoch
+        self.updates = self.batches * self.objective.num_replays  # optimizer steps of an epoch
         if not self.updates:
             raise ValueError(
                 f"train.batch_size: got {recipe.train.batch_size}; expected at most the {len(splits.train)} training images."
@@ -139,13 +142,13 @@ class Trainer:
             **{k: v for k, v in model_settings.items() if k != "kwargs"},
             num_classes=splits.num_classes,
             in_chans=splits.in_chans,
+            rotation_head=recipe.objective.name == "rotation",
             **model_settings["kwargs"],
         )
-        _try_forward(model, splits)
+        try_forward(model, splits.in_chans, splits.image_size, splits.num_classes)
         if recipe.train.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.bare = model  # what is measured and exported: no DDP, no compilation
-        self.objective = build_objective(recipe)
         base = build_optimizer(recipe, model)
         self.regularizer: RegularizedOptimizer = build_regularizer(recipe, base, model, self.updates)
         compiled = cast(Classifier, torch.compile(model)) if recipe.train.compile else model
@@ -157,12 +160,14 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             base, lambda step: learning_rate_factor(recipe, step / self.updates)
         )
-        self.ema = None
-        if recipe.train.ema_decay:
-            from timm.utils import ModelEmaV3
-
-            self.ema = ModelEmaV3(model, decay=recipe.train.ema_decay)
-            self.ema.module.requires_grad_()  # its curvature is measured
+        self.average: EMA | SWA | None = None
+        if recipe.train.ema_decay is not None:
+            self.average = EMA(model, recipe.train.ema_decay)
+        elif recipe.train.swa_start_epoch is not None:
+            self.average = SWA(model, recipe.train.swa_start_epoch)
+        self.guard = None
+        if self.objective.is_single_step and recipe.train.overfitting_guard != "ignore":
+            self.guard = CatastrophicOverfittingGuard()
         self.log = tracking.RunLog(self.folder) if accelerator.is_main_process else None
         self.progress = Progress()
         self.stop = StopRequest()
@@ -189,14 +194,14 @@ class Trainer:
         )
         try:
             with self.stop:
-                while progress.epoch < epochs:
+                while progress.epoch < epochs and not progress.stop_reason:
                     self._train_epoch()
                     self._finish_epoch()
                     self._stop_if_asked()
             summary = summarize(self)
             if self.log is not None:
                 self.log.write_summary(summary)
-                print(_last_line(summary, self.folder), flush=True)
+                print(last_line(summary, self.folder), flush=True)
             return summary
         finally:
             tracking.end_trackers(self.accelerator)
@@ -204,25 +209,30 @@ class Trainer:
     def _train_epoch(self) -> None:
         """Make the optimizer steps of one epoch that are still to be made."""
         recipe, progress, accumulate = self.recipe, self.progress, self.recipe.train.accumulate
-        batches = self.splits.train.batches(
+        replays = self.objective.num_replays
+        batches = self.train_set.batches(
             self.micro_size,
             shuffle=True,
             seed=seed_from(recipe.seed, "data"),
             epoch=progress.epoch,
-            start=progress.update * accumulate,
+            start=progress.update // replays * accumulate,
             rank=self.rank,
             world=self.world,
             device=self.device,
             crop_padding=recipe.data.crop_padding,
             flip=recipe.data.flip,
             drop_last=True,
+            augmentation=self.augmentation,
         )
         self.model.train()
         started = time.perf_counter()
         before = progress.epoch_seconds
         bar = self._bar()
+        micro_batches: list[Batch] = []
         while progress.update < self.updates:
-            progress.loss_sum += self._step([next(batches) for _ in range(accumulate)])
+            if not micro_batches or progress.update % replays == 0:
+                micro_batches = [self._prepared(next(batches), micro) for micro in range(accumulate)]
+            progress.loss_sum += self._step(micro_batches)
             progress.update += 1
             progress.step += 1
             progress.epoch_seconds = before + time.perf_counter() - started
@@ -231,41 +241,55 @@ class Trainer:
             self._stop_if_asked()
         bar.close()
 
-    def _step(self, micro_batches: list[Any]) -> float:
+    def _prepared(self, batch: Batch, micro: int) -> Batch:
+        """Return a micro-batch with what happens to it as a whole: label noise, mixing, memory format."""
+        (x, y, index), recipe, classes = batch, self.recipe, self.splits.num_classes
+        if recipe.label_noise.share:
+            epoch = self.progress.epoch if recipe.label_noise.resample else None
+            settings = recipe.label_noise.model_dump(exclude={"resample"})
+            # The places of streamed images are counted by each process for itself.
+            seed = seed_from(recipe.seed, self.rank) if isinstance(self.train_set, StreamSet) else recipe.seed
+            y = noisy_labels(y, index, num_classes=classes, seed=seed, epoch=epoch, **settings)
+        if self.mixing is not None:
+            number = self.progress.update // self.objective.num_replays
+            place = (self.progress.epoch, number, micro * self.world + self.rank)
+            x, y = self.mixing.apply(x, y, classes, seed_from(recipe.seed, "mixing", *place))
+        if recipe.train.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return Batch(x, y, index)
+
+    def _step(self, micro_batches: list[Batch]) -> float:
         """Make one optimizer step and return its mean loss over processes: the lines that are the method."""
         model, recipe, step = self.model, self.recipe, self.progress.step
+        objective = self.objective.scaled(threat_factor(recipe, (step + 1) / self.updates))
         total = torch.zeros((), device=self.device)
         for micro, (x, y, index) in enumerate(micro_batches):
             place = (step, micro * self.world + self.rank)  # names this micro-batch on this process
             torch.manual_seed(seed_from(recipe.seed, "forward", *place))  # dropout, stochastic depth
-            if recipe.train.channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
             with self.accelerator.accumulate(model):
                 attack_seed = generator_from(self.device, recipe.seed, "attack", *place)
-                x_adv = self.objective.perturb(self.attacked, x, y, attack_seed)
-                loss = self.regularizer.backward(partial(self._loss, x, x_adv, y))
+                x_adv = objective.perturb(self.attacked, x, y, attack_seed)
+                loss = self.regularizer.backward(partial(objective.loss, model, x, x_adv, y))
                 total += loss
                 if not bool(torch.isfinite(loss)):
                     self._refuse_non_finite(float(loss), index)
+                if x_adv.requires_grad:  # free adversarial training learns its perturbation in the same pass
+                    cast(Any, objective).after_backward(x, x_adv)
                 if self.accelerator.sync_gradients and recipe.train.max_norm:
                     self.accelerator.clip_grad_norm_(model.parameters(), recipe.train.max_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.scheduler.step()
-        if self.ema is not None:
-            self.ema.update(self.bare, step=step)
+        if self.average is not None:
+            self.average.after_step(self.bare, step)
         return float(self.accelerator.reduce(total / len(micro_batches), reduction="mean"))
-
-    def _loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Loss:
-        """Return the differentiable loss at fixed adversarial examples, a function of the weights."""
-        return self.objective.loss(self.model, x, x_adv, y)
 
     def _choose_estimator(self) -> None:
         """Let the penalty find out on a few images, before anything is trained, how it can estimate its traces."""
         images = self.splits.train.subset(min(DRY_RUN_IMAGES, len(self.splits.train)))
         x, y, _ = next(images.batches(len(images), device=self.device))
         self.model.train()
-        choice = self.regularizer.choose_estimator(partial(self._loss, x, x, y))
+        choice = self.regularizer.choose_estimator(partial(self.objective.loss, self.model, x, x, y))
         if choice is not None and self.accelerator.is_main_process:
             print(f"penalty estimator: {choice.estimator} ({choice.reason})", flush=True)
 
@@ -284,7 +308,10 @@ class Trainer:
         regularizer = self.regularizer.metrics()
         metrics |= {k: v for k, v in regularizer.items() if k in ("relative_size", "lambda", "curvature/negative")}
         metrics |= {f"running/{k}": v for k, v in regularizer.items() if k.startswith(("wci/", "curvature/trace/"))}
-        is_last = progress.epoch + 1 == recipe.train.epochs
+        if self.average is not None:
+            self.average.after_epoch(self.bare, progress.epoch + 1, self._train_passes)
+        self._check_overfitting(metrics)
+        is_last = progress.epoch + 1 == recipe.train.epochs or bool(progress.stop_reason)
         is_best = False
         if (progress.epoch + 1) % recipe.evaluation.every == 0 or is_last:
             train, val = self.measure(self.monitored, wci=recipe.evaluation.wci), self.measure(self.splits.val)
@@ -297,27 +324,76 @@ class Trainer:
             is_best = val.robust_accuracy > progress.best_score
             if is_best:
                 progress.best_score, progress.best_epoch = val.robust_accuracy, progress.epoch + 1
+            elif self._is_patience_over() and not is_last:
+                progress.stop_reason = (
+                    f"no better robust validation accuracy in {recipe.train.patience} epochs (train.patience)"
+                )
         progress.train_seconds += progress.epoch_seconds
         progress.seconds += progress.epoch_seconds + time.perf_counter() - started
         metrics |= {"train_seconds": progress.train_seconds, "seconds": progress.seconds}
         progress.epoch, progress.update, progress.loss_sum, progress.epoch_seconds = progress.epoch + 1, 0, 0.0, 0.0
         if self.log is not None:
             self.log.append(metrics)
-            print(_line(metrics, recipe.train.epochs), flush=True)
+            print(epoch_line(metrics, recipe.train.epochs), flush=True)
         tracking.log_epoch(self.accelerator, metrics, progress.step)
         if is_best and self.log is not None:
             checkpoint.save_checkpoint(
                 self.folder / "checkpoints", {"epoch": progress.epoch, "model": self.measured.state_dict()}, name="best"
             )
-        if progress.epoch % recipe.checkpoint.every == 0 or is_last:
+        if progress.stop_reason and self.log is not None:
+            print(f"stopped after epoch {progress.epoch}: {progress.stop_reason}", flush=True)
+        if progress.epoch % recipe.checkpoint.every == 0 or is_last or progress.stop_reason:
             self._save()
+
+    def _train_passes(self, model: nn.Module) -> Iterator[None]:
+        """Evaluate the training loss of ``model`` batch by batch, for its running statistics; attacks are on the trained weights.
+
+        Nothing is differentiated in the weights. The images are the monitored ones, in micro-batches of one process.
+        """
+        size = self.micro_size // self.world
+        objective = self.objective.scaled(threat_factor(self.recipe, self.progress.step / self.updates))
+        for number, (x, y, _) in enumerate(self.monitored.batches(min(size, len(self.monitored)), device=self.device)):
+            if len(x) < min(size, len(self.monitored)):
+                return  # the last part is smaller than what the network was trained on
+            seed = generator_from(self.device, self.recipe.seed, "recalibration", self.progress.epoch, number)
+            with undisturbed(self.bare, training=None):
+                x_adv = objective.perturb(self.bare, x, y, seed).detach()
+            objective.loss(model, x, x_adv, y)
+            yield
+
+    def _is_patience_over(self) -> bool:
+        """Tell whether the epoch under way ends too long after the best one."""
+        patience, progress = self.recipe.train.patience, self.progress
+        return patience is not None and progress.epoch + 1 - progress.best_epoch >= patience
+
+    def _check_overfitting(self, metrics: dict[str, Any]) -> None:
+        """Look for catastrophic overfitting of a single-step objective on one batch of training images."""
+        if self.guard is None:
+            return
+        recipe, progress = self.recipe, self.progress
+        images = self.monitored.subset(min(len(self.monitored), OVERFITTING_IMAGES))
+        x, y, _ = next(images.batches(len(images), device=self.device))
+        threat = ThreatModel(recipe.threat.norm, recipe.threat.eps)
+        is_overfitting = self.guard.check(self.bare, x, y, threat, generator_from(self.device, recipe.seed, "guard"))
+        metrics["train/guard_robust_accuracy"] = self.guard.last
+        if not is_overfitting:
+            return
+        text = (
+            f"epoch {progress.epoch + 1}: catastrophic overfitting: robust accuracy on {len(images)} training images under "
+            f"PGD-{self.guard.num_steps} fell from {100 * (self.guard.best or 0):.0f} % to {100 * (self.guard.last or 0):.0f} %"
+        )
+        metrics["catastrophic_overfitting"] = 1
+        if recipe.train.overfitting_guard == "stop":
+            progress.stop_reason = f"{text} (train.overfitting_guard)"
+        elif self.log is not None:
+            print(f"{text}. Lower threat.eps or use objective grad_align or pgd_at.", flush=True)
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
     @property
     def measured(self) -> Classifier:
         """The model that is evaluated and exported: the averaged weights where there are any."""
-        return self.bare if self.ema is None else cast(Classifier, self.ema.module)
+        return self.bare if self.average is None else cast(Classifier, self.average.module)
 
     def measure(self, images: Any, *, wci: bool = False) -> Evaluation:
         """Evaluate ``measured`` on a set with the recipe's evaluation attack."""
@@ -346,13 +422,21 @@ class Trainer:
             "model": self.bare.state_dict(),
             "optimizer": self.regularizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "ema": None if self.ema is None else self.measured.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "guard": None if self.guard is None else self.guard.state_dict(),
+            "objective": self._objective_state(),
         }
+
+    def _objective_state(self) -> dict[str, Tensor]:
+        """Return what the objective carries from step to step, of all processes one after the other."""
+        state = self.objective.state_dict() if hasattr(self.objective, "state_dict") else {}
+        return {name: self.accelerator.gather(value) for name, value in state.items()}
 
     def _save(self) -> None:
         """Write ``checkpoints/last`` (main process)."""
+        state = self._state()
         if self.accelerator.is_main_process:
-            checkpoint.save_checkpoint(self.folder / "checkpoints", self._state())
+            checkpoint.save_checkpoint(self.folder / "checkpoints", state)
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> None:
@@ -361,8 +445,13 @@ class Trainer:
         self.bare.load_state_dict(state["model"])
         self.regularizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.ema is not None:
-            self.measured.load_state_dict(state["ema"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.guard is not None:
+            self.guard.load_state_dict(state["guard"])
+        if state.get("objective"):
+            parts = {name: value.chunk(self.world)[self.rank] for name, value in state["objective"].items()}
+            cast(Any, self.objective).load_state_dict({name: part.to(self.device) for name, part in parts.items()})
         self.progress = Progress(**state["progress"])
         if self.log is not None:
             self.log.truncate(self.progress.step)
@@ -421,51 +510,7 @@ class Trainer:
         )
 
 
-def has_started(folder: Path) -> bool:
-    """Tell whether a folder holds results of a run, and not only its recipe."""
-    return any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "summary.json"))
-
-
-def _try_forward(model: Classifier, splits: Splits) -> None:
-    """Let one image through, so that a model that does not fit the images is refused before anything is written."""
-    size = splits.image_size if isinstance(splits.image_size, tuple) else (splits.image_size, splits.image_size)
-    try:
-        with torch.no_grad(), undisturbed(model, training=False):
-            logits = model(torch.zeros(1, splits.in_chans, *size))
-    except Exception as error:
-        raise ValueError(
-            f"model.name: the model fails on images of {size[0]}x{size[1]} pixels: {error} Set data.image_size, or the "
-            "model's own size such as model.kwargs.img_size."
-        ) from error
-    if logits.shape != (1, splits.num_classes):
-        raise ValueError(f"model: got outputs of shape {tuple(logits.shape)}; expected (1, {splits.num_classes}).")
-
-
 def _forget_previous_run() -> None:
     """Let a second run in this process choose another precision or device: Accelerate keeps one global state."""
     if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def _line(metrics: dict[str, Any], epochs: int) -> str:
-    """Return one epoch as a line of text."""
-    parts = [f"epoch {metrics['epoch']}/{epochs}", f"loss {metrics['train/loss']:.3f}"]
-    if "val/robust_accuracy" in metrics:
-        parts += [
-            f"{split} {100 * metrics[f'{split}/clean_accuracy']:.1f}/{100 * metrics[f'{split}/robust_accuracy']:.1f} %"
-            for split in ("train", "val")
-        ]
-        parts.append(f"gap {100 * metrics['robust_gap']:.1f}")
-    if "wci/total" in metrics:
-        parts.append(f"WCI {metrics['wci/total']:.3g}")
-    parts += [f"lr {metrics['lr']:.2g}", f"{metrics['images_per_second']:.0f} img/s", f"{metrics['seconds']:.0f} s"]
-    return "  ".join(parts)
-
-
-def _last_line(summary: dict[str, Any], folder: Path) -> str:
-    """Return what is printed at the end of a run."""
-    test = summary["last"]["test"]
-    return (
-        f"{folder.name}: {summary['method']}, test clean {100 * test['clean_accuracy']:.1f} %, robust "
-        f"{100 * test['robust_accuracy']:.1f} % ({summary['attack']}, last epoch) -> {folder}"
-    )

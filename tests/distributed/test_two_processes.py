@@ -1,6 +1,7 @@
 """Two processes equal one process on the union of their data, for every rule and for a whole run."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,20 @@ from cases import RULES, assert_same
 HERE = Path(__file__).parent
 
 
-def launch(kind: str, out: Path) -> list:
+# One rule of every kind of bookkeeping; the others are left to the long run.
+FAST = (
+    "vasso",
+    "gsam",
+    "cr-sam",
+    "wci adversary",
+    "wci with frobenius",
+    "wci penalty",
+    "wci penalty, hutchinson",
+    "awp and wci penalty",
+)
+
+
+def launch(kind: str, out: Path, *arguments: str) -> list:
     """Run worker.py in two gloo processes and return what each wrote; the exit status is gloo's own affair."""
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true",
@@ -22,20 +36,58 @@ def launch(kind: str, out: Path) -> list:
         "GLOO_SOCKET_IFNAME": "lo",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={20000 + os.getpid() % 20000}", str(HERE / "worker.py"), str(out), kind]
+    command += [f"--master_port={20000 + os.getpid() % 20000}", str(HERE / "worker.py"), str(out), kind, *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     files = [out / f"{rank}.pt" for rank in range(2)]
     assert all(f.exists() for f in files), result.stderr[-3000:]
     return [torch.load(f, weights_only=True) for f in files]
 
 
-def test_every_rule_in_two_processes_equals_one_that_accumulates(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": {"name": "trades"}, "perturbation": {"name": "awp"}},
+        {"objective": {"name": "rotation"}, "input_regularizer": {"name": "cure", "weight": 0.01}},
+        {"objective": {"name": "free", "num_replays": 2}, "train": {"swa_start_epoch": 0}},
+    ],
+    ids=["trades", "rotation, cure", "free, swa"],
+)
+def test_objectives_of_several_passes_train_batchnorm_in_two_processes(settings, tmp_path):
+    """Two forward passes before one backward, double backward, state of each process: all must survive DDP."""
+    from wcitrain.recipe import recipe_from_dict
+
+    train = {"epochs": 2, "batch_size": 50, "accumulate": 2 if "train" not in settings else 1, "device": "cpu"}
+    recipe = recipe_from_dict(
+        {
+            "name": "one",
+            "output": str(tmp_path),
+            "data": {"source": "digits", "val_size": 50, "max_train": 150, "max_test": 50},
+            "model": {"name": "resnet18", "stem": "cifar", "kwargs": {"layers": [1] * 4, "channels": [4, 4, 8, 8]}},
+            "threat": {"eps": 0.1},
+            "evaluation": {"train_size": 50, "num_steps": 2, "wci": False},
+            "tracking": {"wandb": "disabled"},
+            **settings,
+            "train": train | settings.get("train", {}),
+        }
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    launch("run", tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "two-s0" / "metrics.jsonl").read_text().splitlines()]
+    assert len(log) == 2
+    assert all(math.isfinite(entry["train/loss"]) for entry in log)
+
+
+@pytest.mark.parametrize(
+    "rules", [FAST, pytest.param([r for r in RULES if r not in FAST], marks=pytest.mark.slow)], ids=["fast", "others"]
+)
+def test_every_rule_in_two_processes_equals_one_that_accumulates(rules, tmp_path):
     """Directions are keyed by the global micro-batch, gradients are reduced once, traces before they are averaged."""
     sys.path.insert(0, str(HERE))
     from worker import train
 
-    first, second = launch("wrapper", tmp_path)
-    for rule in RULES:
+    first, second = launch("wrapper", tmp_path, *rules)
+    for rule in rules:
         assert_same(first[rule], second[rule])  # processes stay in step,
         assert_same(first[f"{rule}, BatchNorm"], second[f"{rule}, BatchNorm"])  # running statistics included
         alone, _ = train(rule, rank=0, world=1)
@@ -46,7 +98,15 @@ def test_every_rule_in_two_processes_equals_one_that_accumulates(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_in_two_processes_equals_one_that_accumulates(tmp_path):
+@pytest.mark.parametrize(
+    ("objective", "perturbation"),
+    [
+        ({"num_steps": 2, "step_size": 0.06}, {"name": "wci", "relative_size": 0.3}),
+        ({"name": "trades", "num_steps": 2, "step_size": 0.06}, {"name": "gsam"}),
+    ],
+    ids=["at, wci", "trades, gsam"],
+)
+def test_a_run_in_two_processes_equals_one_that_accumulates(objective, perturbation, tmp_path):
     """Same batches, attacks, evaluation and log; BatchNorm-free, since each process normalises its own part."""
     from wcitrain.recipe import load_recipe, recipe_from_dict
     from wcitrain.train import fit
@@ -61,8 +121,8 @@ def test_a_run_in_two_processes_equals_one_that_accumulates(tmp_path):
                 "name": "convnext_atto", "kwargs": {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8], "patch_size": 2},
             },
             "threat": {"eps": 0.1},
-            "objective": {"num_steps": 2, "step_size": 0.06},
-            "perturbation": {"name": "wci", "relative_size": 0.3},
+            "objective": objective,
+            "perturbation": perturbation,
             "train": {"epochs": 2, "batch_size": 50, "accumulate": 2, "device": "cpu"},
             "evaluation": {"train_size": 100, "num_steps": 2, "step_size": 0.06, "batch_size": 30},
             "tracking": {"wandb": "disabled"},
@@ -76,5 +136,6 @@ def test_a_run_in_two_processes_equals_one_that_accumulates(tmp_path):
     for one, two in zip(*(map(json.loads, log) for log in logs), strict=True):
         for key in one:
             if key not in ("seconds", "train_seconds", "images_per_second"):
-                assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
+                # float32 sums in another order turn some signs of attack steps; a standard error feels it most
+                assert one[key] == pytest.approx(two[key], rel=1e-2 if "stderr" in key else 1e-3, abs=1e-5), key
     assert load_recipe(tmp_path / "two-s0" / "recipe.yaml").train.accumulate == 1

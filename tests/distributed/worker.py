@@ -46,11 +46,11 @@ if __name__ == "__main__":
     import os
 
     torch.set_num_threads(1)
-    out, kind = sys.argv[1:3]
+    out, kind, *rules = sys.argv[1:]
     rank = int(os.environ["RANK"])
     if kind == "wrapper":
         results = {}
-        for rule in RULES:
+        for rule in rules:
             results[rule], _ = train(rule, rank, 2)
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).double()

@@ -34,6 +34,13 @@ METHODS = {
     "penalty": ["penalty.name=wci", "penalty.strength=1e-4", "penalty.every=2", "train.accumulate=2"],
     "ema": ["perturbation.name=wci", "train.ema_decay=0.9", "model.kwargs.drop_path_rate=0.2", "optimizer.name=adamw",
             "optimizer.lr=0.003", "train.max_norm=1.0"],
+    "free, swa": ["objective={name: free, num_replays: 3}", "train.swa_start_epoch=1", "threat.warmup_epochs=2",
+                  "perturbation.name=awp"],
+    "trades, mixing": ["objective={name: trades, num_steps: 2}", "mixing.mixup_alpha=1", "mixing.cutmix_alpha=1",
+                       "augment={policy: cutout, cutout_size: 3}", "label_noise.share=0.2", "perturbation.name=vasso",
+                       "data.num_workers=0"],
+    "fgsm, guard": ["objective.name=fgsm_rs", "input_regularizer={name: input_gradient, weight: 0.01}",
+                    "perturbation.name=wci_adversary"],
 }  # fmt: skip
 TIMES = ("seconds", "train_seconds", "images_per_second")
 
@@ -82,7 +89,10 @@ class StopAt:
         monkeypatch.setattr(Trainer, "_step", patched)
 
 
-@pytest.mark.parametrize("method", METHODS)
+SLOW = ("at", "awp", "noise")  # less state than the others: left to the long run
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in METHODS])
 def test_stop_and_resume_equals_uninterrupted_bitwise(method, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch: weights, momentum, running averages, EMA, metrics must not notice."""
     whole = tiny(tmp_path, *METHODS[method], name="whole")
@@ -152,7 +162,9 @@ def test_digits_are_learnt_robustly(tmp_path):
     evaluated = [m["epoch"] for m in metrics(recipe) if "val/robust_accuracy" in m]
     assert evaluated == [6, 12]
     # Documented cost: PGD-2 (2+2), plain 3; the posterior adds a forward and a backward (2).
-    assert written["cost"] == {"forward_passes": 4, "backward_passes": 4, "relative": 10 / 7}
+    expected = {"forward_passes": 4, "backward_passes": 4, "relative": 10 / 7, "relative_to_pgd10_at": 10 / 23}
+    assert written["cost"] == expected
+    assert written["stopped_early"] is None
 
 
 def test_the_export_loads_into_timm_and_is_the_measured_model(tmp_path):

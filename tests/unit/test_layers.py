@@ -16,16 +16,16 @@ ROWS = [
     {"sweep"},
     {"train"},
     {"summary", "measuring_runs"},
-    {"build"},
-    {"evaluation", "report", "checkpoint", "tracking", "stopping"},
+    {"build", "averaging", "images"},
+    {"evaluation", "report", "checkpoint", "tracking", "stopping", "labels", "progress"},
     {"measures"},
     {"objectives"},
     {"attacks"},
     {"optim"},
     {"curvature"},
-    {"params", "preserve"},
+    {"params"},
     {"recipe", "data", "models"},
-    {"seeding"},
+    {"seeding", "preserve"},
 ]
 
 

@@ -65,6 +65,50 @@ def test_exported_weights_load_into_timm(tmp_path):
     assert torch.equal(model.eval()(x), loaded.eval()(x))
 
 
+HEADED = {
+    "preact_resnet18": {"width": 4},
+    "resnet18": {"layers": [1, 1, 1, 1], "channels": [4, 8, 16, 32], "stem": "cifar"},
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 1},
+    "mobilenetv3_small_050": {},  # its head has a hidden layer: pre-logits are not num_features wide
+}
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_a_rotation_head_changes_nothing_for_the_classes(name):
+    """Same random initialisation, same state dict of the backbone, same logits, bit for bit."""
+    models = []
+    for rotation_head in (False, True):
+        torch.manual_seed(0)
+        models.append(create_model(name, num_classes=3, rotation_head=rotation_head, **HEADED[name]).eval())
+    plain, headed = models
+    assert plain.backbone.state_dict().keys() == headed.backbone.state_dict().keys()
+    assert set(headed.state_dict()) - set(plain.state_dict()) == {"rotation_head.weight", "rotation_head.bias"}
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(plain(x), headed(x))
+    assert torch.equal(headed(x), headed(x, head="classes"))
+    assert headed(x, head="rotation").shape == (2, 4)
+    with pytest.raises(ValueError, match=r"rotation_head=None.*rotation_head=True\) adds it"):
+        plain(x, head="rotation")
+    with pytest.raises(ValueError, match="got head='jigsaw'"):
+        headed(x, head="jigsaw")
+
+
+def test_the_rotation_head_reads_the_features_of_the_classes():
+    """With the class head's own weights it must give the class logits: same normalisation, features and pooling."""
+    for name, kwargs in HEADED.items():
+        model = create_model(name, num_classes=4, rotation_head=True, **kwargs).eval()
+        head = getattr(model.backbone, "fc", None) or model.backbone.get_classifier()
+        model.rotation_head.load_state_dict(head.state_dict())
+        x = torch.rand(2, 3, 32, 32)
+        assert torch.allclose(model(x), model(x, head="rotation"), atol=1e-6)  # float32, another order of operations
+
+
+def test_a_rotation_head_needs_features():
+    """A backbone that has only a forward gets a way out, not an attribute error."""
+    with pytest.raises(ValueError, match=r"model.rotation_head: got a Linear"):
+        Classifier(torch.nn.Linear(3, 3), [0.5], [0.5], rotation_head=True)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

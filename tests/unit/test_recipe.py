@@ -260,11 +260,12 @@ def test_a_text_in_place_of_the_list_of_overrides_is_refused():
         (
             {"perturbation": {"relative_size": 1}},
             "perturbation.relative_size: got an unknown key; expected one of name. ",
-            "It belongs to perturbation.name wci or noise: set that name, or remove the key.",
+            "It belongs to perturbation.name wci_adversary or wci or noise: set that name, or remove the key.",
         ),
         (
             {"perturbation": {"name": "apw"}},
-            "perturbation.name: got \"apw\"; expected one of 'none', 'awp', 'wci', 'noise'. ",
+            "perturbation.name: got \"apw\"; expected one of 'none', 'sam', 'asam', 'awp', 'vasso', 'gsam', 'gradient_norm', "
+            "'cr_sam', 'wci_adversary', 'wci', 'noise', 'noise_stability', 'rwp'. ",
             "Did you mean awp?",
         ),
         ({"schedule": {"name": None}}, "schedule.name: got null; expected one of 'constant'", "Choose one of them."),
@@ -420,7 +421,7 @@ def test_a_radius_in_units_of_255_is_refused_with_the_fraction():
         ({"optimizer": {"kwargs": {"lr": 3.0}}}, "optimizer.kwargs: got lr"),
         ({"optimizer": {"name": "adamw", "nesterov": True}}, "optimizer.nesterov: got true with adamw"),
         (
-            {"perturbation": {"name": "awp"}, "penalty": {"name": "frobenius", "layers": "all"}},
+            {"perturbation": {"name": "awp", "layers": "weights"}, "penalty": {"name": "frobenius", "layers": "all"}},
             "penalty.layers: got 'all'",
         ),
         (
@@ -451,15 +452,58 @@ def test_a_radius_in_units_of_255_is_refused_with_the_fraction():
     + [
         (
             {"penalty": penalty, "perturbation": {"name": name}},
-            f"penalty.name: got {penalty['name']} with perturbation.name {name}; expected at most one of the two: both "
-            "move the weights for the same pass.",
+            f"penalty.name: got {penalty['name']} with perturbation.name {name}; expected at most one of the two: the "
+            "penalty is evaluated where the gradient is taken, which must be one point",
         )
         for penalty in ({"name": "wci"}, {"name": "trace"}, {"name": "frobenius_trace", "trace_weight": 1})
-        for name in ("awp", "wci", "noise")
+        for name in ("gsam", "wci", "noise", "rwp")
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(data, expected):
     """The run would start and one of the two settings would silently have no effect, or a wrong one."""
+    assert expected in line_of(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (
+            {"perturbation": {"name": "awp"}, "penalty": {"name": "wci", "estimator": "two_point"}},
+            "penalty.estimator: got two_point with perturbation.name awp; expected gauss_newton",
+        ),
+        ({"objective": {"name": "trades"}, "threat": {"eps": 0}}, "threat.eps: got 0 with objective.name trades"),
+        (
+            {"objective": {"name": "union", "threats": [{"norm": "linf", "eps": 8}, {"norm": "l1", "eps": 12}]}},
+            "objective.threats: got linf with eps 8; expected more than 0 and at most 1.",
+        ),
+        ({"objective": {"name": "free"}, "train": {"accumulate": 2}}, "train.accumulate: got 2 with objective free"),
+        (
+            {"objective": {"name": "trades", "random_start": False}},
+            "objective.random_start: got false with attack_loss kl; expected true",
+        ),
+        (
+            {"threat": {"warmup_epochs": 2}, "objective": {"name": "standard"}},
+            "threat.warmup_epochs: got 2 with objective standard",
+        ),
+        (
+            {"perturbation": {"name": "sam"}, "penalty": {"name": "frobenius"}},
+            "perturbation.layers: got null with perturbation sam, published for all tensors",
+        ),
+        ({"threat": {"warmup_epochs": 21}}, "threat.warmup_epochs: got 21; expected at most train.epochs = 20"),
+        ({"train": {"swa_start_epoch": 20}}, "train.swa_start_epoch: got 20; expected less than train.epochs = 20"),
+        ({"train": {"swa_start_epoch": 5, "ema_decay": 0.9}}, "train.swa_start_epoch: got 5 with train.ema_decay 0.9"),
+        ({"train": {"patience": 2}, "evaluation": {"every": 3}}, "train.patience: got 2; expected at least"),
+        ({"augment": {"magnitude": 3}}, "augment.magnitude: got values with policy none"),
+        ({"augment": {"policy": "cutout"}}, "augment.cutout_size: got null with policy cutout"),
+        ({"augment": {"cutout_size": 8}}, "augment.cutout_size: got a setting with policy none"),
+        ({"extra": {"fraction": 0.7}}, "extra.path: got null beside other keys"),
+        ({"extra": {"path": "x.npz", "labels": "pseudo"}}, "extra.labeler: got None with labels pseudo"),
+        ({"extra": {"path": "x.npz", "labeler": "run"}}, "extra.labeler: got 'run' with labels given"),
+        ({"label_noise": {"resample": False}}, "label_noise.share: got 0 beside other keys"),
+    ],
+)
+def test_methods_that_contradict_themselves_are_refused(data, expected):
+    """A setting that would have no effect, or a run that would train on something else than it says."""
     assert expected in line_of(data)
 
 
@@ -515,7 +559,7 @@ def test_frobenius_penalty_with_weight_decay_warns():
 
 def test_one_error_lists_every_problem_with_its_place(write):
     """The user would correct one line, wait, and be told of the next."""
-    base = write("train:\n  epochs: 0\n  accumulate: 3\nperturbation: {name: awp, gamma: -1}\n", "base.yaml")
+    base = write("train:\n  epochs: 0\n  accumulate: 3\nperturbation: {name: gsam, alpha: -1}\n", "base.yaml")
     path = write(
         "base: base.yaml\nseed: 1\nseed: 2\nthreat:\n  eps: 8\nobjective:\n  num_step: 3\nmodel: {mean: [1]}\n"
     )
@@ -524,12 +568,12 @@ def test_one_error_lists_every_problem_with_its_place(write):
         f"{path}:3: seed: got the key a second time",
         "command line: got 'foo'; expected section.key=value",
         f"{path}:7: objective.num_step: got an unknown key",
-        f"{base}:4: perturbation.gamma: got -1",
+        f"{base}:4: perturbation.alpha: got -1",
         f"{base}:2: train.epochs: got 0",
         "command line: train.epoch: got an unknown key",
         f"{path}:8: model.std: got null",
         f"{path}:5: threat.eps: got 8",
-        "command line: penalty.name: got trace with perturbation.name awp",
+        "command line: penalty.name: got trace with perturbation.name gsam",
         f"{base}:3: train.accumulate: got 3",
     ]
     assert len(lines) == len(starts)

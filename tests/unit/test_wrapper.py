@@ -13,6 +13,8 @@ from torch import nn
 from wcitrain.curvature import cross_entropy, mean_squared_error
 from wcitrain.optim import (
     AWP,
+    GSAM,
+    SAM,
     FrobeniusTracePenalty,
     RegularizedOptimizer,
     StrengthSchedule,
@@ -179,8 +181,7 @@ def test_two_identical_runs_are_bitwise_equal_and_seeds_differ(rule):
         run(model, optimizer)
         results.append(everything(model))
     assert_same(results[0], results[1])
-    is_random = "wci" in rule or "noise" in rule or "trace" in rule
-    assert is_random != all(torch.equal(results[0][k], results[2][k]) for k in results[0])
+    assert RULES[rule].is_random != all(torch.equal(results[0][k], results[2][k]) for k in results[0])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -202,6 +203,24 @@ def test_gradients_keep_the_dtype_and_accumulate(rule):
     for name, p in model2.named_parameters():
         assert p.grad.dtype == p.dtype
         assert torch.allclose(p.grad - 1, once[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if not RULES[r].is_random])
+def test_equal_micro_batches_equal_one_of_them(rule):
+    """Every micro-batch makes its own ascent, so equal ones must give what one gives: a share too many or too few shows."""
+    x, y = image_batch(6)
+    grads = []
+    for parts in (1, 3):
+        model, optimizer = make(RULES[rule].kwargs | {"num_micro_batches": parts})
+        model.eval()
+        for _ in range(parts):
+            optimizer.backward(lambda model=model: cross_entropy(model(x), y))
+        grads.append([p.grad.clone() for p in model.parameters()])
+        optimizer.step()
+        if "vasso" in rule:
+            grads[-1] += optimizer._record["memory"]
+    for one, many in zip(*grads, strict=True):
+        assert torch.allclose(one, many, atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["none", "frobenius penalty"])
@@ -232,20 +251,62 @@ def test_micro_batches_draw_their_own_directions_and_average_their_traces():
     assert torch.allclose(optimizer.traces(), (first + second) / 2)
 
 
-def test_clipping_between_backward_and_step_is_respected():
+@pytest.mark.parametrize("rule", RULES)
+def test_clipping_between_backward_and_step_is_respected(rule):
     """Wrappers that step inside their own closure ignore the user's clipping."""
-    model, optimizer = make({"perturbation": WCIPosterior(1.0)})
+    model, optimizer = make(RULES[rule].kwargs)
+    run(model, optimizer, steps=1)
+    optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        group.update(weight_decay=0.0, momentum=0.0)
     before = [p.detach().clone() for p in model.parameters()]
     x, y = image_batch()
     optimizer.backward(lambda: cross_entropy(model(x), y))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0
     optimizer.step()
     moved = sum((p.detach() - b).square().sum() for p, b in zip(model.parameters(), before, strict=True)) ** 0.5
-    assert float(moved) == pytest.approx(
-        0.05 * 1e-2, rel=1e-3
-    )  # lr times the clipped norm; rounding of 0.3-sized weights
+    # lr times the clipped norm; weights of size up to 1 round the step of 5e-4 by 6e-8 each
+    assert float(moved) == pytest.approx(0.05 * 1e-2, rel=2e-3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_double_weights_stay_double(rule):
+    """A scalar of another dtype in a radius would silently round, or refuse, float64 models."""
+    torch.manual_seed(0)
+    model = BatchNormNet().double()
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, **RULES[rule].kwargs)
+    x, y = image_batch()
+    for _ in range(2):
+        optimizer.step(lambda: cross_entropy(model(x.double()), y))
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("rule", ["gsam", "sam", "cr-sam", "wci"])
+@pytest.mark.parametrize("fault", ["not undone", "undone by subtraction"])
+def test_a_drift_of_the_weights_is_caught(rule, fault, monkeypatch):
+    """The widespread GSAM leaves its ascent in the weights: if the claim about learning rate 0 passes that, it shows nothing."""
+    from contextlib import contextmanager
+
+    import wcitrain.optim.perturbed_steps as steps
+
+    @contextmanager
+    def faulty(layers, direction):
+        moved = 0
+
+        def move(sign):
+            nonlocal moved
+            for p, u in zip(layers, direction, strict=True):
+                p.data.add_(u, alpha=sign - moved)
+            moved = sign
+
+        yield move
+        if fault == "undone by subtraction":
+            move(0)
+
+    test_learning_rate_zero_leaves_weights_bit_identical(rule)
+    monkeypatch.setattr(steps, "perturbed", faulty)
+    with pytest.raises(AssertionError, match="differ"):
+        test_learning_rate_zero_leaves_weights_bit_identical(rule)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -547,8 +608,18 @@ def test_misuse_is_refused_with_a_way_out():
         optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
     with pytest.raises(TypeError, match="instance, not its class"):
         RegularizedOptimizer(torch.optim.SGD, model)
-    with pytest.raises(ValueError, match="both move the weights"):
-        make({"perturbation": AWP(), "penalty": WCIPenalty(0.1)})
+    with pytest.raises(ValueError, match="measures the traces by itself"):
+        make({"perturbation": WCIPosterior(1.0), "penalty": WCIPenalty(0.1)})
+    with pytest.raises(ValueError, match="mixes gradients of several points"):
+        make({"perturbation": GSAM(), "penalty": WCIPenalty(0.1)})
+    with pytest.raises(ValueError, match="'two_point', which moves the weights itself"):
+        make({"perturbation": AWP(), "penalty": WCIPenalty(0.1, estimator="two_point")})
+    with pytest.raises(ValueError, match="layers: got None with SAM"):
+        make({"perturbation": SAM(), "penalty": WCIPenalty(0.1)})
+    with pytest.raises(ValueError, match="whose only layer is the head"):
+        make({"perturbation": AWP(), "penalty": WCIPenalty(0.1, estimator="top_layer")})
+    with pytest.raises(ValueError, match=r"got two_point \(gauss_newton is not possible here: the loss does not say"):
+        make({"perturbation": AWP(), "penalty": WCIPenalty(0.1)})[1].step(lambda: F.cross_entropy(model(x), y))
     with pytest.raises(ValueError, match="exactly one"):
         WCIPosterior(1.0, strength=1.0)
     with pytest.raises(ValueError, match=r"gamma: got 0"):

@@ -11,8 +11,8 @@ S Sᵀ (`gauss_newton`), and does not depend on the targets:
 | ``bce``           | −Σ_c [y log q + (1−y) log(1−q)]_c  | diag(q (1−q))    | diag √(q (1−q))      |
 | ``mse``           | Σ_c (z_c − y_c)²                   | 2 I              | √2 I                 |
 
-Label smoothing and soft targets are cross-entropy. KL(p ‖ softmax(z)) as a function of z alone, TRADES' adversarial branch,
-is cross-entropy with soft targets p.
+Label smoothing and soft targets are cross-entropy. So is KL(p ‖ softmax(z)) as a function of z alone; with p trained too, as in
+TRADES, see ``objectives.terms.kl_output``.
 """
 
 from collections.abc import Callable, Sequence

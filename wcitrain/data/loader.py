@@ -4,37 +4,33 @@ Images are stored as ``uint8`` levels and leave as ``x = level / levels``; norma
 no generator to save: the order of an epoch and the crop and flip of its k-th image are drawn anew from
 ``(seed, epoch)``, so an interrupted epoch continues bit for bit and processes cut their parts out of one global batch.
 Memory and streaming differ only in where the levels come from; what happens to them afterwards is the same code.
+An augmentation policy works on one image at a time on the CPU, so crop, mirror and policy then run in ``num_workers``
+processes while the device computes; without a policy whole batches are cropped and mirrored on the device.
 
-Legend: B global batch, C channels, H and W pixels, N images of a set, w world size, r rank.
+An epoch is one sequence of images and batches are cut from it front to back: a batch of B images equals its
+micro-batches of B/a images in a row, if ``start`` counts micro-batches.
+
+Legend: a micro-batches per batch, B global batch, C channels, H and W pixels, N images of a set, w world size, r rank.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.data import DataLoader
 
+from wcitrain.data.augment import Augmentation
 from wcitrain.data.decoding import Decoder
+from wcitrain.data.epoch import Batch, Epoch, crop_and_mirror, draw_augmentation
 from wcitrain.seeding import generator_from, seed_from
 
+__all__ = ["Batch", "ImageSet", "check_batch", "class_order", "crop_and_mirror", "draw_augmentation", "rank_places"]
+
 MEMORY_LIMIT = 2e9  # bytes of decoded uint8 levels up to which in_memory="auto" keeps a set in memory
-
-
-class Batch(NamedTuple):
-    """One rank's part of a global batch.
-
-    ``x`` is float32 [B, C, H, W] in [0, 1], ``y`` int64 [B], and ``index`` int64 [B] the position of each image in its
-    source, so that an error can name it; all three on the device that was asked for.
-    """
-
-    x: Tensor
-    y: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which a batch has no use for
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +38,8 @@ class ImageSet:
     """N labelled images in a fixed order, held in memory or decoded batch by batch; build one with ``load``.
 
     ``positions`` int64 [N] are the places of the images in their source, ``y`` int64 [N] their labels, and ``pixels``
-    uint8 [N, C, H, W] their levels, or None when they are streamed by ``num_workers`` processes.
+    uint8 [N, C, H, W] their levels, or None when they are streamed by ``num_workers`` processes. As many processes
+    augment by a policy.
     """
 
     decoder: Decoder
@@ -65,7 +62,7 @@ class ImageSet:
             decoder: Reads one image.
             positions: Places in the source, int64 [N], N >= 1.
             in_memory: True decodes now, False at every use, "auto" decodes now up to ``MEMORY_LIMIT`` bytes.
-            num_workers: Threads that decode now, or processes that decode at every use; 0 means neither.
+            num_workers: Threads that decode now, or processes that decode at every use or augment; 0 means neither.
         """
         if in_memory == "auto":
             in_memory = len(positions) * int(np.prod(decoder.shape)) <= MEMORY_LIMIT
@@ -91,6 +88,18 @@ class ImageSet:
             raise ValueError(f"subset: got {n}; expected at least 1 image. Ask for more.")
         return self.take(class_order(self.y, seed_from("subset"))[:n])
 
+    def with_labels(self, y: Tensor) -> "ImageSet":
+        """Return the same images with other labels, int64 [N]."""
+        labels = self.decoder.source.labels.clone()
+        labels[self.positions] = y
+        decoder = copy(self.decoder)
+        decoder.source = replace(cast(Any, decoder.source), labels=labels)
+        return replace(self, decoder=decoder)
+
+    def num_updates(self, batch_size: int) -> int:
+        """Return the whole batches of ``batch_size`` images, over all ranks and micro-batches, in one epoch."""
+        return len(self) // batch_size
+
     def batches(
         self,
         batch_size: int,
@@ -105,13 +114,14 @@ class ImageSet:
         crop_padding: int = 0,
         flip: bool = False,
         drop_last: bool = False,
+        augmentation: Augmentation | None = None,
     ) -> Iterator[Batch]:
         """Iterate over one epoch; the same arguments give the same bits, whoever asks and whenever.
 
         Args:
             batch_size: Images per global batch, over all ranks.
             shuffle: Draw a new order from ``(seed, epoch)``; otherwise the order of the set.
-            seed: Seed of order, crops and flips.
+            seed: Seed of order, crops, flips and augmentation.
             epoch: Epoch number, from 0.
             start: Global batches to skip; the others are the same as without skipping.
             rank: This process, 0 <= rank < world.
@@ -122,47 +132,23 @@ class ImageSet:
             drop_last: True is for training: an incomplete last batch is left out and rank r takes the slice
                 [r B/w : (r+1) B/w] of each batch. False is for evaluation: rank r takes [r::w], every image is seen
                 exactly once, and an empty part is skipped, so ranks may yield different numbers of batches.
+            augmentation: What follows crop and flip, image by image; None is nothing. It sees 8-bit levels: images with
+                fewer levels are rescaled to 255 and rounded.
 
         Raises:
-            ValueError: At the call, for a batch larger than the set or not divisible by ``world`` with ``drop_last``.
+            ValueError: At the call, for a batch larger than the set or not divisible by ``world`` with ``drop_last``,
+                or for images that the augmentation does not fit.
         """
         places = rank_places(len(self), batch_size, start=start, rank=rank, world=world, drop_last=drop_last)
+        settings = {"crop_padding": crop_padding, "flip": flip, "augmentation": augmentation}
+        return self.draw_epoch(seed, epoch, shuffle=shuffle, **settings).batches(places, torch.device(device))
+
+    def draw_epoch(self, seed: int, epoch: int, *, shuffle: bool, **settings: Any) -> Epoch:
+        """Return the whole set in the order and with the crops of an epoch; arguments as in ``batches``."""
         order = torch.arange(len(self))
         if shuffle:
             order = torch.randperm(len(self), generator=generator_from("cpu", seed, "order", epoch))
-        shift, mirror = draw_augmentation(len(self), crop_padding, flip, seed, "augment", epoch)
-        return self._assemble(places, order, shift, mirror, crop_padding, torch.device(device))
-
-    def _assemble(
-        self,
-        places: list[Tensor],  # this rank's positions within the epoch, one tensor a batch
-        order: Tensor,  # [N] row of the set at each position within the epoch
-        shift: Tensor,  # [N, 2]
-        mirror: Tensor,  # [N]
-        padding: int,
-        device: torch.device,
-    ) -> Iterator[Batch]:
-        """Fetch, move, augment and scale batch after batch."""
-        rows = [order[place] for place in places]
-        y, levels = self.y, torch.tensor(float(self.decoder.source.levels), device=device)
-        for place, row, pixels in zip(places, rows, self._fetch(rows, device), strict=True):
-            pixels = pixels.to(device, non_blocking=True)
-            pixels = crop_and_mirror(pixels, shift[place].to(device), mirror[place].to(device), padding)
-            # Divided by a tensor: CUDA multiplies by the reciprocal of a Python number, which is off by one bit.
-            yield Batch(pixels.float() / levels, y[row].to(device), self.positions[row].to(device))
-
-    def _fetch(self, rows: list[Tensor], device: torch.device) -> Iterable[Tensor]:
-        """Return the levels at each element of ``rows``, uint8 [B, C, H, W]."""
-        if self.pixels is not None:
-            pixels = self.pixels
-            return (pixels[row] for row in rows)
-        return DataLoader(
-            self.decoder,
-            batch_sampler=[self.positions[row].tolist() for row in rows],
-            num_workers=self.num_workers,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # a loader without its own generator advances the global random state
-        )
+        return Epoch.draw(self, order, seed, "augment", epoch, **settings)
 
 
 def _decode_all(decoder: Decoder, positions: Tensor, num_workers: int) -> Tensor:
@@ -214,41 +200,6 @@ def check_batch(num_images: int, batch_size: int, *, rank: int, world: int, drop
             f"train.batch_size: got {batch_size}; expected a multiple of the {world} processes. "
             "Change train.batch_size or the number of processes."
         )
-
-
-def draw_augmentation(num_images: int, crop_padding: int, flip: bool, *where: object) -> tuple[Tensor, Tensor]:
-    """Draw where each image is cropped and whether it is mirrored, from a seed that names the place ``where``.
-
-    Returns:
-        ``shift`` int64 [N, 2]: top and left of the crop in the padded image, uniform on 0 .. 2 crop_padding;
-        ``mirror`` bool [N]. Both on the CPU.
-    """
-    if crop_padding < 0:
-        raise ValueError(f"data.crop_padding: got {crop_padding}; expected at least 0 pixels. Use 0 to turn it off.")
-    shift = torch.randint(0, 2 * crop_padding + 1, (num_images, 2), generator=generator_from("cpu", *where, "shift"))
-    mirror = torch.rand(num_images, generator=generator_from("cpu", *where, "mirror")) < 0.5
-    return shift, mirror & flip
-
-
-def crop_and_mirror(pixels: Tensor, shift: Tensor, mirror: Tensor, padding: int) -> Tensor:
-    """Return every image zero-padded, cropped back to its size at ``shift`` and mirrored where ``mirror``.
-
-    One gather, no loop over images:
-
-        out[b, c, i, j] = padded[b, c, top_b + i, left_b + (W-1-j if mirror_b else j)]                        (1)
-
-    Args:
-        pixels: [B, C, H, W], any dtype; not modified.
-        shift: (top, left) in the padded image, int64 [B, 2], each in 0 .. 2 padding.
-        mirror: bool [B].
-        padding: Zeros on every side, in pixels.
-    """
-    b, c, h, w = pixels.shape
-    i, j = torch.arange(h, device=pixels.device), torch.arange(w, device=pixels.device)
-    top, left = shift[:, :1] + i, shift[:, 1:] + torch.where(mirror[:, None], j.flip(0), j)  # [B, H], [B, W]
-    image = torch.arange(b, device=pixels.device)[:, None, None, None]
-    channel = torch.arange(c, device=pixels.device)[:, None, None]
-    return functional.pad(pixels, [padding] * 4)[image, channel, top[:, None, :, None], left[:, None, None, :]]  # (1)
 
 
 def class_order(labels: Tensor, seed: int, *, proportional: bool = False) -> Tensor:

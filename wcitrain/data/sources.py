@@ -62,32 +62,33 @@ class FileSource:
         return self.paths[position]
 
 
-def scan_folder(folder: Path, classes: tuple[str, ...] | None = None) -> FileSource:
+def scan_folder(folder: Path, classes: tuple[str, ...] | None = None, *, key: str = "data.root") -> FileSource:
     """List ``folder/<class>/**/<image>``; nothing is decoded and hidden files and folders are ignored.
 
     Args:
         folder: One split of an image folder.
         classes: The classes of the training split, which number the labels; None takes those found, sorted by name.
+        key: The recipe key that errors name.
 
     Raises:
         ValueError: No class folders, a class folder without images, or a class that is not in ``classes``.
     """
     found = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
     if not found:
-        raise ValueError(f"data.root: got {folder} without folders; expected one folder of images per class. Add them.")
+        raise ValueError(f"{key}: got {folder} without folders; expected one folder of images per class. Add them.")
     classes = found if classes is None else classes
     if unknown := [name for name in found if name not in classes]:
         raise ValueError(
-            f"data.root: got classes {name_some(unknown)} in {folder}; expected only those of the training folder, "
+            f"{key}: got classes {name_some(unknown)} in {folder}; expected only those of the training folder, "
             f"{name_some(classes)}. Remove them or add training images."
         )
     paths: list[str] = []
     labels: list[int] = []
     for name in found:
-        images = _list_images(folder / name)
+        images = list_images(folder / name)
         if not images:
             raise ValueError(
-                f"data.root: got no images in {folder / name}; expected files that end in {' '.join(IMAGE_SUFFIXES)}. "
+                f"{key}: got no images in {folder / name}; expected files that end in {' '.join(IMAGE_SUFFIXES)}. "
                 "Add images or remove the folder."
             )
         paths += images
@@ -95,7 +96,7 @@ def scan_folder(folder: Path, classes: tuple[str, ...] | None = None) -> FileSou
     return FileSource(paths, torch.tensor(labels), classes)
 
 
-def _list_images(folder: Path) -> list[str]:
+def list_images(folder: Path) -> list[str]:
     """Return the sorted paths of the images below ``folder``."""
     return sorted(
         os.path.join(parent, file)

@@ -11,10 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
+from wcitrain.data.augment import Augmentation
 from wcitrain.data.decoding import to_levels
-from wcitrain.data.loader import Batch, check_batch, crop_and_mirror, draw_augmentation
+from wcitrain.data.epoch import Batch, crop_and_mirror, draw_augmentation
+from wcitrain.data.loader import check_batch
 from wcitrain.seeding import generator_from, seed_from
 
 
@@ -45,6 +49,10 @@ class StreamSet:
             raise ValueError(f"subset: got {n}; expected at least 1 image. Ask for more.")
         return replace(self, limit=n)
 
+    def num_updates(self, batch_size: int) -> int:
+        """Return the whole batches of ``batch_size`` images, over all ranks and micro-batches, in one epoch."""
+        return len(self) // batch_size
+
     def batches(
         self,
         batch_size: int,
@@ -59,12 +67,14 @@ class StreamSet:
         crop_padding: int = 0,
         flip: bool = False,
         drop_last: bool = False,
+        augmentation: Augmentation | None = None,
     ) -> Iterator[Batch]:
         """Iterate over one epoch; arguments as in ``ImageSet.batches``.
 
         Training (``shuffle`` and ``drop_last``) gives each rank shards of its own. Evaluation (neither) reads the whole
         stream on every rank and takes [r::w] of each batch, so that every image is seen exactly once.
-        ``Batch.index`` counts the images this rank has read.
+        ``Batch.index`` counts the images this rank has read. An augmentation is drawn, with crop and flip, from the number
+        of images that a process has read before, so that other numbers of workers augment otherwise.
 
         Raises:
             ValueError: At the call, for one of ``shuffle`` and ``drop_last`` without the other, for training on a
@@ -78,7 +88,13 @@ class StreamSet:
         check_batch(len(self), batch_size, rank=rank, world=world, drop_last=drop_last)
         local = batch_size // world if drop_last else batch_size
         dataset = self.open(is_training=drop_last, seed=seed_from(seed) % 2**31, batch_size=local)
-        dataset.transform = partial(to_levels, image_size=self.image_size)
+        where = (seed, epoch, rank)
+        if augmentation is not None and augmentation.is_active:
+            augmentation.check((3, self.image_size, self.image_size))
+            dataset.transform = _Augmenter(self.image_size, crop_padding, flip, augmentation, where)
+            crop_padding, flip = 0, False
+        else:
+            dataset.transform = partial(to_levels, image_size=self.image_size)
         # The reader would ask torch.distributed; this function answers to its arguments instead.
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = (rank, world) if drop_last else (0, 1)
         dataset.set_loader_cfg(num_workers=self.num_workers)
@@ -93,9 +109,7 @@ class StreamSet:
         )
         part = slice(None) if drop_last else slice(rank, None, world)
         needed = len(self) // batch_size * local if drop_last else len(self)
-        return self._assemble(
-            loader, part, needed, start, torch.device(device), crop_padding, flip, (seed, epoch, rank)
-        )
+        return self._assemble(loader, part, needed, start, torch.device(device), crop_padding, flip, where)
 
     def _assemble(
         self,
@@ -123,4 +137,27 @@ class StreamSet:
         raise ValueError(
             f"data.name: got {seen} images from the stream; expected {needed}, of the {self.num_images} it declares. "
             "Correct the declared number, look for unreadable images, or lower data.num_workers."
+        )
+
+
+@dataclass
+class _Augmenter:
+    """Decodes, crops, mirrors and augments the images that one process reads, in the order in which it reads them."""
+
+    image_size: int
+    crop_padding: int
+    flip: bool
+    augmentation: Augmentation
+    where: tuple[int, int, int]
+    count: int = 0
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return uint8 [C, H, W]."""
+        worker = get_worker_info()
+        place = (*self.where, "stream", 0 if worker is None else worker.id, self.count)
+        self.count += 1
+        pixels = torch.from_numpy(to_levels(image, self.image_size))
+        shift, mirror = draw_augmentation(1, self.crop_padding, self.flip, *place)
+        return self.augmentation.apply(
+            crop_and_mirror(pixels[None], shift, mirror, self.crop_padding)[0], seed_from(*place, "policy")
         )

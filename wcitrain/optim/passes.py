@@ -4,7 +4,7 @@ Every pass of a call sees the same random numbers (dropout) and the same module;
 ``local()``, so that processes reduce their gradients once; on an exception nothing of the call remains.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -86,23 +86,57 @@ class Passes:
         self.backward(total, weight)
         return total.detach()
 
-    def layer_gradients(self, total: Tensor, *, create_graph: bool = False) -> Sequence[Tensor | None]:
+    def plain_weighed(self, weigh: Callable[[list[Tensor]], float]) -> Tensor:
+        """As ``plain``, with a weight that ``weigh`` computes from the layers' gradients of this very pass.
+
+        In one process the gradients are scaled before they join what is in ``.grad``. Among several they are reduced while
+        they are computed, so the weight has to be known first: there this takes a second backward pass.
+        """
+        total = self.evaluate().total
+        if self._accelerator is not None and self._accelerator.num_processes > 1:
+            found = self.layer_gradients(total, retain_graph=True)
+            self.backward(total, weigh(self.filled(found)))
+            return total.detach()
+        parameters = self._trained()
+        earlier = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        with explained():
+            total.backward()
+        weight = weigh(self.filled([t.grad for t in self.layers.tensors])) * self.share
+        for p, gradient in zip(parameters, earlier, strict=True):
+            if p.grad is None:
+                p.grad = gradient
+            else:
+                p.grad = p.grad.mul_(weight) if gradient is None else gradient.add_(p.grad, alpha=weight)
+        return total.detach()
+
+    def layer_gradients(
+        self, total: Tensor, *, create_graph: bool = False, retain_graph: bool | None = None
+    ) -> Sequence[Tensor | None]:
         """Return the gradients with respect to the layers' tensors, on this process, without touching ``.grad``."""
         with explained():
-            return torch.autograd.grad(total, self.layers.tensors, allow_unused=True, create_graph=create_graph)
+            return torch.autograd.grad(
+                total, self.layers.tensors, allow_unused=True, create_graph=create_graph, retain_graph=retain_graph
+            )
 
     def generator(self, *names: object) -> torch.Generator:
         """Return the random numbers of this micro-batch that go by these names."""
         return generator_from(self.device, *self._key, *names)
 
-    def random_direction(self, sigma: Tensor, probe: int = 0) -> tuple[list[Tensor], Tensor]:
-        """Return u_l = σ_l v_l with fresh signs, and σ as it was rounded to the weights' dtype."""
+    def random_direction(self, sigma: Tensor, probe: int = 0, *, gaussian: bool = False) -> tuple[list[Tensor], Tensor]:
+        """Return u_l = σ_l v_l with fresh signs (or normal numbers), and σ as it was rounded to the weights' dtype."""
         detached = [t.detach() for t in self.layers.tensors]
         rounded = sigma.to(detached[0].dtype)
-        direction = signs(detached, self.generator(*([probe] if probe else [])))
+        direction = self.gaussian() if gaussian else signs(detached, self.generator(*([probe] if probe else [])))
         for u, factor in zip(direction, self.layers.spread(rounded), strict=True):
             u.mul_(factor)
         return direction, rounded
+
+    def gaussian(self) -> list[Tensor]:
+        """Return standard normal numbers shaped like the layers' tensors."""
+        generator = self.generator()
+        return [torch.randn(t.shape, generator=generator, device=t.device, dtype=t.dtype) for t in self.layers.tensors]
 
     def add_norm_gradients(self, coefficients: Tensor | None, factor: float = 1.0) -> None:
         """Add ``factor · coefficient_l · W_l`` to ``.grad`` (the same on every rank, a share per micro-batch)."""
@@ -120,7 +154,7 @@ class Passes:
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Several passes add all of their gradients or none: on an exception gradients, buffers and random state go back."""
-        parameters = {id(p): p for p in (*self._parameters, *self.model.parameters())}.values()
+        parameters = self._trained()
         gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
         buffers = saved_buffers(self.model)
         try:
@@ -131,6 +165,14 @@ class Passes:
             put_back_buffers(buffers)
             set_random_state(self._states, self.device)
             raise
+
+    def _trained(self) -> list[Tensor]:
+        """Return the optimizer's and the model's parameters, each once."""
+        return list({id(p): p for p in (*self._parameters, *self.model.parameters())}.values())
+
+    def filled(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the layers' gradients, zero where there is none."""
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(self.layers.tensors, gradients, strict=True)]
 
     def _gradient_versions(self) -> list[tuple[int, int | None]]:
         """Return what changes when somebody writes to the layers' gradients."""
@@ -174,6 +216,33 @@ class Slopes:
         ]
         missing = iter(nothing)
         return torch.cat([self._found[i] if i in self._found else next(missing) for i in range(len(self._direction))])
+
+
+class Captured:
+    """Keeps the layers' gradients of the one backward pass made inside ``with Captured(layers, weight) as captured``.
+
+    ``captured.gradients``: one tensor each, divided by the ``weight`` the loss was multiplied by; None where there is none.
+    Like `Slopes`, by hooks: this pass's own, on this process.
+    """
+
+    def __init__(self, layers: Layers, weight: float) -> None:
+        self._layers, self._weight = layers, weight
+        self.gradients: list[Tensor | None] = [None] * len(layers.tensors)
+
+    def __enter__(self) -> "Captured":
+        self._handles = [t.register_hook(self._hook(index)) for index, t in enumerate(self._layers.tensors)]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, index: int) -> Any:
+        def keep(gradient: Tensor) -> None:
+            earlier, found = self.gradients[index], gradient.detach() / self._weight
+            self.gradients[index] = found if earlier is None else earlier + found  # reentrant checkpointing
+
+        return keep
 
 
 @contextmanager

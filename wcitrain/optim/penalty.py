@@ -55,6 +55,13 @@ class WCIPenalty:
             run finds second derivatives, else two_point.
         gradient: Of hutchinson: central differences of Hessian-vector products, or third derivatives by autograd.
         num_probes: Independent probes a step.
+
+    Example:
+        >>> from wcitrain import RegularizedOptimizer
+        >>> model = torch.nn.Linear(2, 3)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> RegularizedOptimizer(base, model, penalty=WCIPenalty(1e-4, estimator="gauss_newton")).extra_passes()
+        (0.0, 3.0)
     """
 
     strength: float = 0.0
@@ -97,6 +104,13 @@ class FrobeniusTracePenalty:
         frobenius_weight: λ_F >= 0. Its gradient is 2 λ_F W_l: the same as weight decay 2 λ_F under SGD.
         trace_weight: λ_T >= 0, or None to leave curvature out altogether; 0 monitors it.
         radius, schedule, estimator, gradient, num_probes: See ``WCIPenalty``.
+
+    Example:
+        >>> from wcitrain import RegularizedOptimizer
+        >>> model = torch.nn.Linear(2, 3)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> RegularizedOptimizer(base, model, penalty=FrobeniusTracePenalty(1e-4, 1e-4, estimator="gauss_newton")).extra_passes()
+        (0.0, 3.0)
     """
 
     frobenius_weight: float = 0.0

@@ -27,23 +27,25 @@ from wcitrain.curvature.top_layer import HeadFeatures, top_layer_trace
 from wcitrain.curvature.two_point import trace_from_slopes
 from wcitrain.optim.passes import Passes, Slopes
 from wcitrain.optim.penalty import Penalty, WCIPenalty
-from wcitrain.optim.perturbation import Posterior
 from wcitrain.optim.perturbed_steps import Step, spoiled_by
 from wcitrain.params import wide
 from wcitrain.preserve import full_precision, kept_buffers, perturbed
 
 
-def penalized(passes: Passes, penalty: Penalty, estimator: str, factor: float, traces: Tensor | None) -> Step:
-    """Leave ``g + factor · ∇ Σ_l c_l t_l`` in ``.grad`` and return the loss at W and the estimates of t_l.
+def penalized(
+    passes: Passes, penalty: Penalty, estimator: str, factor: float, traces: Tensor | None, a: Tensor
+) -> Step:
+    """Leave ``g + factor · ∇ Σ_l c_l t_l`` in ``.grad`` and return the loss where the weights are, and the estimates of t_l.
 
-    The norm terms of the penalty, which need no pass, are the caller's.
+    The norm terms of the penalty, which need no pass, are the caller's, and so are ``a``, the squared norms at W: beside a
+    weight perturbation the pass is at W + u, and the coefficients c_l stay those of W.
     """
-    a, d = passes.layers.squared_norms(), passes.layers.sizes()
+    d = passes.layers.sizes()
     shape, strength = penalty.trace_coefficients(a, d, traces)
     step = STEPS[estimator](passes, penalty, shape, factor * strength)
     if strength and isinstance(penalty, WCIPenalty):  # as a perturbation: ||u||² = λ Σ d_l s_l, shape = s/2
         size = (2 * factor * strength * (d * shape).sum() / a.sum()).sqrt()
-        step = step._replace(posterior=Posterior(a.new_tensor(0.0), None, a.new_tensor(factor * strength), size))
+        step = step._replace(relative_size=size, strength=a.new_tensor(factor * strength))
     return step
 
 
@@ -169,3 +171,17 @@ def _inner(gradients: Sequence[Tensor | None], direction: Sequence[Tensor], like
     """Return <g, u> with its graph, over the layers whose gradient has one; ``0 · like`` where none has."""
     pairs = [(g, u) for g, u in zip(gradients, direction, strict=True) if g is not None and g.requires_grad]
     return torch.stack([0 * like, *((g * u).sum() for g, u in pairs)]).sum()
+
+
+def extra_passes(penalty: Penalty, estimator: str) -> tuple[int, int]:
+    """Return the forward and backward passes of a step beyond one each; a differentiated backward counts as two."""
+    probes, is_active = penalty.num_probes, penalty.trace_strength > 0
+    if estimator == "top_layer":
+        return 0, 0
+    if estimator == "gauss_newton":
+        return 0, 3 * probes if is_active else probes
+    if estimator == "hutchinson" and not is_active:
+        return 0, 1 + 2 * probes
+    if estimator == "hutchinson":
+        return (2 * probes, 6 * probes) if penalty.gradient == "finite_difference" else (0, 8 * probes)
+    return 2 * probes, 2 * probes  # two_point; "auto" before its dry run

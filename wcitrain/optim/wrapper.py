@@ -8,17 +8,20 @@ One call of ``backward(loss_fn)`` leaves the gradients of the regularised object
 | rule active at this step   | what lands in `.grad`                            | passes (forward, backward)  |
 |----------------------------|--------------------------------------------------|-----------------------------|
 | none                       | g(W)                                             | 1, 1                        |
-| `AWP`                      | g(W + u), u along g(W)                           | 2, 2                        |
-| `WCIPosterior`, `UniformNoise` | ½ [g(W + u) + g(W − u)]                      | 2, 2 (3, 2 with clean statistics) |
+| a weight perturbation      | g(W + u), ½ [g(W + u) + g(W − u)], ...           | by rule, `ascent` and `perturbation` |
 | a penalty with curvature   | g(W) + ∇ Σ c_l t_l + 2 ∂φ/∂a W                   | by estimator, `penalty_steps` |
-| `FrobeniusTracePenalty` without | g(W) + 2 λ_F W                              | 1, 1                        |
+| a penalty on norms alone   | g(W) + 2 λ_F W                                   | 1, 1                        |
+
+A perturbation whose gradient is taken at W + u alone (SAM, AWP, ...) composes with a Gauss–Newton penalty, which is then the
+penalty at W + u; one with a norm penalty always does. All others are refused (`composition`).
 
 Contracts: the wrapper owns no parameter group and no state of the base optimizer. With every strength at zero it *is* the
 base optimizer, bit for bit. Perturbed weights come back by copy from a clone, also on exceptions. The passes of one call see
-the same random numbers (dropout) and running statistics move once: in the pass at W where there is one, else at W − u.
+the same random numbers (dropout) and running statistics move once: in the pass at W where there is one, else in the last.
 """
 
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,12 +33,15 @@ from wcitrain.curvature.top_layer import find_head
 from wcitrain.optim import record
 from wcitrain.optim.attaching import check_attachable
 from wcitrain.optim.choice import Choice, choose_estimator
+from wcitrain.optim.composition import refuse_what_does_not_compose
 from wcitrain.optim.delegating import DelegatingOptimizer
 from wcitrain.optim.passes import Passes
 from wcitrain.optim.penalty import Penalty
+from wcitrain.optim.penalty_steps import extra_passes as penalty_passes
 from wcitrain.optim.penalty_steps import penalized
-from wcitrain.optim.perturbation import AWP, Posterior, WeightPerturbation
-from wcitrain.optim.perturbed_steps import Step, adversarial, antithetic, has_running_statistics
+from wcitrain.optim.perturbation import WeightPerturbation
+from wcitrain.optim.perturbed_steps import Step, perturbed_step
+from wcitrain.optim.perturbed_steps import extra_passes as perturbation_passes
 from wcitrain.params import Layers, select_layers
 
 if TYPE_CHECKING:
@@ -56,15 +62,16 @@ class RegularizedOptimizer(DelegatingOptimizer):
     Args:
         base: The optimizer that steps; groups, state and defaults remain its own, and schedulers may be given either.
         model: The module whose layers are perturbed and whose buffers are protected in the extra passes.
-        perturbation: ``AWP``, ``WCIPosterior`` or ``UniformNoise``.
+        perturbation: A rule of ``ascent`` (SAM, ASAM, AWP, GSAM, VaSSO, ...) or ``perturbation`` (WCIPosterior, noise).
         penalty: ``WCIPenalty`` or ``FrobeniusTracePenalty``.
-        layers, split_qkv: Which tensors are layers, see ``params.select_layers``; with the estimator ``top_layer`` the head alone.
+        layers, split_qkv: Which tensors are layers, see ``params.select_layers``; None: what the rule is published for
+            (``"all"`` for SAM's family, else ``"weights"``). With the estimator ``top_layer`` the head alone.
         trace_decay: Decay of the running average of t_l, in [0, 1); its start-up bias is corrected.
         num_micro_batches: ``backward`` calls per ``step``; each contributes 1/num_micro_batches.
         seed: Of the random directions: they depend on (seed, step, micro-batch, rank) and nothing else.
 
     Raises:
-        ValueError: A perturbation and a curvature penalty together; no layers; a parameter outside the given ranges.
+        ValueError: A perturbation and a penalty that do not compose; no layers; a parameter outside the given ranges.
         TypeError: ``base`` is not a ``torch.optim.Optimizer`` instance.
     """
 
@@ -75,18 +82,21 @@ class RegularizedOptimizer(DelegatingOptimizer):
         *,
         perturbation: WeightPerturbation | None = None,
         penalty: Penalty | None = None,
-        layers: str = "weights",
+        layers: str | None = None,
         split_qkv: bool = False,
         trace_decay: float = 0.9,
         num_micro_batches: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__(base)
-        if perturbation is not None and penalty is not None and penalty.measures_curvature:
-            raise ValueError(
-                f"got perturbation={perturbation} and penalty={penalty}; expected one of the two: both move the weights "
-                "for the same pass. WCIPosterior measures the traces by itself."
-            )
+        if perturbation is not None and penalty is not None:
+            refuse_what_does_not_compose(perturbation, penalty)
+            if layers is None and perturbation.default_layers != "weights":
+                raise ValueError(
+                    f"layers: got None with {perturbation}, which is published for all tensors, and a penalty, which is defined on "
+                    "weight matrices; expected the layers of both. Set layers to 'weights' or 'all'."
+                )
+        layers = layers or (perturbation.default_layers if perturbation is not None else "weights")
         if not 0 <= trace_decay < 1 or num_micro_batches < 1:
             raise ValueError(
                 f"got trace_decay={trace_decay}, num_micro_batches={num_micro_batches}; expected 0 <= trace_decay < 1 "
@@ -108,7 +118,8 @@ class RegularizedOptimizer(DelegatingOptimizer):
         self._accelerator: Accelerator | None = None
         self._micro_step = 0  # backward calls since the last step
         self._pending: list[Tensor] = []  # their trace estimates, each [L]
-        self._latest: Posterior | None = None
+        self._memory_sum: list[Tensor] | None = None  # the sum of their smoothed gradients (VaSSO)
+        self._latest: tuple[Tensor, Tensor | None] | None = None  # relative size and λ
         self._choice: Choice | None = None
         self._is_busy = False
         low = [n for n, p in self.layers.items() if p.dtype.itemsize < 4]
@@ -153,16 +164,17 @@ class RegularizedOptimizer(DelegatingOptimizer):
         passes = self._passes(loss_fn)
         self._is_busy = True
         try:
+            is_penalized = bool(penalty and penalty_factor and penalty.measures_curvature)
+            with_penalty = (
+                partial(self._penalized, passes, penalty_factor, self.layers.squared_norms()) if is_penalized else None
+            )
             if perturbation and factor:
                 with passes.undone_on_error():
-                    if isinstance(perturbation, AWP):
-                        step = adversarial(passes, perturbation, factor)
-                    else:
-                        step = antithetic(passes, perturbation, factor, self.traces())
-            elif penalty and penalty_factor and penalty.measures_curvature:
-                assert self._choice is not None
+                    memory = self._record.get("memory")
+                    step = perturbed_step(passes, perturbation, factor, self.traces(), memory, with_penalty)
+            elif with_penalty is not None:
                 with passes.undone_on_error():
-                    step = penalized(passes, penalty, self._choice.estimator, penalty_factor, self.traces())
+                    step = with_penalty()
             else:
                 step = Step(passes.plain())
             if penalty and penalty_factor:
@@ -174,10 +186,19 @@ class RegularizedOptimizer(DelegatingOptimizer):
             self._is_busy = False
         if step.traces is not None:
             self._pending.append(step.traces)
-        if step.posterior is not None:
-            self._latest = step.posterior
+        if step.memory is not None:
+            total = self._memory_sum
+            self._memory_sum = step.memory if total is None else list(torch._foreach_add(total, step.memory))
+        if step.relative_size is not None:
+            self._latest = step.relative_size, step.strength
         self._micro_step += 1
         return step.loss
+
+    def _penalized(self, passes: Passes, factor: float, a: Tensor) -> Step:
+        """Make the penalty's pass where the weights are now; ``a`` are the squared norms at W."""
+        assert self.penalty is not None
+        assert self._choice is not None
+        return penalized(passes, self.penalty, self._choice.estimator, factor, self.traces(), a)
 
     def choose_estimator(self, loss_fn: LossFn) -> Choice | None:
         """Decide how the penalty's traces are estimated, by a dry run on one batch; the first ``backward`` calls it too.
@@ -199,6 +220,11 @@ class RegularizedOptimizer(DelegatingOptimizer):
             is_fallback = torch.tensor(float(choice.estimator == "two_point"), device=self.layers.tensors[0].device)
             if float(self._accelerator.reduce(is_fallback, reduction="sum")) and choice.estimator != "two_point":
                 choice = Choice("two_point", "the dry run failed on another process")
+        if self.perturbation is not None and choice.estimator != "gauss_newton":
+            raise ValueError(
+                f"penalty.estimator: got {choice.estimator} ({choice.reason}) beside {self.perturbation}; expected gauss_newton, "
+                "the one that moves no weights. Make it possible, or leave one of the two out."
+            )
         self._choice = choice
         return choice
 
@@ -247,15 +273,20 @@ class RegularizedOptimizer(DelegatingOptimizer):
     def _fold_estimates(self) -> None:
         """Average the step's estimates over micro-batches and processes, and fold them into the running averages."""
         if self._pending:
-            estimate = torch.stack(self._pending).mean(0)
-            if self._accelerator is not None and self._accelerator.num_processes > 1:
-                estimate = self._accelerator.reduce(estimate, reduction="mean")
-            record.fold(self._record, estimate, self.trace_decay)
+            record.fold(self._record, self._averaged(torch.stack(self._pending).mean(0)), self.trace_decay)
+        if self._memory_sum is not None:
+            self._record["memory"] = [self._averaged(total / self._micro_step) for total in self._memory_sum]
         self._record["step"] += 1
         self._forget_micro_batches()
 
+    def _averaged(self, value: Tensor) -> Tensor:
+        """Return the mean over processes."""
+        if self._accelerator is not None and self._accelerator.num_processes > 1:
+            return self._accelerator.reduce(value, reduction="mean")
+        return value
+
     def _forget_micro_batches(self) -> None:
-        self._pending, self._micro_step = [], 0
+        self._pending, self._memory_sum, self._micro_step = [], None, 0
 
     def _passes(self, loss_fn: LossFn) -> Passes:
         """Return what this micro-batch may do with ``loss_fn``; its random directions go by (seed, step, micro-batch)."""
@@ -297,8 +328,9 @@ class RegularizedOptimizer(DelegatingOptimizer):
     def metrics(self) -> dict[str, float]:
         """Return what there is to log, as floats (synchronises with the device).
 
-        ``relative_size`` and ``lambda`` of the latest posterior step; for every layer ``frobenius/<layer>`` (a_l), and once
-        measured ``curvature/trace/<layer>`` (running average of t_l) and ``wci/<layer>`` = sqrt(a_l max(t_l, 0)); their sum
+        ``relative_size`` (||u|| / ||W||) of the latest perturbation or penalty, and the ``lambda`` it amounts to; for every
+        layer ``frobenius/<layer>`` (a_l), and once measured ``curvature/trace/<layer>`` (running average of t_l) and
+        ``wci/<layer>`` = sqrt(a_l max(t_l, 0)); their sum
         ``wci/total``; ``curvature/negative`` the share of single-step estimates below zero.
         """
         a, traces = self.layers.squared_norms(), self.traces()
@@ -313,38 +345,23 @@ class RegularizedOptimizer(DelegatingOptimizer):
                 numbers["num_negative"].sum() / numbers["num_estimates"].sum().clamp_min(1)
             )
         if self._latest is not None:
-            values["relative_size"] = float(self._latest.relative_size)
-            if not torch.isnan(self._latest.strength):
-                values["lambda"] = float(self._latest.strength)
+            size, strength = self._latest
+            values["relative_size"] = float(size)
+            if strength is not None and not torch.isnan(strength):
+                values["lambda"] = float(strength)
         return values
 
     def extra_passes(self) -> tuple[float, float]:
         """Return the mean forward and backward passes a step costs beyond a plain one, at full schedule."""
-        if isinstance(self.perturbation, AWP):
-            forward, backward, every = 1, 1, self.perturbation.schedule.every
-        elif self.perturbation is not None:
-            clean = self.perturbation.statistics == "clean" and has_running_statistics(self.model)
-            forward, backward, every = 1 + clean, 1, self.perturbation.schedule.every
-        elif self.penalty is not None and self.penalty.measures_curvature:
-            (forward, backward), every = self._penalty_passes(), self.penalty.schedule.every
-        else:
-            forward, backward, every = 0, 0, 1
-        return forward / every, backward / every
-
-    def _penalty_passes(self) -> tuple[int, int]:
-        """Return the extra passes of the estimator; a differentiated backward counts as two (`penalty_steps`)."""
-        assert self.penalty is not None
-        estimator = self._choice.estimator if self._choice else self.penalty.estimator
-        probes, is_active = self.penalty.num_probes, self.penalty.trace_strength > 0
-        if estimator == "top_layer":
-            return 0, 0
-        if estimator == "gauss_newton":
-            return 0, 3 * probes if is_active else probes
-        if estimator == "hutchinson" and not is_active:
-            return 0, 1 + 2 * probes
-        if estimator == "hutchinson":
-            return (2 * probes, 6 * probes) if self.penalty.gradient == "finite_difference" else (0, 8 * probes)
-        return 2 * probes, 2 * probes  # two_point; "auto" before its dry run
+        forward = backward = 0.0
+        if self.perturbation is not None:
+            extra, every = perturbation_passes(self.perturbation, self.model), self.perturbation.schedule.every
+            forward, backward = forward + extra[0] / every, backward + extra[1] / every
+        if self.penalty is not None and self.penalty.measures_curvature:
+            estimator = self._choice.estimator if self._choice else self.penalty.estimator
+            extra, every = penalty_passes(self.penalty, estimator), self.penalty.schedule.every
+            forward, backward = forward + extra[0] / every, backward + extra[1] / every
+        return forward, backward
 
     # ---- Accelerate ------------------------------------------------------------------------------------------------
 
@@ -384,10 +401,10 @@ class RegularizedOptimizer(DelegatingOptimizer):
         fresh = record.fresh_record(self.layers)
         self.base.load_state_dict(state_dict)
         like = fresh["trace_sum"]
-        self.param_groups[0][record.KEY] = {
-            key: value.to(like).clone() if isinstance(value, Tensor) else value
-            for key, value in (fresh if saved is None else saved).items()
-        }
+        loaded = {k: v.to(like).clone() if isinstance(v, Tensor) else v for k, v in (saved or fresh).items()}
+        if "memory" in loaded:
+            loaded["memory"] = [m.to(t).clone() for m, t in zip(loaded["memory"], self.layers.tensors, strict=True)]
+        self.param_groups[0][record.KEY] = loaded
         self._forget_micro_batches()
 
     def __getstate__(self) -> dict[str, Any]:

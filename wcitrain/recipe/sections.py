@@ -1,9 +1,10 @@
 """The sections of a recipe: every key with its type, default, meaning and unit. Defaults live here and nowhere else."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue
 
+from wcitrain.recipe.base import Kind, Section
 from wcitrain.recipe.values import (
     AutoBool,
     Count,
@@ -19,12 +20,6 @@ from wcitrain.recipe.values import (
     StepSize,
     Text,
 )
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, without unknown keys, without conversions but those in ``recipe_values``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -86,165 +81,61 @@ class Model(Section):
 class Threat(Section):
     """What the adversary may do to an image."""
 
-    norm: Literal["linf", "l2"] = Field(default="linf", description="Norm of the image perturbation.")
+    norm: Literal["linf", "l2", "l1"] = Field(default="linf", description="Norm of the image perturbation.")
     eps: Fraction255 = Field(default=8 / 255, description="Radius of the ball in [0, 1] pixel units, such as 8/255.")
-
-
-class Kind(Section):
-    """A section of several kinds, told apart by ``name``."""
-
-    name: str
-
-
-class StandardObjective(Kind):
-    """Cross entropy on clean images."""
-
-    name: Literal["standard"] = Field(default="standard", description="Kind of objective.")
-    label_smoothing: Share = Field(default=0.0, description="Share of the target spread over all classes, in [0, 1].")
-
-
-class PgdAtObjective(Kind):
-    """Cross entropy on images found by projected gradient ascent."""
-
-    name: Literal["pgd_at"] = Field(default="pgd_at", description="Kind of objective.")
-    num_steps: PositiveCount = Field(default=10, description="Attack steps for each batch.")
-    step_size: StepSize | None = Field(
-        default=None, description="Length of an attack step in [0, 1] pixel units; null: 2.5 threat.eps / num_steps."
-    )
-    random_start: bool = Field(default=True, description="Start from a random point of the ball.")
-    num_restarts: PositiveCount = Field(
-        default=1, description="Attacks for each batch; the worst for each image counts."
-    )
-    attack_bn: Literal["eval", "train"] = Field(
-        default="eval", description="Mode of BatchNorm and dropout during the attack."
-    )
-    label_smoothing: Share = Field(default=0.0, description="Share of the target spread over all classes, in [0, 1].")
-
-
-Objective = StandardObjective | PgdAtObjective
-
-
-class TimedKind(Kind):
-    """A kind that acts on some layers, from some epoch on."""
-
-    start_epoch: Count = Field(default=0, description="Epochs trained before it acts.")
-    ramp_epochs: NonNegative = Field(default=0.0, description="Epochs over which it grows from nothing to full size.")
-    every: PositiveCount = Field(default=1, description="Acts in one of so many optimizer steps.")
-    layers: Text = Field(default="weights", description="weights, all, weights+biases, or a glob over parameter names.")
-    split_qkv: bool = Field(
-        default=False, description="Count query, key and value of a fused projection as three layers."
+    warmup_epochs: NonNegative = Field(
+        default=0.0,
+        description="Epochs over which training's radius and steps grow linearly from 0; evaluation's do not.",
     )
 
 
-class NoPerturbation(Kind):
-    """Weights stay where they are."""
+class Augment(Section):
+    """What happens to a training image after crop and flip; see data.Augmentation."""
 
-    name: Literal["none"] = Field(default="none", description="Kind of weight perturbation.")
-
-
-class AwpPerturbation(TimedKind):
-    """Adversarial weight perturbation."""
-
-    name: Literal["awp"] = Field(default="awp", description="Kind of weight perturbation.")
-    gamma: Positive = Field(default=0.01, description="Perturbation norm over weight norm, for each layer.")
-
-
-class RandomPerturbation(TimedKind):
-    """What the random perturbations share."""
-
-    statistics: Literal["perturbed", "clean"] = Field(
-        default="perturbed", description="Where normalisation statistics are updated; clean costs a forward pass."
+    policy: Literal["none", "cutout", "autoaugment", "randaugment", "trivialaugment", "idbh"] = Field(
+        default="none", description="Kind of augmentation."
     )
-    trace_decay: Decay = Field(default=0.9, description="Decay per step of the running trace estimates, in [0, 1).")
-
-
-class WciPerturbation(RandomPerturbation):
-    """Random weights from the posterior that the Weight-Curvature Index makes optimal."""
-
-    name: Literal["wci"] = Field(default="wci", description="Kind of weight perturbation.")
-    relative_size: Positive | None = Field(
-        default=1.0, description="Perturbation norm over weight norm; or set strength."
+    magnitude: Count | None = Field(default=None, description="Strength of randaugment, 0 to 30; null: 9.")
+    num_ops: PositiveCount | None = Field(default=None, description="Operations of randaugment; null: 2.")
+    cutout_size: PositiveCount | None = Field(
+        default=None, description="Side of the black square in pixels; null: none."
     )
-    strength: Positive | None = Field(
-        default=None, description="Weight lambda of the WCI in the loss; or set relative_size."
-    )
-    frobenius: bool = Field(default=False, description="Add the variational Frobenius term to the loss.")
-    floor: Annotated[Positive, Field(le=1)] = Field(
-        default=1e-4, description="Lowest norm-curvature product of a layer, as a share of the layers' mean, in (0, 1]."
+    probability: Annotated[Positive, Field(le=1)] = Field(
+        default=1.0, description="Probability that an image is augmented, in (0, 1]."
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _strength_replaces_the_default_size(cls, data: Any) -> Any:
-        """Let ``strength`` alone be enough: drop the default of ``relative_size``."""
-        if isinstance(data, dict) and data.get("strength") is not None:
-            return {"relative_size": None} | data
-        return data
+
+class Mixing(Section):
+    """Mixing of the images of a batch, before they are attacked; see data.Mixing."""
+
+    mixup_alpha: NonNegative = Field(default=0.0, description="Concentration of mixup; 0: off.")
+    cutmix_alpha: NonNegative = Field(default=0.0, description="Concentration of CutMix; 0: off.")
+    probability: Share = Field(default=1.0, description="Probability that a batch is mixed, in [0, 1].")
+    switch_probability: Share = Field(default=0.5, description="Probability of CutMix where both are on, in [0, 1].")
 
 
-class NoisePerturbation(RandomPerturbation):
-    """Random weights, isotropic."""
+class Extra(Section):
+    """Generated or unlabelled images beside the training images; see data.load_extra."""
 
-    name: Literal["noise"] = Field(default="noise", description="Kind of weight perturbation.")
-    relative_size: Positive = Field(default=1.0, description="Perturbation norm over weight norm.")
-
-
-Perturbation = NoPerturbation | AwpPerturbation | WciPerturbation | NoisePerturbation
-
-
-class NoPenalty(Kind):
-    """No term is added to the loss."""
-
-    name: Literal["none"] = Field(default="none", description="Kind of penalty.")
-
-
-class FrobeniusPenalty(TimedKind):
-    """Squared Frobenius norms of the layers."""
-
-    name: Literal["frobenius"] = Field(default="frobenius", description="Kind of penalty.")
-    strength: NonNegative = Field(default=0.0, description="Factor of the penalty in the loss; 0 only monitors.")
-
-
-class CurvaturePenalty(TimedKind):
-    """What the penalties on Hessian traces share."""
-
-    estimator: Literal["auto", "two_point", "gauss_newton", "hutchinson", "top_layer"] = Field(
-        default="auto",
-        description="How traces are estimated; auto tries and says why; top_layer counts the head alone.",
+    path: Text | None = Field(default=None, description="A .npz or a folder of images; null: none.")
+    labels: Literal["given", "pseudo"] = Field(
+        default="given", description="given reads labels; pseudo lets a model give them."
     )
-    num_probes: PositiveCount = Field(default=1, description="Random probes for each batch.")
-    radius: Annotated[Positive, Field(le=1)] | None = Field(
-        default=None, description="Probe norm over weight norm of finite differences, in (0, 1]; null: 0.01."
+    labeler: Text | None = Field(
+        default=None, description="Exported model that gives pseudo-labels, such as runs/NAME-s0/model/last."
     )
-    gradient: Literal["finite_difference", "autograd"] | None = Field(
-        default=None, description="How hutchinson is differentiated; null: finite_difference."
+    fraction: Annotated[Positive, Field(ge=0.001, le=0.999)] = Field(
+        default=0.5, description="Share of extra images in every batch, 0.001 to 0.999."
     )
-    trace_decay: Decay = Field(default=0.9, description="Decay per step of the running trace estimates, in [0, 1).")
+    max_images: PositiveCount | None = Field(default=None, description="Extra images kept; null: all.")
 
 
-class WciPenalty(CurvaturePenalty):
-    """The Weight-Curvature Index."""
+class LabelNoise(Section):
+    """Random training labels; see data.noisy_labels."""
 
-    name: Literal["wci"] = Field(default="wci", description="Kind of penalty.")
-    strength: NonNegative = Field(default=0.0, description="Factor of the penalty in the loss; 0 only monitors.")
-
-
-class TracePenalty(CurvaturePenalty):
-    """Hessian traces of the layers."""
-
-    name: Literal["trace"] = Field(default="trace", description="Kind of penalty.")
-    strength: NonNegative = Field(default=0.0, description="Factor of the penalty in the loss; 0 only monitors.")
-
-
-class FrobeniusTracePenalty(CurvaturePenalty):
-    """Squared Frobenius norms and Hessian traces, weighed separately."""
-
-    name: Literal["frobenius_trace"] = Field(default="frobenius_trace", description="Kind of penalty.")
-    frobenius_weight: NonNegative = Field(default=0.0, description="Factor of the squared Frobenius norms in the loss.")
-    trace_weight: NonNegative = Field(default=0.0, description="Factor of the Hessian traces in the loss.")
-
-
-Penalty = NoPenalty | WciPenalty | FrobeniusPenalty | TracePenalty | FrobeniusTracePenalty
+    share: Share = Field(default=0.0, description="Probability that a label is drawn anew, in [0, 1].")
+    resample: bool = Field(default=True, description="Draw anew in every epoch; false fixes the noise.")
+    exclude_true: bool = Field(default=False, description="Draw from the other classes only.")
 
 
 class Optimizer(Section):
@@ -310,6 +201,16 @@ class Train(Section):
     compile: bool = Field(default=False, description="Compile the model with torch.compile.")
     ema_decay: InnerShare | None = Field(
         default=None, description="Decay per step of the averaged weights, in (0, 1); null: none."
+    )
+    swa_start_epoch: Count | None = Field(
+        default=None, description="Epochs before stochastic weight averaging, one sample an epoch; null: none."
+    )
+    patience: PositiveCount | None = Field(
+        default=None,
+        description="Epochs without a better robust validation accuracy before training stops; null: never.",
+    )
+    overfitting_guard: Literal["ignore", "warn", "stop"] = Field(
+        default="warn", description="What to do when a single-step objective overfits catastrophically."
     )
     max_norm: Positive | None = Field(
         default=None, description="Gradient norm above which gradients are clipped; null: never."

@@ -1,0 +1,267 @@
+"""Losses of the objectives against formulas written out in float64, finite differences, and the dense curvature."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import image_batch
+from objective_cases import FEW, LINF, OBJECTIVE_CASES, ZERO_STRENGTH, SmallNet
+from torch import nn
+
+from wcitrain.attacks import uniform_in_ball
+from wcitrain.curvature import Output, exact_gauss_newton_trace, exact_trace
+from wcitrain.objectives import ALP, CURE, MART, TRADES, GradAlign, InputGradient
+from wcitrain.objectives.terms import kl_output
+
+SEED = 11
+
+
+def small_net(activation=torch.tanh) -> SmallNet:
+    torch.manual_seed(0)
+    return SmallNet(activation, scale=3.0).double()
+
+
+def batch(n: int = 8):
+    """Images, images beside them, classes and soft targets."""
+    x, y = image_batch(n)
+    x_adv = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).sign()).clamp(0, 1)
+    soft = torch.rand(n, 3, generator=torch.Generator().manual_seed(3)).double()
+    return x.double(), x_adv.double(), y, soft / soft.sum(1, keepdim=True)
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max())
+    return e / e.sum()
+
+
+def trades_by_hand(z, z_adv, targets, beta):
+    """Equation (3) of ``pairing``, example by example."""
+    total = 0.0
+    for a, b, t in zip(z, z_adv, targets, strict=True):
+        p, q = softmax(a), softmax(b)
+        total += -(t * np.log(p)).sum() + beta * (p * np.log(p / q)).sum()
+    return total / len(z)
+
+
+def mart_by_hand(z, z_adv, targets, beta):
+    """Equation (1) of ``misclassification``, averaged over classes drawn from the targets; the authors' constants."""
+    total = 0.0
+    for a, b, t in zip(z, z_adv, targets, strict=True):
+        p, q = softmax(a), softmax(b)
+        for c in range(len(t)):
+            wrong = max(q[k] for k in range(len(q)) if k != c)
+            bce = -np.log(q[c]) - np.log(1.0001 - wrong + 1e-12)
+            kl = (p * (np.log(p) - np.log(q + 1e-12))).sum()
+            total += t[c] * (bce + beta * kl * (1.0000001 - p[c]))
+    return total / len(z)
+
+
+def alp_by_hand(z, z_adv, targets, weight):
+    """Equation (4) of ``pairing``."""
+    total = 0.0
+    for a, b, t in zip(z, z_adv, targets, strict=True):
+        total -= 0.5 * (t * np.log(softmax(a))).sum() + 0.5 * (t * np.log(softmax(b))).sum()
+        total += weight * ((a - b) ** 2).mean()
+    return total / len(z)
+
+
+@pytest.mark.parametrize(
+    ("objective", "by_hand", "strength"),
+    [(TRADES(beta=4.0), trades_by_hand, 4.0), (MART(beta=5.0), mart_by_hand, 5.0), (ALP(weight=0.7), alp_by_hand, 0.7)],
+    ids=["trades", "mart", "alp"],
+)
+@pytest.mark.parametrize("is_soft", [False, True])
+def test_losses_are_their_formulas(objective, by_hand, strength, is_soft):
+    """Reductions, signs, which branch is which, and which class is the wrong one."""
+    model, (x, x_adv, y, soft) = small_net(), batch()
+    z, z_adv = (model(images).detach().numpy() for images in (x, x_adv))
+    expected = by_hand(z, z_adv, soft.numpy() if is_soft else np.eye(3)[y.numpy()], strength)
+    total = objective.loss(model, x, x_adv, soft if is_soft else y).total
+    # MART: the authors' 1e-12 and 1e-7 inside logarithm and weight change the loss by less than 5 * 1e-7 * KL.
+    assert total.item() == pytest.approx(expected, rel=1e-6 if by_hand is mart_by_hand else 1e-12)
+
+
+@pytest.mark.parametrize("is_soft", [False, True])
+def test_gradients_flow_through_both_branches(is_soft):
+    """A detached clean branch is another method; compared with autograd on the plain formulas."""
+    model, (x, x_adv, y, soft) = small_net(), batch()
+    targets = soft if is_soft else F.one_hot(y, 3).double()
+    p, q = model(x).softmax(1), model(x_adv).softmax(1)
+    kl = (p * (p / q).log()).sum(1)
+    wrong = torch.stack([q[:, [k for k in range(3) if k != c]].amax(1) for c in range(3)], 1)
+    ce, ce_adv = -(targets * p.log()).sum(1), -(targets * q.log()).sum(1)
+    formulas = {
+        TRADES(beta=4.0): ce + 4 * kl,
+        MART(beta=5.0): ce_adv - (targets * (1.0001 - wrong).log()).sum(1) + 5 * kl * (1 - (targets * p).sum(1)),
+        ALP(weight=0.7): (ce + ce_adv) / 2 + 0.7 * (model(x) - model(x_adv)).square().mean(1),
+    }
+    weights = list(model.first.parameters()) + list(model.second.parameters())
+    for objective, formula in formulas.items():
+        total = objective.loss(model, x, x_adv, soft if is_soft else y).total
+        found = torch.autograd.grad(total, weights)
+        expected = torch.autograd.grad(formula.mean(), weights, retain_graph=True)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ZERO_STRENGTH)
+def test_zero_strength_is_the_base(name):
+    """A term that is switched off must leave value and gradient of the rest as they are."""
+    make, base = ZERO_STRENGTH[name]
+    model, (x, x_adv, y, _) = small_net(), batch()
+    weights = list(model.first.parameters()) + list(model.second.parameters())
+    found = make().loss(model, x, x_adv, y).total
+    expected = base(model, x, x_adv, y)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    for a, b in zip(torch.autograd.grad(found, weights), torch.autograd.grad(expected, weights), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", [name for name, case in OBJECTIVE_CASES.items() if case.is_gradient])
+def test_gradients_are_those_of_the_value(name):
+    """Against central differences, also through input gradients that are differentiated again."""
+    objective, model = OBJECTIVE_CASES[name].make(), small_net()
+    x, x_adv, _, soft = batch()
+    if name == "union, average":
+        x_adv = torch.cat([x_adv, x, x])
+    weights = list(model.parameters())
+    directions = [torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(5)) for p in weights]
+
+    def value() -> torch.Tensor:
+        torch.manual_seed(SEED)
+        return objective.loss(model, x, x_adv, soft).total
+
+    gradients = torch.autograd.grad(value(), weights, allow_unused=True, materialize_grads=True)
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+    h = 1e-6  # truncation h², rounding 1e-16 / h: about 1e-10; kinks of sign and max are not crossed within it
+    values = []
+    for step in (h, -2 * h):
+        with torch.no_grad():
+            torch._foreach_add_(weights, directions, alpha=step)
+        values.append(value().item())
+    assert slope == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-6)
+
+
+def input_gradients(model, x, y, create_graph):
+    """One example at a time: the gradient of its own loss."""
+    gradients = []
+    for image, target in zip(x, y, strict=True):
+        image = image.clone().requires_grad_()
+        loss = F.cross_entropy(model(image[None]), target[None])
+        gradients.append(torch.autograd.grad(loss, image, create_graph=create_graph)[0].flatten())
+    return gradients
+
+
+def test_grad_align_is_its_formula():
+    """One minus the cosine with the gradient at the image, which is held fixed; the other one is differentiated."""
+    model, (x, x_adv, y, _) = small_net(), batch()
+    torch.manual_seed(SEED)
+    loss = GradAlign(LINF, weight=0.3).loss(model, x, x_adv, y)
+    torch.manual_seed(SEED)
+    moved = x + uniform_in_ball(x, LINF)
+    here, there = input_gradients(model, x, y, False), input_gradients(model, moved, y, True)
+    cosines = [a @ b / (a.norm() * b.norm()) for a, b in zip(here, there, strict=True)]
+    expected = F.cross_entropy(model(x_adv), y) + 0.3 * (1 - torch.stack(cosines)).mean()
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert float(loss.parts["alignment"]) > 1e-3  # the network is curved, the claim is not empty
+    weights = [model.first.weight, model.second.weight]
+    for a, b in zip(torch.autograd.grad(loss.total, weights), torch.autograd.grad(expected, weights), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_squared", [True, False])
+def test_cure_is_its_formula(is_squared):
+    """Gradients of each example's own loss, a step of l2 length h along their sign."""
+    model, (x, _, y, _) = small_net(), batch()
+    found = CURE(h=0.5, squared=is_squared).penalty(model, x, y)
+    here = input_gradients(model, x, y, True)
+    signs = [g.detach().sign() for g in here]
+    moved = torch.stack([i + 0.5 * (s / s.norm()).view(1, 4, 4) for i, s in zip(x, signs, strict=True)])
+    lengths = [(a - b).norm() for a, b in zip(input_gradients(model, moved, y, True), here, strict=True)]
+    expected = torch.stack([length**2 if is_squared else length for length in lengths]).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    weights = [model.first.weight, model.second.weight]
+    for a, b in zip(torch.autograd.grad(found, weights), torch.autograd.grad(expected, weights), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("norm", "order"), [("l2", 2), ("l1", 1)])
+def test_input_gradient_of_a_linear_model_is_the_closed_form(norm, order):
+    """For logits W x the input gradient is Wᵀ (p − y)."""
+    torch.manual_seed(0)
+    model, (x, _, y, _) = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double(), batch()
+    error = model(x).softmax(1) - F.one_hot(y, 3)
+    gradient = (error @ model[1].weight).detach().numpy()
+    expected = np.mean([np.linalg.norm(g, order) ** order for g in gradient])
+    assert InputGradient(norm=norm).penalty(model, x, y).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, case in OBJECTIVE_CASES.items() if case.is_exact])
+def test_outputs_describe_the_loss(name):
+    """With one Output missing, or a wrong weight, the index would be that of another loss."""
+    objective, model = OBJECTIVE_CASES[name].make(), small_net(torch.relu)
+    x, x_adv, y, _ = batch()
+    if name == "union, average":
+        x_adv = torch.cat([x_adv, x, x])
+    loss = objective.loss(model, x, x_adv, y)
+    layers = {n: p for n, p in model.named_parameters() if p.ndim == 2}
+    assert torch.allclose(exact_gauss_newton_trace(loss, layers).mean, exact_trace(loss, layers).mean, rtol=1e-9)
+
+
+@pytest.mark.parametrize("objective", [TRADES(**FEW, beta=4.0), MART(**FEW, beta=4.0)], ids=["trades", "mart"])
+def test_the_divergence_has_no_curvature_where_nothing_is_perturbed(objective):
+    """At x_adv = x the KL is zero for all weights; with the adversarial branch alone its index would be the largest part."""
+    model, (x, _, y, _) = small_net(torch.relu), batch()
+    loss = objective.loss(model, x, x, y)
+    layers = {n: p for n, p in model.named_parameters() if p.ndim == 2}
+    cross_entropy = exact_gauss_newton_trace(Output(model(x)), layers).mean
+    assert torch.allclose(exact_gauss_newton_trace(loss, layers).mean, cross_entropy, rtol=1e-9)
+    if isinstance(objective, TRADES):
+        assert torch.allclose(exact_trace(loss, layers).mean, cross_entropy, rtol=1e-9)
+
+
+def test_the_divergence_is_described_by_its_joint_hessian():
+    """In the logits of both branches, where p = q: blocks H, −H, −H, H with H = diag(p) − p pᵀ, times the weight."""
+    z = torch.tensor([[0.3, -1.2, 0.8]], dtype=torch.float64)
+    pair = torch.cat([z, z], 1).requires_grad_()
+
+    def divergence(both):
+        log_p, log_q = both[:, :3].log_softmax(1), both[:, 3:].log_softmax(1)
+        return 2.5 * (log_p.exp() * (log_p - log_q)).sum()
+
+    expected = torch.autograd.functional.hessian(divergence, pair.detach()).reshape(6, 6)
+    J = torch.autograd.functional.jacobian(
+        lambda both: kl_output(both[:, :3], both[:, 3:], 2.5).logits[0], pair.detach()
+    )
+    output = kl_output(pair[:, :3], pair[:, 3:], 2.5)
+    assert output.kind == "mse"
+    J = J.reshape(3, 6)
+    assert torch.allclose(2 * output.weight * J.T @ J, expected, atol=1e-12)  # the mse's own Hessian is 2 I
+
+
+def test_the_divergence_is_the_squared_hellinger_distance_to_second_order():
+    """Otherwise its Gauss–Newton matrix would describe something else also beside p = q."""
+    z, d = torch.tensor([[0.3, -1.2, 0.8]]).double(), torch.tensor([[0.5, 0.2, -0.4]]).double()
+    ratios = []
+    for t in (1e-2, 1e-3):
+        log_p, log_q = z.log_softmax(1), (z + t * d).log_softmax(1)
+        kl = float((log_p.exp() * (log_p - log_q)).sum())
+        output = kl_output(z, z + t * d, 1.0)
+        ratios.append(abs(float(output.weight * output.logits.square().sum()) / kl - 1))
+    assert ratios[0] < 1e-2
+    assert ratios[1] == pytest.approx(ratios[0] / 10, rel=0.1)  # the difference is of third order
+
+
+def test_marts_margin_is_bounded():
+    """The authors' 1.0001: without it a confidently wrong example has an infinite loss and gradient."""
+    model = nn.Linear(3, 3, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(3))
+    x = torch.tensor([[0.0, 500.0, 0.0]], dtype=torch.float64)
+    loss = MART(beta=0.0).loss(model, x, x, torch.tensor([0]))
+    assert loss.total.item() == pytest.approx(500 - math.log(1e-4), rel=1e-6)
+    assert all(bool(torch.isfinite(o.logits).all()) for o in loss.outputs)
+    certain = MART().loss(model, x.float().double(), x, torch.tensor([1]))  # p_y rounds to one
+    assert all(bool((torch.as_tensor(o.weight) >= 0).all()) for o in certain.outputs)

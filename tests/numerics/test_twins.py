@@ -1,0 +1,325 @@
+"""The weight perturbations against straight-line references: plain tensors, no wrapper, no context managers, float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import SmoothNet
+from torch import Tensor, nn
+
+from wcitrain.curvature import Output, cross_entropy, exact_gauss_newton_trace, exact_trace
+from wcitrain.optim import (
+    ASAM,
+    AWP,
+    CRSAM,
+    GSAM,
+    RWP,
+    SAM,
+    FrobeniusTracePenalty,
+    GradientNorm,
+    NoiseStability,
+    RegularizedOptimizer,
+    StrengthSchedule,
+    VaSSO,
+    WCIAdversary,
+    WCIPenalty,
+    WCIPosterior,
+)
+from wcitrain.params import select_layers
+
+Weights = list[Tensor]
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 4, generator=generator).double(), torch.randint(0, 3, (8,), generator=generator)
+
+
+def network(w: Weights, x: Tensor) -> Tensor:
+    """SmoothNet as a formula of its four tensors."""
+    return torch.tanh(x @ w[0].T + w[1]) @ w[2].T + w[3]
+
+
+def gradient(w: Weights, x: Tensor, y: Tensor) -> Weights:
+    w = [p.clone().requires_grad_() for p in w]
+    return list(torch.autograd.grad(F.cross_entropy(network(w, x), y), w))
+
+
+def plus(w: Weights, u: Weights, sign: float = 1.0) -> Weights:
+    return [a + sign * b for a, b in zip(w, u, strict=True)]
+
+
+def norm(g: Weights) -> Tensor:
+    return torch.cat([x.flatten() for x in g]).norm()
+
+
+def inner(g: Weights, h: Weights) -> Tensor:
+    return torch.cat([x.flatten() for x in g]) @ torch.cat([x.flatten() for x in h])
+
+
+def sam(w: Weights, x: Tensor, y: Tensor, state: dict) -> Weights:
+    g = gradient(w, x, y)
+    return gradient(plus(w, g, 0.1 / norm(g)), x, y)
+
+
+def asam(w: Weights, x: Tensor, y: Tensor, state: dict) -> Weights:
+    g, t = gradient(w, x, y), [p.abs() + 0.01 if p.ndim > 1 else torch.ones_like(p) for p in w]
+    length = norm([a * b for a, b in zip(t, g, strict=True)])
+    return gradient([p + 0.3 * a * a * b / length for p, a, b in zip(w, t, g, strict=True)], x, y)
+
+
+def awp(w: Weights, x: Tensor, y: Tensor, state: dict) -> Weights:
+    g = gradient(w, x, y)
+    moved = [p + 0.05 * p.norm() * b / b.norm() if p.ndim > 1 else p for p, b in zip(w, g, strict=True)]
+    return gradient(moved, x, y)
+
+
+def vasso(w: Weights, x: Tensor, y: Tensor, state: dict) -> Weights:
+    old = state.get("m", [torch.zeros_like(p) for p in w])
+    state["m"] = m = [0.7 * a + 0.3 * b for a, b in zip(old, gradient(w, x, y), strict=True)]
+    return gradient(plus(w, m, 0.1 / norm(m)), x, y)
+
+
+def gsam(w: Weights, x: Tensor, y: Tensor, state: dict) -> Weights:
+    g = gradient(w, x, y)
+    h = gradient(plus(w, g, 0.1 / norm(g)), x, y)
+    parallel = [inner(g, h) / inner(h, h) * b for b in h]
+    orthogonal = plus(g, parallel, -1)
+    assert abs(inner(orthogonal, h)) < 1e-12
+    return plus(h, orthogonal, -0.3)
+
+
+def gradient_norm(w: Weights, x: Tensor, y: Tensor, state: dict) -> Weights:
+    g = gradient(w, x, y)
+    there = gradient(plus(w, g, 0.05 / norm(g)), x, y)
+    return [a + 0.02 * (b - a) / 0.05 for a, b in zip(g, there, strict=True)]
+
+
+def cr_sam(w: Weights, x: Tensor, y: Tensor, state: dict) -> Weights:
+    g = gradient(w, x, y)
+    up, down = (gradient(plus(w, g, s * 0.1 / norm(g)), x, y) for s in (1, -1))
+    return [u + 0.2 * (u + d - 2 * a) + 0.05 * (u - d) for a, u, d in zip(g, up, down, strict=True)]
+
+
+TWINS: dict[str, tuple[object, Callable]] = {
+    "sam": (SAM(0.1), sam),
+    "asam": (ASAM(0.3), asam),
+    "awp": (AWP(0.05), awp),
+    "vasso": (VaSSO(0.1, theta=0.3), vasso),
+    "gsam": (GSAM(0.1, alpha=0.3), gsam),
+    "gradient norm": (GradientNorm(0.02, radius=0.05), gradient_norm),
+    "cr-sam": (CRSAM(0.1, alpha=0.2, beta=0.05), cr_sam),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twenty_steps_equal_the_straight_line_reference(name):
+    """Momentum and weight decay act on W, not on W + u, and nothing of one step leaks into the next."""
+    rule, reference = TWINS[name]
+    torch.manual_seed(0)
+    model = SmoothNet().double()
+    w = [p.detach().clone() for p in model.parameters()]
+    optimizer = RegularizedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01), model, perturbation=rule
+    )
+    momentum, state = [torch.zeros_like(p) for p in w], {}
+    start = [p.clone() for p in w]
+    for step in range(20):
+        x, y = batch(step)
+        optimizer.step(lambda x=x, y=y: cross_entropy(model(x), y))
+        g = reference(w, x, y, state)
+        momentum = [0.9 * m + b + 0.01 * p for m, b, p in zip(momentum, g, w, strict=True)]
+        w = plus(w, momentum, -0.2)
+    # float64, the same numbers in another order: 20 steps of a map whose Lipschitz constant is of order 1 to 2
+    for p, expected, first in zip(model.parameters(), w, start, strict=True):
+        assert torch.allclose(p, expected, rtol=1e-9, atol=1e-11)
+        assert (expected - first).norm() > 0.1  # and they went somewhere
+
+
+def test_vasso_with_theta_one_is_sam_and_gradient_norm_at_its_radius_too():
+    """Limits in which published rules coincide."""
+    results = []
+    for rule in (SAM(0.05), VaSSO(0.05, theta=1.0), GradientNorm(0.05, radius=0.05)):
+        torch.manual_seed(0)
+        model = SmoothNet().double()
+        optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, perturbation=rule)
+        for step in range(3):
+            x, y = batch(step)
+            optimizer.step(lambda x=x, y=y, model=model: cross_entropy(model(x), y))
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(results[0], results[1], atol=1e-13)
+    assert torch.allclose(results[0], results[2], atol=1e-13)
+
+
+def test_the_wci_adversary_has_the_posteriors_radii_and_the_gradients_direction(monkeypatch):
+    """Each layer moves by sqrt(d_l) sigma_l along its own gradient; the traces are Gauss–Newton's at W."""
+    import wcitrain.optim.perturbed_steps as steps
+
+    torch.manual_seed(0)
+    model = SmoothNet().double()
+    optimizer = RegularizedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=WCIAdversary(0.05)
+    )
+    x, y = batch(0)
+    optimizer.step(lambda: cross_entropy(model(x), y))
+    samples = []
+    for _ in range(400):
+        optimizer.zero_grad()
+        optimizer._record["step"] += 1  # other signs
+        optimizer.backward(lambda: cross_entropy(model(x), y))
+        samples.append(optimizer._pending[-1])
+    draws, layers = torch.stack(samples), select_layers(model)
+    exact = exact_gauss_newton_trace(Output(model(x)), layers).mean
+    assert ((draws.mean(0) - exact).abs() < 4 * draws.std(0) / 20).all()
+
+    seen = []
+    original = steps.perturbed
+    monkeypatch.setattr(steps, "perturbed", lambda tensors, u: (seen.append(u), original(tensors, u))[1])
+    traces = optimizer.traces()
+    optimizer.backward(lambda: cross_entropy(model(x), y))
+    posterior = WCIPosterior(0.05).posterior(layers.squared_norms(), layers.sizes(), traces, 1.0)
+    g = torch.autograd.grad(F.cross_entropy(model(x), y), layers.tensors)
+    for u, b, sigma in zip(seen[0], g, posterior.sigma, strict=True):
+        assert torch.allclose(u, sigma * u.numel() ** 0.5 * b / b.norm(), rtol=1e-10)
+    total = torch.cat([u.flatten() for u in seen[0]]).norm() / layers.squared_norms().sum().sqrt()
+    assert float(total) == pytest.approx(0.05)
+    assert optimizer.metrics()["relative_size"] == pytest.approx(0.05)
+
+
+def test_noise_stability_is_isotropic_and_measures_the_trace():
+    """(W ± u) with one sigma for all tensors, biases too; the mean gradient is that of the smoothed loss."""
+    torch.manual_seed(0)
+    model = SmoothNet().double()
+    rule, sigma, draws = NoiseStability(0.02), 0.02, 3000
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=rule)
+    assert len(optimizer.layers) == 4
+    x, y = batch(0)
+    layers = select_layers(model, "all")
+    plain = torch.autograd.grad(F.cross_entropy(model(x), y), layers.tensors)
+    trace = exact_trace(F.cross_entropy(model(x), y), layers, create_graph=True).mean
+    wanted = torch.autograd.grad(sigma**2 / 2 * trace.sum(), layers.tensors)
+    gradients, traces = [], []
+    for _ in range(1500):
+        optimizer.zero_grad()
+        optimizer._record["step"] += 1  # another draw
+        optimizer.backward(lambda: cross_entropy(model(x), y))
+        gradients.append(torch.cat([(t.grad - g).flatten() for t, g in zip(layers.tensors, plain, strict=True)]))
+        traces.append(optimizer._pending[-1])
+    for draws, expected in (
+        (torch.stack(gradients), torch.cat([w.flatten() for w in wanted])),
+        (torch.stack(traces), trace.detach()),
+    ):
+        # 4.5 standard errors for each of 44 numbers; truncation is of relative order sigma² / |w|² = 1e-3
+        allowed = 4.5 * draws.std(0) / len(draws) ** 0.5 + 0.01 * expected.abs()
+        assert ((draws.mean(0) - expected).abs() < allowed).all()
+        assert (draws.mean(0) - expected).norm() < 0.3 * expected.norm()  # and it is not all noise
+
+
+def test_rwp_moves_every_filter_in_proportion_to_its_norm(monkeypatch):
+    """Filters of different size get noise of their own size, a vector counts as one filter."""
+    import wcitrain.optim.perturbed_steps as steps
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        model[0].weight[1].mul_(100)
+        model[0].weight[2].zero_()
+    optimizer = RegularizedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=RWP(0.01, schedule=StrengthSchedule(ramp=1))
+    )
+    seen = []
+    original = steps.perturbed
+    monkeypatch.setattr(steps, "perturbed", lambda tensors, u: (seen.append(u), original(tensors, u))[1])
+    x, y = torch.rand(4, 2, 3, 3).double(), torch.tensor([0, 1, 0, 1])
+    for _ in range(300):
+        optimizer.step(lambda: cross_entropy(model(x), y))
+    draws = torch.stack([u[0] for u in seen[1:]])  # [299, 3, 2, 3, 3]; the first step is at half strength
+    size = draws.square().mean((0, 2, 3, 4)).sqrt()
+    norms = model[0].weight.detach().flatten(1).norm(dim=1)
+    # 299 * 18 numbers a filter: their standard deviation is known to 1 %
+    assert torch.allclose(size, 0.01 * norms, rtol=0.05)
+    assert size[2] == 0
+    bias = torch.stack([u[1] for u in seen[1:]]).square().mean().sqrt()
+    assert float(bias) == pytest.approx(0.01 * float(model[0].bias.detach().norm()), rel=0.15)
+
+
+def test_rwp_mixes_the_two_gradients_in_its_proportion(monkeypatch):
+    """(1 − α) g(W) + α g(W + u): with the two weights exchanged a run looks as healthy as before."""
+    import wcitrain.optim.perturbed_steps as steps
+
+    torch.manual_seed(0)
+    model = SmoothNet().double()
+    x, y = batch(0)
+    optimizer = RegularizedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=RWP(0.3, mixing=0.3)
+    )
+    seen = []
+    original = steps.perturbed
+    monkeypatch.setattr(steps, "perturbed", lambda tensors, u: (seen.append(u), original(tensors, u))[1])
+    optimizer.backward(lambda: cross_entropy(model(x), y))
+    w = [p.detach() for p in model.parameters()]
+    here, there = gradient(w, x, y), gradient(plus(w, seen[0]), x, y)
+    for p, a, b in zip(model.parameters(), here, there, strict=True):
+        assert torch.allclose(p.grad, 0.7 * a + 0.3 * b, atol=1e-13)
+        assert not torch.allclose(a, b, atol=1e-3)
+
+
+def test_the_coefficients_of_a_composed_penalty_are_those_of_the_unperturbed_weights():
+    """½ λ sqrt(a/t) with a at W + u, and ½ λ sqrt(t/a) with a at W, would be the gradient of no function."""
+    grads, (x, y) = [], batch(0)
+    for gamma in (None, 0.5):
+        torch.manual_seed(0)
+        model = SmoothNet().double()
+        optimizer = RegularizedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.0),
+            model,
+            perturbation=None if gamma is None else AWP(gamma),
+            penalty=WCIPenalty(0.5, estimator="gauss_newton"),
+        )
+        optimizer.step(lambda model=model: cross_entropy(model(x), y))
+        shapes = []
+        original = optimizer.penalty.trace_coefficients
+        object.__setattr__(
+            optimizer.penalty,
+            "trace_coefficients",
+            lambda a, d, t, original=original, shapes=shapes: shapes.append(a) or original(a, d, t),
+        )
+        optimizer.step(lambda model=model: cross_entropy(model(x), y))
+        grads.append(shapes[0])
+    assert torch.equal(*grads)
+
+
+def test_a_penalty_composed_with_an_ascent_is_the_penalty_at_the_perturbed_weights():
+    """The gradient is that of loss plus penalty at W + u, with u from the loss alone, and the norm term stays at W."""
+    torch.manual_seed(0)
+    model = SmoothNet().double()
+    x, y = batch(0)
+    penalty = FrobeniusTracePenalty(0.01, 0.05, estimator="gauss_newton", num_probes=2)
+    optimizer = RegularizedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=AWP(0.05), penalty=penalty, seed=3
+    )
+    optimizer.backward(lambda: cross_entropy(model(x), y))
+    found = [p.grad.clone() for p in model.parameters()]
+
+    layers = select_layers(model)
+    g = torch.autograd.grad(F.cross_entropy(model(x), y), layers.tensors)
+    moved = SmoothNet().double()
+    moved.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for t, b in zip(select_layers(moved).tensors, g, strict=True):
+            t += 0.05 * t.norm() * b / b.norm()
+    alone = RegularizedOptimizer(
+        torch.optim.SGD(moved.parameters(), lr=0.0),
+        moved,
+        penalty=FrobeniusTracePenalty(0.0, 0.05, estimator="gauss_newton", num_probes=2),
+        seed=3,
+    )
+    alone.backward(lambda: cross_entropy(moved(x), y))
+    for (name, p), q, value in zip(model.named_parameters(), moved.parameters(), found, strict=True):
+        norm_term = 2 * 0.01 * p.detach() if "weight" in name else 0.0
+        assert torch.allclose(value, q.grad + norm_term, atol=1e-12), name
+    penalised = WCIPenalty(0.1, estimator="gauss_newton")
+    assert RegularizedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=SAM(), penalty=penalised, layers="weights"
+    ).extra_passes() == (1, 4)

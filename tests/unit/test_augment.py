@@ -1,0 +1,531 @@
+"""What augmentation, mixing and label noise promise: torchvision's operations and fair draws, as functions of a seed."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from wcitrain.data import Augmentation, Mixing, StreamSet, load_splits, noisy_labels
+from wcitrain.data.augment import seeded
+from wcitrain.data.loader import crop_and_mirror, draw_augmentation
+from wcitrain.data.noise import _uniform
+from wcitrain.seeding import generator_from, seed_from
+
+POLICIES = {
+    "cutout": Augmentation("cutout", cutout_size=3),
+    "autoaugment": Augmentation("autoaugment"),
+    "randaugment": Augmentation("randaugment", num_ops=3, magnitude=20),
+    "trivialaugment": Augmentation("trivialaugment"),
+    "idbh": Augmentation("idbh"),
+    "autoaugment and cutout": Augmentation("autoaugment", cutout_size=3),
+}
+TRAIN = {"shuffle": True, "seed": 3, "epoch": 2, "crop_padding": 1, "flip": True, "drop_last": True}
+
+
+def some_pixels(shape, seed=0):
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def global_states():
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+
+def assert_equal(batches, others):
+    batches, others = list(batches), list(others)
+    assert len(batches) == len(others) > 0
+    for batch, other in zip(batches, others, strict=True):
+        for tensor, expected in zip(batch, other, strict=True):
+            assert torch.equal(tensor, expected)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_splits("digits", max_train=116, val_size=20, num_workers=0).train
+
+
+# One image ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 7, 5)])
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_change_images_and_keep_their_form(name, shape):
+    """A policy that does nothing would be published as one that does not help; a float or a resized image would crash."""
+    pixels = some_pixels(shape)
+    original = pixels.clone()
+    results = [POLICIES[name].apply(pixels, seed) for seed in range(24)]
+    assert all(result.shape == shape and result.dtype == torch.uint8 for result in results)
+    assert torch.equal(pixels, original)
+    # Some draws are the identity (a color change of a gray image, an invisible shift); most are not.
+    assert sum(not torch.equal(result, pixels) for result in results) >= 6
+    assert len({result.numpy().tobytes() for result in results}) >= 5
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_an_image_is_a_function_of_its_seed(name):
+    """Workers, ranks and resumed runs would augment otherwise, and training would disturb dropout and the attack."""
+    pixels = some_pixels((3, 8, 8))
+    results = []
+    for state in (0, 1):
+        torch.manual_seed(state), np.random.seed(state), random.seed(state)
+        before = global_states()
+        results.append([POLICIES[name].apply(pixels, seed) for seed in range(12)])
+        assert global_states() == before
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_seeded_restores_after_errors():
+    """A broken image would leave the whole run on the seed of that image."""
+    before = torch.get_rng_state()
+
+    def fail():
+        with seeded(5):
+            torch.rand(3)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "direct"),
+    [
+        (Augmentation("autoaugment"), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)),
+        (Augmentation("randaugment"), v2.RandAugment(num_ops=2, magnitude=9)),
+        (Augmentation("randaugment", num_ops=3, magnitude=25), v2.RandAugment(num_ops=3, magnitude=25)),
+        (Augmentation("randaugment", magnitude=0), v2.RandAugment(num_ops=2, magnitude=0)),
+        (Augmentation("trivialaugment"), v2.TrivialAugmentWide()),
+    ],
+)
+def test_policies_are_those_of_torchvision(augmentation, direct):
+    """A setting that does not arrive, or ImageNet's policy on CIFAR-10, would look like any other augmentation."""
+    pixels = some_pixels((3, 16, 16))
+    for seed in range(20):
+        with seeded(seed):
+            torch.rand(1)  # whether to augment at all
+            expected = direct(pixels)
+        assert torch.equal(augmentation.apply(pixels, seed), expected)
+
+
+@pytest.mark.parametrize("side", [2, 3])
+def test_cutout_centres_are_uniform_and_clipped(side):
+    """A square that stays inside erases the middle more than the rim, and is a stronger augmentation than published."""
+    height, width, draws = 4, 5, 1500
+    places = Counter()
+    for seed in range(draws):
+        black = Augmentation("cutout", cutout_size=side).apply(
+            torch.full((1, height, width), 9, dtype=torch.uint8), seed
+        )
+        rows, columns = torch.nonzero(black[0] == 0, as_tuple=True)
+        box = (int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1)
+        assert len(rows) == (box[1] - box[0]) * (box[3] - box[2])
+        places[box] += 1
+    # The first row runs from -(s//2); what is clipped above 0 and below H remains.
+    half = side // 2
+    first = [range(-half, size + half - side + 1) for size in (height, width)]
+    expected = {
+        (max(top, 0), min(top + side, height), max(left, 0), min(left + side, width))
+        for top in first[0]
+        for left in first[1]
+    }
+    assert set(places) == expected
+    assert len(expected) == len(first[0]) * len(first[1])
+    # 30 (s=2) or 20 (s=3) equally likely places, standard deviation below sqrt(1500 / 20) = 8.7; 5 of them allowed.
+    assert max(abs(count - draws / len(expected)) for count in places.values()) < 44
+
+
+def test_cutout_follows_the_policy():
+    """A square that is rotated or brightened with the image is no longer one, and no longer black."""
+    pixels, num_erased = some_pixels((3, 16, 16)), 0
+    for seed in range(20):
+        plain = Augmentation("trivialaugment").apply(pixels, seed)
+        erased = Augmentation("trivialaugment", cutout_size=6).apply(pixels, seed)
+        changed = (erased != plain).any(0)
+        assert not erased[:, changed].any()
+        rows, columns = (torch.nonzero(changed.any(axis)).flatten() for axis in (1, 0))
+        if len(rows):  # else the square fell on black
+            assert max(rows[-1] - rows[0], columns[-1] - columns[0]) < 6
+            num_erased += 1
+    assert num_erased > 14
+
+
+def test_probability_leaves_the_others_as_they_are():
+    """Half the images augmented, or all of them by half, would both be called probability 1/2."""
+    pixels = torch.full((1, 8, 8), 7, dtype=torch.uint8)
+    augmentation = Augmentation("cutout", cutout_size=4, probability=0.3)
+    changed = sum(not torch.equal(augmentation.apply(pixels, seed), pixels) for seed in range(1000))
+    assert abs(changed - 300) < 5 * 14.5  # sqrt(1000 * 0.3 * 0.7) = 14.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "augmix"}, "augment.policy: got 'augmix'; expected one of none, cutout"),
+        (
+            {"policy": "autoaugment", "magnitude": 5},
+            "augment.magnitude, augment.num_ops: got 5, None for policy autoaugment",
+        ),
+        ({"policy": "randaugment", "magnitude": 31}, "augment.magnitude: got 31; expected 0 to 30"),
+        ({"policy": "randaugment", "num_ops": 0}, "augment.num_ops: got 0"),
+        ({"policy": "cutout"}, "augment.cutout_size: got None"),
+        ({"policy": "cutout", "cutout_size": 0}, "augment.cutout_size: got 0"),
+        ({"cutout_size": 8}, "augment.cutout_size: got 8 for policy none"),
+        ({"policy": "idbh", "probability": 0}, "augment.probability: got 0; expected more than 0"),
+        ({"policy": "idbh", "probability": float("nan")}, "augment.probability: got nan"),
+        ({"probability": 0.5}, "augment.probability: got 0.5 for policy none"),
+    ],
+)
+def test_augmentations_without_effect_are_refused(settings, message):
+    """A setting would silently do nothing, and a comparison of two runs would compare the same run."""
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**settings)
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+
+
+def test_order_is_crop_mirror_policy(digits):
+    """A policy before the crop erases squares that the crop moves out, and any change of order changes every number."""
+    augmentation = POLICIES["autoaugment and cutout"]
+    order = torch.randperm(96, generator=generator_from("cpu", 3, "order", 2))
+    shift, mirror = draw_augmentation(96, 1, True, 3, "augment", 2)
+    levels = (digits.pixels[order] * (255 / 16)).round().to(torch.uint8)
+    cropped = crop_and_mirror(levels, shift, mirror, 1)
+    expected = torch.stack(
+        [augmentation.apply(image, seed_from(3, "augment", 2, "policy", k)) for k, image in enumerate(cropped)]
+    )
+    (batch,) = digits.batches(96, **TRAIN, augmentation=augmentation)
+    assert torch.equal(batch.x, expected.float() / 255)
+    assert torch.equal(batch.y, digits.y[order])
+
+
+def test_workers_ranks_and_resume_augment_alike(digits):
+    """The number of processes or an interruption would change the training images."""
+    settings = TRAIN | {"augmentation": POLICIES["idbh"]}
+    whole = list(digits.batches(32, **settings))
+    with_workers = load_splits("digits", max_train=116, val_size=20, num_workers=2).train
+    assert_equal(whole, with_workers.batches(32, **settings))
+    streamed = load_splits("digits", max_train=116, val_size=20, num_workers=1, in_memory=False).train
+    assert streamed.pixels is None
+    assert_equal(whole, streamed.batches(32, **settings))
+    assert_equal(whole[2:], digits.batches(32, start=2, **settings))
+    micro = list(digits.batches(16, **settings))
+    assert_equal(whole, [[torch.cat(pair) for pair in zip(*micro[i : i + 2], strict=True)] for i in (0, 2, 4)])
+    parts = [list(digits.batches(32, rank=rank, world=2, **settings)) for rank in range(2)]
+    assert_equal(
+        whole, [[torch.cat(pair) for pair in zip(*batches, strict=True)] for batches in zip(*parts, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_augmented_batches_leave_global_random_state_alone(num_workers):
+    """Augmentation would change dropout and the attack's random start, and a worker's death would change them again."""
+    train = load_splits("digits", max_train=30, val_size=10, num_workers=num_workers).train
+    before = global_states()
+    list(train.batches(10, **TRAIN, augmentation=POLICIES["idbh"]))
+    assert global_states() == before
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"epoch": 3}])
+def test_seed_and_epoch_change_the_policy(digits, change):
+    """Every epoch would distort an image in the same way."""
+    still = {"shuffle": False, "crop_padding": 0, "flip": False, "augmentation": POLICIES["cutout"]}
+    first, other = (next(digits.batches(96, **TRAIN | still | more)) for more in ({}, change))
+    assert torch.equal(first.index, other.index)
+    assert not torch.equal(first.x, other.x)
+
+
+def test_every_place_has_its_own_draw(digits):
+    """One draw for all images of a batch or an epoch would erase the same square everywhere."""
+    (batch,) = digits.batches(96, **TRAIN | {"crop_padding": 0, "augmentation": Augmentation("cutout", cutout_size=6)})
+    black = {tuple((image == 0).flatten().tolist()) for image in batch.x}
+    assert len(black) > 80
+
+
+def test_policy_none_keeps_the_bits(digits):
+    """Runs of before would not repeat."""
+    assert_equal(digits.batches(32, **TRAIN), digits.batches(32, **TRAIN, augmentation=Augmentation()))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_augmented_digits_stay_in_range(digits, name):
+    """Policies count on 255 levels: images of 17 would be inverted to 15.9 and solarised to nothing."""
+    (batch,) = digits.batches(96, **TRAIN, augmentation=POLICIES[name])
+    assert batch.x.dtype == torch.float32
+    assert float(batch.x.min()) == 0
+    assert float(batch.x.max()) == 1
+    if name == "cutout":  # rounding to 255ths moves a sixteenth by at most half a 255th; float32 adds 1e-7
+        assert ((batch.x * 16).round() / 16 - batch.x).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_images_that_do_not_fit_are_refused_at_the_call(digits):
+    """The first batch would fail inside torchvision, in another process."""
+    with pytest.raises(ValueError, match=r"augment.cutout_size: got 9 for images of 8x8 pixels; expected at most 8"):
+        digits.batches(8, augmentation=Augmentation("cutout", cutout_size=9))
+    with pytest.raises(ValueError, match=r"augment.policy: got idbh for images of 4 channels"):
+        Augmentation("idbh").check((4, 8, 8))
+
+
+class FrontToBack(torch.utils.data.IterableDataset):
+    """Stands in for timm's IterableImageDataset: 12 images of one shade each."""
+
+    def __init__(self, **_):
+        self.reader = type("Reader", (), {})()
+
+    def set_epoch(self, epoch):
+        pass
+
+    def set_loader_cfg(self, num_workers=None):
+        pass
+
+    def __iter__(self):
+        for i in range(12):
+            yield self.transform(Image.new("RGB", (6, 6), (20 * i + 5,) * 3)), i
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_streams_augment_and_repeat(num_workers):
+    """Data that are read front to back would silently not be augmented, or never twice alike."""
+    stream = StreamSet(FrontToBack, 12, 6, num_workers)
+    settings = TRAIN | {"augmentation": Augmentation("cutout", cutout_size=4)}
+    before = global_states()
+    first = list(stream.batches(4, **settings))
+    assert global_states() == before
+    assert_equal(first, stream.batches(4, **settings))
+    assert_equal(first[1:], stream.batches(4, start=1, **settings))
+    assert_equal(first, StreamSet(FrontToBack, 12, 6, 0).batches(4, **settings))  # one worker counts like none
+    x = torch.cat([batch.x for batch in first])
+    shades = torch.tensor([20 * i + 5 for i in range(12)]) / 255
+    assert torch.equal(x.amax((1, 2, 3)), shades)
+    assert len({tuple((image == 0).flatten().tolist()) for image in x}) > 6
+    other = torch.cat([batch.x for batch in stream.batches(4, **settings | {"epoch": 3})])
+    assert not torch.equal(x, other)
+    with pytest.raises(ValueError, match=r"augment.cutout_size: got 9"):
+        stream.batches(4, **settings | {"augmentation": Augmentation("cutout", cutout_size=9)})
+
+
+# Mixing ---------------------------------------------------------------------------------------------------------------
+
+
+def image_batch(n=6, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 3, 8, 8, generator=generator), torch.randint(0, classes, (n,), generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("mixing", "direct"),
+    [
+        (Mixing(mixup_alpha=0.4), v2.MixUp(alpha=0.4, num_classes=4)),
+        (Mixing(cutmix_alpha=1.0), v2.CutMix(alpha=1.0, num_classes=4)),
+    ],
+)
+def test_mixing_is_that_of_torchvision(mixing, direct):
+    """An alpha that does not arrive would only show as a slightly different accuracy."""
+    x, y = image_batch()
+    original = x.clone()
+    for seed in range(10):
+        before = torch.get_rng_state()
+        mixed, soft = mixing.apply(x, y, 4, seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        with seeded(seed):
+            torch.rand(())  # whether to mix at all
+            expected = direct(x, y)
+        assert torch.equal(mixed, expected[0])
+        assert torch.equal(soft, expected[1])
+        assert torch.equal(x, original)
+        assert soft.shape == (6, 4)
+        assert (soft.sum(1) - 1).abs().max() <= 2**-23  # two float32 products of λ and 1-λ, added
+        assert mixed.min() >= 0
+        assert mixed.max() <= 1
+
+
+def test_cutmix_labels_count_pixels():
+    """λ before the box is clipped at the border would promise more of the partner than is there."""
+    x = torch.arange(5.0)[:, None, None, None].expand(5, 1, 8, 8).clone()
+    y = torch.arange(5)
+    kept = set()
+    for seed in range(30):
+        mixed, soft = Mixing(cutmix_alpha=1.0).apply(x, y, 5, seed)
+        for b in range(5):
+            share = (mixed[b] == b).float().mean()  # exact: k/64
+            assert abs(float(soft[b, b] - share)) < 1e-6  # float32 rounding of a number below 1
+            assert abs(float(soft[b, b - 1] - (mixed[b] == (b - 1) % 5).float().mean())) < 1e-6
+            kept.add(float(share))
+    assert len(kept) > 8
+
+
+def test_mixup_labels_weigh_pixels():
+    """Images and labels blended by different λ would teach wrong probabilities."""
+    x, y = torch.eye(4)[:, :, None, None].expand(4, 4, 2, 2).clone(), torch.arange(4)
+    mixed, soft = Mixing(mixup_alpha=1.0).apply(x, y, 4, 1)
+    assert torch.equal(mixed[:, :, 0, 0], soft)
+    assert 0.01 < soft[0, 0] < 0.99
+
+
+def test_unmixed_batches_are_one_hot():
+    """The loss would meet two kinds of labels, and a run without mixing would not equal one that never heard of it."""
+    x, y = image_batch()
+    for mixing in (Mixing(), Mixing(mixup_alpha=1.0, probability=0.0)):
+        assert not mixing.is_active
+        mixed, soft = mixing.apply(x, y, 4, 0)
+        assert mixed is x
+        assert torch.equal(soft, torch.eye(4)[y])
+
+
+def test_probabilities_choose_how_a_batch_is_mixed():
+    """Swapped probabilities would cut where one asked to blend."""
+    x, y = image_batch(n=2)
+    mixing = Mixing(mixup_alpha=1.0, cutmix_alpha=1.0, probability=0.6, switch_probability=0.25)
+    kinds = Counter()
+    for seed in range(600):
+        mixed, _ = mixing.apply(x, y, 4, seed)
+        if mixed is x:
+            kinds["none"] += 1
+        else:
+            is_cut = ((mixed == x) | (mixed == x.roll(1, 0))).all()
+            kinds["cut" if is_cut else "blend"] += 1
+    # Of 600: 40 % not mixed, 15 % cut, 45 % blended; standard deviations 12.0, 8.7 and 12.2, 5 of them allowed.
+    assert abs(kinds["none"] - 240) < 60
+    assert abs(kinds["cut"] - 90) < 44
+    assert abs(kinds["blend"] - 270) < 61
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mixup_alpha": -0.1}, "mixing.mixup_alpha: got -0.1"),
+        ({"cutmix_alpha": float("inf")}, "mixing.cutmix_alpha: got inf"),
+        ({"probability": 1.5}, "mixing.probability: got 1.5; expected 0 to 1"),
+        ({"switch_probability": -1}, "mixing.switch_probability: got -1"),
+    ],
+)
+def test_odd_mixing_is_refused(settings, message):
+    """torchvision would fail at the first mixed batch, or draw NaN."""
+    with pytest.raises(ValueError, match=message):
+        Mixing(**settings)
+
+
+def test_mixing_refuses_what_it_cannot_mix():
+    """Levels would be mixed in whole numbers, and soft labels taken for classes."""
+    x, y = image_batch()
+    for images, labels, message in [
+        ((x * 255).byte(), y, r"mixing: got images torch.uint8 \[6, 3, 8, 8\]"),
+        (x[0], y[:1], r"mixing: got images torch.float32 \[3, 8, 8\]"),
+        (x, torch.eye(4)[y], r"mixing: got labels torch.float32 \[6, 4\] for 6 images"),
+        (x, y[:5], r"mixing: got labels torch.int64 \[5\] for 6 images"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Mixing(mixup_alpha=1.0).apply(images, labels, 4, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_mixing_on_the_device_draws_the_same():
+    """A GPU run would mix other pairs by other shares than a CPU run."""
+    x, y = image_batch()
+    for mixing in (Mixing(mixup_alpha=1.0), Mixing(cutmix_alpha=1.0)):
+        before = torch.cuda.get_rng_state()
+        mixed, soft = mixing.apply(x.cuda(), y.cuda(), 4, 3)
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+        expected, labels = mixing.apply(x, y, 4, 3)
+        assert torch.allclose(mixed.cpu(), expected, atol=2**-23, rtol=0)  # a fused multiply-add rounds once less
+        assert torch.allclose(soft.cpu(), labels, atol=2**-23, rtol=0)
+
+
+# Label noise ----------------------------------------------------------------------------------------------------------
+
+N, C = 20_000, 10
+INDEX = torch.arange(N) - N // 2  # extra images have negative ones
+LABELS = torch.arange(N) % C
+
+
+def noisy(share, y=LABELS, index=INDEX, **settings):
+    return noisy_labels(y, index, share=share, num_classes=C, **{"seed": 5} | settings)
+
+
+@pytest.mark.parametrize(("exclude_true", "wrong"), [(False, 0.4 * 0.9), (True, 0.4)])
+def test_the_share_of_wrong_labels_is_as_announced(exclude_true, wrong):
+    """The two readings of "40 % noise" differ by a tenth, which is more than most methods gain."""
+    result = noisy(0.4, exclude_true=exclude_true)
+    assert abs(int((result != LABELS).sum()) - N * wrong) < 5 * 69.3  # sqrt(20000 * 0.4 * 0.6) = 69.3
+    assert ((result >= 0) & (result < C)).all()
+
+
+@pytest.mark.parametrize("exclude_true", [False, True])
+def test_drawn_classes_are_uniform(exclude_true):
+    """Noise that prefers a class, or goes to the next one, is not symmetric."""
+    counts = torch.zeros(C, C)
+    counts.index_put_((LABELS, noisy(1.0, exclude_true=exclude_true)), torch.ones(N), accumulate=True)
+    if exclude_true:
+        assert (counts.diagonal() == 0).all()
+    others = counts[~torch.eye(C, dtype=torch.bool)]
+    mean = N / C / (C - exclude_true)  # 200 or 222 of 2000; standard deviation below 14.1, 5 of them allowed
+    assert (others - mean).abs().max() < 71
+    if not exclude_true:
+        assert (counts.diagonal() - mean).abs().max() < 71
+
+
+def test_noise_belongs_to_the_image():
+    """Batch size, order, ranks or a resume would change which labels are wrong: the noise could never be memorised."""
+    whole = noisy(0.5)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:300]
+    assert torch.equal(noisy(0.5, LABELS[order], INDEX[order]), whole[order])
+    assert torch.equal(noisy(0.5), whole)
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"epoch": 0}, {"epoch": 1}])
+def test_seed_and_epoch_draw_anew(change):
+    """Noise that is announced as fresh in each epoch would be one fixed noise, or the seed would not matter."""
+    results = [noisy(0.5), noisy(0.5, **change)]
+    flipped = [result != LABELS for result in results]
+    # Wrong with probability 0.45; wrong in both by chance 0.2025: standard deviation sqrt(20000 * 0.16) = 57.
+    assert abs(int((flipped[0] & flipped[1]).sum()) - N * 0.2025) < 5 * 57
+    assert torch.equal(noisy(0.5, **change), results[1])
+
+
+def test_no_share_is_no_noise_and_all_is_all():
+    """A rounding at the ends would leave noise in a run without, or clean labels in one of noise only."""
+    assert torch.equal(noisy(0.0), LABELS)
+    assert (noisy(1.0, exclude_true=True) != LABELS).all()
+
+
+def test_larger_shares_keep_the_noise_of_smaller_ones():
+    """A study over shares would also vary which images are wrong."""
+    small, large = noisy(0.2, exclude_true=True), noisy(0.4, exclude_true=True)
+    assert torch.equal(large[small != LABELS], small[small != LABELS])
+
+
+def test_hash_equals_unsigned_arithmetic():
+    """Shifts that repeat the sign, or products that do not wrap, are poor hashes on one device and other ones on the next."""
+
+    def splitmix(index, seed):
+        mask = 2**64 - 1
+        z = (index * 0x9E3779B97F4A7C15 + seed) & mask
+        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+        return (z ^ z >> 31) >> 2
+
+    index = torch.tensor([0, 1, -1, 12345, -(2**40), 2**62])
+    expected = [splitmix(i, seed_from("place", 3)) % 1000 for i in index.tolist()]
+    assert _uniform(index, 1000, "place", 3).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"share": 1.1}, "label_noise.share: got 1.1"),
+        ({"share": float("nan")}, "label_noise.share: got nan"),
+        ({"num_classes": 1}, "label_noise: got 1 classes"),
+        ({"index": torch.arange(3)}, r"noisy_labels: got labels \[2\] and indices \[3\]"),
+    ],
+)
+def test_impossible_noise_is_refused(settings, message):
+    """A percentage would make every label noise, and one index for many labels the same noise."""
+    y = torch.tensor([0, 1])
+    arguments = {"index": torch.arange(2), "share": 0.5, "num_classes": 2, "seed": 0} | settings
+    with pytest.raises(ValueError, match=message):
+        noisy_labels(y, **arguments)

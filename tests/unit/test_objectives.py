@@ -1,0 +1,622 @@
+"""Every objective keeps the contract of ``objectives.objective``; the table is ``objective_cases``."""
+
+import copy
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BatchNormNet, assert_same, everything, image_batch
+from objective_cases import BALLS, FEW, LINF, OBJECTIVE_CASES, SmallNet, TwoHeads, balls_of, is_in_ball
+from torch import nn
+
+import wcitrain.objectives
+from wcitrain.attacks import Attack, ThreatModel, fgsm, pgd, project, sparse_step
+from wcitrain.models import create_model
+from wcitrain.objectives import (
+    ALP,
+    CURE,
+    FGSMRS,
+    MART,
+    OBJECTIVES,
+    PGDAT,
+    TRADES,
+    CatastrophicOverfittingGuard,
+    FreeAT,
+    GradAlign,
+    InputGradient,
+    RotationAT,
+    Standard,
+    UnionAT,
+    WithInputRegularizer,
+)
+from wcitrain.objectives.rotation import quarter_turns
+
+SEED = 7
+
+
+def two_heads(training: bool = True) -> TwoHeads:
+    torch.manual_seed(0)
+    return TwoHeads().train(training)
+
+
+def generator(seed: int = SEED) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def one_hot(y: torch.Tensor) -> torch.Tensor:
+    return F.one_hot(y, 3).float()
+
+
+def loss_and_gradients(objective, model, x, x_adv, y) -> list[torch.Tensor]:
+    """The total and its gradients; parameters the loss does not reach get zeros."""
+    torch.manual_seed(SEED)
+    total = objective.loss(model, x, x_adv, y).total
+    gradients = torch.autograd.grad(total, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    return [total.detach(), *gradients]
+
+
+# ---- shared claims ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_CASES)
+@pytest.mark.parametrize("fails", [False, True])
+def test_perturb_leaves_no_trace(name, fails):
+    """An attack that moves statistics, modes, gradients or random numbers changes the training it only serves."""
+    case = OBJECTIVE_CASES[name]
+    model, (x, y) = two_heads(), image_batch()
+    model.bn.eval()  # frozen by the user
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    model.fc.bias.requires_grad_(False)
+    before, modes = everything(model), [m.training for m in model.modules()]
+    calls = []
+    if fails and not case.attack[0]:
+        pytest.skip("nothing is called, so nothing can fail")
+    allowed = min(1, case.attack[0] - 1)  # fail in the second call where there is one
+    if fails:
+        model.fc.register_forward_hook(
+            lambda *_: calls.append(1) if len(calls) < allowed else pytest.fail("on purpose")
+        )
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    if fails:
+        with pytest.raises(pytest.fail.Exception, match="on purpose"):
+            case.make().perturb(model, x, y)
+    else:
+        case.make().perturb(model, x, y)
+    assert_same(everything(model), before)
+    assert [m.training for m in model.modules()] == modes
+    assert all((p.grad == 0.5).all() for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()].count(False) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_CASES)
+def test_adversarial_images_are_in_ball_and_box_and_repeat(name):
+    """Outside, robustness is measured and trained against another threat; unrepeatable, a resumed run differs."""
+    model, (x, y) = two_heads(), image_batch()
+    first, second = (OBJECTIVE_CASES[name].make() for _ in range(2))
+    x_adv = first.perturb(model, x, y, generator())
+    assert torch.equal(x_adv, second.perturb(model, x, y, generator()))
+    assert x_adv.requires_grad == isinstance(first, FreeAT)
+    assert x_adv.is_leaf
+    delta = x_adv.detach() - x.repeat(len(x_adv) // len(x), 1, 1, 1)
+    assert torch.stack([is_in_ball(delta, threat) for threat in balls_of(first)]).any(0).all()
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    assert bool((delta != 0).any()) == (OBJECTIVE_CASES[name].attack != (0, 0))
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_CASES)
+def test_costs_are_as_documented(name):
+    """The cost table of a run multiplies these numbers; an attack run twice would go unnoticed."""
+    case, model, (x, y) = OBJECTIVE_CASES[name], two_heads(), image_batch()
+    objective = case.make()
+    counts = {"forward": 0, "backward": 0}
+
+    def count(module, args, kwargs, logits):
+        share = len(args[0]) / len(x)
+        counts["forward"] += share
+        if logits.requires_grad:
+            logits.register_hook(lambda _: counts.update(backward=counts["backward"] + share))
+
+    model.register_forward_hook(count, with_kwargs=True)
+    x_adv = objective.perturb(model, x, y, generator())
+    assert tuple(counts.values()) == objective.attack_passes() == case.attack
+    counts.update(forward=0, backward=0)
+    objective.loss(model, x, x_adv, y).total.backward()
+    assert tuple(counts.values()) == objective.loss_passes() == case.loss
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_CASES)
+def test_the_loss_repeats_under_the_same_random_numbers(name):
+    """Passes that are compared (finite differences, perturbed weights) must differ in the weights alone."""
+    objective, model, (x, y) = OBJECTIVE_CASES[name].make(), two_heads(), image_batch()
+    x_adv = objective.perturb(model, x, y, generator())
+    first = loss_and_gradients(objective, model, x, x_adv, y)
+    assert all(torch.equal(a, b) for a, b in zip(first, loss_and_gradients(objective, model, x, x_adv, y), strict=True))
+    assert all(bool(torch.isfinite(value).all()) for value in first)
+    assert any(bool((value != 0).any()) for value in first[1:])
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_CASES)
+def test_one_hot_targets_are_hard_labels(name):
+    """Mixup and CutMix hand over soft targets; a branch that takes them for something else trains on noise."""
+    objective, model, (x, y) = OBJECTIVE_CASES[name].make(), two_heads(), image_batch()
+    x_adv = objective.perturb(model, x, y, generator())
+    assert torch.equal(x_adv, objective.perturb(model, x, one_hot(y), generator()))
+    hard, soft = (loss_and_gradients(objective, model, x, x_adv, targets) for targets in (y, one_hot(y)))
+    for a, b in zip(hard, soft, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)  # another summation order in float32
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_CASES)
+def test_soft_targets_reach_the_loss(name):
+    """A loss that silently takes the largest class would make mixup a no-op."""
+    objective, model, (x, y) = OBJECTIVE_CASES[name].make(), two_heads(training=False), image_batch()
+    soft = 0.6 * one_hot(y) + 0.4 * one_hot((y + 1) % 3)
+    x_adv = objective.perturb(model, x, soft, generator())
+    assert x_adv.shape[1:] == x.shape[1:]
+    hard = loss_and_gradients(objective, model, x, x_adv, y)[0]
+    assert abs(float(loss_and_gradients(objective, model, x, x_adv, soft)[0] - hard)) > 1e-3
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_CASES)
+def test_scaled_by_zero_is_no_attack_and_by_one_is_the_same(name):
+    """eps warm-up starts at zero: an attack that still moves, or fails there, is not a warm-up."""
+    objective, model, (x, y) = OBJECTIVE_CASES[name].make(), two_heads(), image_batch()
+    assert objective.scaled(1.0) is objective
+    x_adv = objective.scaled(0.0).perturb(model, x, y, generator())
+    assert torch.equal(x_adv, x.repeat(len(x_adv) // len(x), 1, 1, 1))
+    half = objective.scaled(0.5)
+    assert [t.eps for t in balls_of(half)] == [t.eps / 2 for t in balls_of(objective)]
+    assert half.loss(model, x, x_adv, y).total.requires_grad
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_CASES)
+def test_micro_batches_average_to_the_batch(name):
+    """A sum instead of a mean, or 1/B of the wrong batch, makes gradient accumulation another method."""
+    objective, model, (x, y) = OBJECTIVE_CASES[name].make(), two_heads(training=False), image_batch(8)
+    x_adv = objective.perturb(model, x, y, generator())
+    torch.manual_seed(SEED)
+    whole = objective.loss(model, x, x_adv, y).total
+    torch.manual_seed(SEED)
+    copies = x_adv.unflatten(0, (-1, 8))  # [T, 8, ...], T > 1 for the average over a union
+    parts = [
+        objective.loss(model, x[part], copies[:, part].flatten(0, 1), y[part]).total
+        for part in (slice(0, 4), slice(4, 8))
+    ]
+    assert whole.item() == pytest.approx(
+        sum(part.item() for part in parts) / 2, rel=1e-5
+    )  # float32 sums of a few dozen terms
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_CASES)
+def test_low_precision_logits_are_upcast(name):
+    """Softmax, logarithms and their differences in bfloat16 have two digits."""
+    objective, (x, y) = OBJECTIVE_CASES[name].make(), image_batch()
+
+    class Bf16(TwoHeads):
+        def forward(self, x, head="classes"):
+            return super().forward(x, head).bfloat16()
+
+    torch.manual_seed(0)
+    model = Bf16()
+    x_adv = objective.perturb(model, x, y, generator())
+    loss = objective.loss(model, x, x_adv, y)
+    assert loss.total.dtype == torch.float32
+    assert all(part.dtype == torch.float32 for part in loss.parts.values())
+    assert all(output.logits.dtype == torch.float32 for output in loss.outputs)
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_CASES)
+def test_calling_an_objective_is_perturb_and_loss(name):
+    """One's own loop and the trainer must train the same."""
+    case, (x, y) = OBJECTIVE_CASES[name], image_batch()
+    objective, model, other = case.make(), two_heads(), two_heads()
+    torch.manual_seed(SEED)
+    called = case.make()(other, x, y, generator()).total
+    torch.manual_seed(SEED)  # an attack in train mode draws dropout masks
+    x_adv = objective.perturb(model, x, y, generator())
+    assert torch.equal(called, loss_and_gradients(objective, model, x, x_adv, y)[0])
+
+
+def test_names_lead_to_their_classes():
+    """The recipe's names are these; a row without its own class would train something else."""
+    assert {name: cls.__name__ for name, cls in OBJECTIVES.items()} == {
+        "standard": "Standard",
+        "pgd_at": "PGDAT",
+        "trades": "TRADES",
+        "mart": "MART",
+        "alp": "ALP",
+        "fgsm_rs": "FGSMRS",
+        "grad_align": "GradAlign",
+        "free": "FreeAT",
+        "rotation": "RotationAT",
+        "union": "UnionAT",
+    }
+    single = {name for name, case in OBJECTIVE_CASES.items() if case.make().is_single_step}
+    assert single == {"fgsm_rs", "grad_align", "free"}
+    assert {name for name, case in OBJECTIVE_CASES.items() if case.make().num_replays != 1} == {"free"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PGDAT(attack_bn="test"), r"PGDAT.attack_bn: got 'test'"),
+        (lambda: PGDAT(attack_loss="hinge"), r"got 'hinge'"),
+        (lambda: PGDAT(num_steps=-1), r"num_steps=-1"),
+        (lambda: Standard(label_smoothing=1.5), r"Standard.label_smoothing: got 1.5"),
+        (lambda: TRADES(beta=-1.0), r"TRADES.beta: got -1.0"),
+        (lambda: TRADES(random_start=False), r"got 'none' with loss='kl'"),
+        (lambda: MART(ceiling=0.5), r"MART.ceiling: got 0.5"),
+        (lambda: ALP(weight=float("nan")), r"ALP.weight: got nan"),
+        (lambda: GradAlign(attack_loss="kl"), r"got 'none' with loss='kl'"),
+        (lambda: FreeAT(num_replays=0), r"FreeAT.num_replays: got 0"),
+        (lambda: RotationAT(attack_loss="kl"), r"RotationAT.attack_loss: got 'kl'"),
+        (lambda: UnionAT(()), r"UnionAT.threats: got none"),
+        (lambda: UnionAT(BALLS, "sum"), r"UnionAT.strategy: got 'sum'"),
+        (lambda: UnionAT(BALLS, "msd", num_restarts=2), r"num_restarts=2"),
+        (lambda: InputGradient(norm="linf"), r"InputGradient.norm: got 'linf'"),
+        (lambda: CURE(h=-1.0), r"CURE.h: got -1.0"),
+        (lambda: CatastrophicOverfittingGuard(num_steps=1), r"num_steps=1"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(make, message):
+    """Before the first batch, with the name of the setting."""
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_function_forms_are_the_classes():
+    """Two implementations would drift apart."""
+    model, (x, y) = two_heads(training=False), image_batch()
+    for name in ("pgd_at", "trades", "mart", "alp"):
+        function = getattr(wcitrain.objectives, name)
+        expected = OBJECTIVES[name](**FEW)(model, x, y, generator()).total
+        assert torch.equal(function(model, x, y, generator=generator(), **FEW).total, expected)
+
+
+def test_examples_in_docstrings_run():
+    """An example that fails is worse than none."""
+    names = [m.name for m in pkgutil.iter_modules(wcitrain.objectives.__path__, "wcitrain.objectives.")]
+    results = [doctest.testmod(importlib.import_module(name)) for name in ("wcitrain.objectives", *names)]
+    assert sum(r.attempted for r in results) > 50
+    assert not any(r.failed for r in results)
+
+
+# ---- single objectives -----------------------------------------------------------------------------------------------
+
+
+def test_pgd_at_is_the_attack_and_the_cross_entropy():
+    """Existing runs must repeat bit for bit."""
+    model, (x, y) = two_heads(training=False), image_batch()
+    x_adv = PGDAT(**FEW).perturb(model, x, y, generator())
+    attack = pgd(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, generator=generator(), **FEW)
+    assert torch.equal(x_adv, attack)
+    assert torch.equal(PGDAT(**FEW).loss(model, x, x_adv, y).total, F.cross_entropy(model(x_adv), y))
+
+
+def test_the_kl_attack_starts_beside_the_image():
+    """At the image itself the KL is flat: from there TRADES' attack would never move."""
+    model, (x, y) = two_heads(training=False), image_batch()
+    x_adv = TRADES(**FEW).perturb(model, x, y, generator())
+    assert torch.equal(x_adv, Attack(LINF, 3, 0.05, start="gaussian", loss="kl")(model, x, y, generator()))
+    start = TRADES(LINF, num_steps=0).perturb(model, x, y, generator()) - x
+    inside = (x > 0.01) & (x < 0.99)  # away from the box, 10 standard deviations
+    assert float(start[inside].std()) == pytest.approx(0.001, rel=0.3)  # 4 standard errors of 100+ numbers
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_fgsm_steps_are_in_units_of_eps(factor):
+    """FGSM-RS steps 1.25 eps also while eps is warmed up; GradAlign's FGSM steps eps from the image."""
+    model, (x, y) = two_heads(training=False), image_batch()
+
+    def loss(z):
+        return F.cross_entropy(model(z), y, reduction="none")
+
+    threat = LINF.scaled(factor)
+    started = fgsm(loss, x, threat=threat, step_size=1.25 * threat.eps, random_start=True, generator=generator())
+    assert torch.equal(FGSMRS(LINF).scaled(factor).perturb(model, x, y, generator()), started)
+    assert torch.equal(GradAlign(LINF).scaled(factor).perturb(model, x, y), fgsm(loss, x, threat=threat))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [GradAlign(LINF), WithInputRegularizer(FGSMRS(LINF), CURE()), WithInputRegularizer(FGSMRS(LINF), InputGradient())],
+)
+def test_extra_passes_leave_running_statistics_alone(objective):
+    """The statistics the network is evaluated with would be those of images it is not trained on."""
+    model, (x, y) = two_heads(), image_batch()
+    reference = copy.deepcopy(model)
+    x_adv = objective.perturb(model, x, y, generator())
+    objective.loss(model, x, x_adv, y).total.backward()  # autograd would refuse if statistics had been written back
+    reference(x_adv)
+    assert_same(everything(model), everything(reference))
+
+
+def test_both_input_gradients_see_the_same_dropout():
+    """With different masks the difference of gradients is noise: with h = 0 it must be exactly zero."""
+    model, (x, y) = two_heads(), image_batch()
+    assert CURE(h=0.0).penalty(model, x, y).item() == 0
+    aligned = GradAlign(ThreatModel("linf", 0.0)).loss(model, x, x, y).parts["alignment"]
+    assert abs(float(aligned)) < 1e-6  # one minus a cosine of one, float32
+
+
+def test_input_gradients_are_computed_in_float32_under_autocast():
+    """Differences of bfloat16 gradients are rounding noise."""
+    model, (x, y) = two_heads(training=False), image_batch()
+    exact = CURE(h=0.1).penalty(model, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(CURE(h=0.1).penalty(model, x, y), exact)
+
+
+def test_input_gradients_go_through_fused_attention():
+    """Its kernels have no second derivative; the penalty must not fail on transformers."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = self.embed(x.flatten(1, 2))
+            return self.fc(F.scaled_dot_product_attention(h, h, h).mean(1))
+
+    model, (x, y) = Attention(), image_batch()
+    InputGradient().penalty(model, x, y).backward()
+    assert bool((model.embed.weight.grad != 0).any())
+
+
+def test_examples_without_gradient_do_not_make_nan():
+    """0/0 in the cosine, or the root's infinite slope at zero, would end the run."""
+    model, (x, y) = SmallNet(torch.relu), image_batch()
+    with torch.no_grad():
+        model.first.bias.fill_(-100.0)  # every unit is dead
+    for objective in (GradAlign(LINF), WithInputRegularizer(Standard(), CURE(squared=False))):
+        values = loss_and_gradients(objective, model, x, x, y)
+        assert all(bool(torch.isfinite(v).all()) for v in values)
+    assert float(GradAlign(LINF).loss(model, x, x, y).parts["alignment"]) == 0
+
+
+# ---- free adversarial training ---------------------------------------------------------------------------------------
+
+
+def free_batches(num: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(x.double(), y) for x, y in (image_batch(6, seed=20 + i) for i in range(num))]
+
+
+def train_free(objective: FreeAT, model: nn.Module, batches) -> None:
+    """The documented loop with SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    for x, y in batches:
+        for _ in range(objective.num_replays):
+            x_adv = objective.perturb(model, x, y)
+            optimizer.zero_grad()
+            objective.loss(model, x, x_adv, y).total.backward()
+            objective.after_backward(x, x_adv)
+            optimizer.step()
+
+
+@pytest.mark.parametrize(("norm", "eps", "step"), [("linf", 0.1, 0.03), ("l2", 0.4, 0.2), ("l1", 2.0, 0.5)])
+def test_free_training_is_the_published_loop(norm, eps, step):
+    """Against algorithm 1 written out: the perturbation is moved with the gradient of the weights' own pass."""
+    torch.manual_seed(0)
+    model = SmallNet().double()
+    reference = copy.deepcopy(model)
+    train_free(FreeAT(ThreatModel(norm, eps), num_replays=3, step_size=step), model, free_batches())
+
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.3, momentum=0.9)
+    delta = torch.zeros(6, 1, 4, 4, dtype=torch.float64)
+    for x, y in free_batches():
+        for _ in range(3):
+            delta.requires_grad_()
+            clipped = (x + delta).clamp(0, 1)
+            optimizer.zero_grad()
+            F.cross_entropy(reference(clipped), y).backward()
+            g, d = delta.grad, delta.detach()
+            for i in range(6):
+                if norm == "linf":
+                    d[i] = (d[i] + step * g[i].sign()).clamp(-eps, eps)
+                elif norm == "l2":
+                    d[i] = d[i] + step * g[i] / g[i].norm()
+                    d[i] = d[i] * min(1.0, eps / float(d[i].norm()))
+                else:
+                    move = sparse_step(g[i : i + 1], x=clipped[i : i + 1].detach(), step_size=step)[0]
+                    d[i] = project(d[i : i + 1] + step * move, ThreatModel("l1", eps))[0]
+            delta = d.detach()
+            optimizer.step()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-10)  # float64 rounding through 9 steps
+
+
+def test_free_training_resumes_from_its_state():
+    """Without the perturbation in the checkpoint a resumed run starts its attack from zero."""
+    torch.manual_seed(0)
+    model = SmallNet().double()
+    first, second, third = free_batches()
+    whole, stopped = FreeAT(LINF, num_replays=2, step_size=0.03), FreeAT(LINF, num_replays=2, step_size=0.03)
+    train_free(whole, model, [first, second])
+    state = whole.state_dict()
+    stopped.load_state_dict(state)
+    train_free(whole, copy.deepcopy(model), [third])
+    train_free(stopped, copy.deepcopy(model), [third])
+    assert torch.equal(whole.state_dict()["delta"], stopped.state_dict()["delta"])
+    assert not torch.equal(whole.state_dict()["delta"], state["delta"])
+    assert FreeAT().state_dict() == {}
+
+
+def test_free_training_reports_back_when_it_is_called():
+    """A loop that calls the objective and knows nothing of replays would train on clean images."""
+    model, (x, y) = SmallNet(), image_batch()
+    called, looped = FreeAT(LINF), FreeAT(LINF)
+    for _ in range(2):
+        called(model, x, y).total.backward()
+        x_adv = looped.perturb(model, x, y)
+        looped.loss(model, x, x_adv, y).total.backward()
+        looped.after_backward(x, x_adv)
+        assert x_adv.grad is None
+    assert torch.equal(called.state_dict()["delta"], looped.state_dict()["delta"])
+    assert bool((called.state_dict()["delta"].abs() > 0).any())
+
+
+def test_free_training_without_a_gradient_is_refused():
+    """It would be training on a constant perturbation, silently."""
+    model, (x, y) = SmallNet(), image_batch()
+    objective = FreeAT(LINF)
+    with pytest.raises(RuntimeError, match=r"after_backward: got x_adv without .grad"):
+        objective.after_backward(x, objective.perturb(model, x, y))
+
+
+def test_scaled_free_training_shares_the_perturbation():
+    """During eps warm-up a new object is made every step; the perturbation must outlive it and fit the radius of the day."""
+    model, (x, y) = SmallNet(), image_batch()
+    objective = FreeAT(LINF)
+    objective.scaled(0.5)(model, x, y).total.backward()
+    assert float(objective.state_dict()["delta"].abs().max()) == pytest.approx(0.05)
+    objective(model, x, y).total.backward()
+    assert float(objective.state_dict()["delta"].abs().max()) > 0.09
+    x_adv = objective.scaled(0.2).perturb(model, x, y)
+    assert float((x_adv - x).detach().abs().max()) <= 0.02 + 1e-6
+    smaller = objective.perturb(model, x[:5], y[:5])  # a batch of another shape starts from zero
+    assert torch.equal(smaller.detach(), x[:5])
+
+
+def test_a_regularizer_passes_free_training_through():
+    """Wrapped, the perturbation must still move and be saved."""
+    model, (x, y) = SmallNet(), image_batch()
+    objective = WithInputRegularizer(FreeAT(LINF), InputGradient(weight=0.1))
+    assert (objective.num_replays, objective.is_single_step) == (8, True)
+    x_adv = objective.perturb(model, x, y)
+    objective.loss(model, x, x_adv, y).total.backward()
+    objective.after_backward(x, x_adv)
+    assert float(objective.state_dict()["delta"].abs().max()) == pytest.approx(0.1)
+    assert copy.deepcopy(objective).num_replays == 8
+    with pytest.raises(AttributeError):
+        _ = WithInputRegularizer(Standard(), CURE()).after_backward
+
+
+# ---- rotations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "preact_resnet18", "width": 4},
+        {"name": "resnet18", "layers": [1, 1, 1, 1], "channels": [4, 8, 16, 32]},
+    ],
+    ids=lambda m: m["name"],
+)
+def test_rotation_training_reaches_both_heads(model):
+    """The second head must be trained, and its gradient must reach the shared layers."""
+    torch.manual_seed(0)
+    model = create_model(**model, num_classes=3, in_chans=1, rotation_head=True)
+    x, y = torch.rand(8, 1, 16, 16), torch.randint(0, 3, (8,))
+    objective = RotationAT(LINF, num_steps=2, step_size=0.05)
+    x_adv = objective.perturb(model, x, y, generator())
+    loss = objective.loss(model, x, x_adv, y)
+    shared = next(p for n, p in model.named_parameters() if n.endswith("conv1.weight"))
+    with_rotation = torch.autograd.grad(loss.total, [shared, model.rotation_head.weight])
+    assert all(bool((g != 0).any()) for g in with_rotation)
+    assert [tuple(o.logits.shape) for o in loss.outputs] == [(8, 3), (8, 4)]
+
+
+def test_image_n_is_turned_n_mod_4_times():
+    """Labels that do not belong to the turns make the task noise."""
+    x = torch.rand(7, 2, 3, 3)
+    turned, turns = quarter_turns(x)
+    assert turns.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    for image, original, r in zip(turned, x, turns, strict=True):
+        assert torch.equal(image, torch.rot90(original, int(r), (1, 2)))
+    assert turned is not x
+
+
+def test_rotations_need_the_head_and_square_images():
+    """Otherwise the error comes from inside the model, or from the label count."""
+    x, y = image_batch()
+    for model in (BatchNormNet(), create_model("preact_resnet18", num_classes=3, in_chans=1, width=4)):
+        with pytest.raises(ValueError, match="rotation_head=True"):
+            RotationAT(**FEW).perturb(model, x, y)
+
+    class WrongHead(BatchNormNet):
+        def forward(self, x, head="classes"):
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match=r"got rotation logits of shape \(12, 3\)"):
+        RotationAT(**FEW).loss(WrongHead(), x, x, y)
+    with pytest.raises(ValueError, match=r"expected .* H = W"):
+        RotationAT(**FEW).perturb(two_heads(), x[:, :, :3], y)
+    with pytest.raises(ValueError, match=r"expected .* H = W"):
+        RotationAT(**FEW).loss(two_heads(), x, x[:, :, :3], y)
+
+
+# ---- unions ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_union_takes_the_worst_adversary_of_each_example():
+    """By the cross-entropy, example by example; the batch's worst would leave most examples with a weak attack."""
+    model, (x, y) = two_heads(training=False), image_batch(40)
+    found = UnionAT(BALLS, "average", 3).perturb(model, x, y, generator()).unflatten(0, (3, 40))
+    worst = UnionAT(BALLS, "max", 3).perturb(model, x, y, generator())
+    losses = torch.stack([F.cross_entropy(model(z), y, reduction="none") for z in found])
+    chosen = losses.argmax(0)
+    assert len(chosen.unique()) > 1  # otherwise the choice is not tested
+    for i in range(40):
+        assert torch.equal(worst[i], found[chosen[i], i])
+    assert UnionAT(BALLS[:1], "max", 3).attack_passes() == (3, 3)
+
+
+def test_a_step_size_of_none_crosses_each_ball():
+    """2.5 eps / num_steps in the norm of each ball; one step for all would be useless in the others."""
+    assert [round(a.step_size, 6) for a in UnionAT(BALLS, num_steps=5).attacks] == [0.05, 0.2, 1.0]
+    assert [round(a.step_size, 6) for a in UnionAT(BALLS, num_steps=5).scaled(0.5).attacks] == [0.025, 0.1, 0.5]
+
+
+# ---- catastrophic overfitting ----------------------------------------------------------------------------------------
+
+
+class Wavy(nn.Module):
+    """Class 0 where the mean of cos(2π (x − ½) / eps) exceeds ½: right at the image and one whole step away, nowhere else."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps, self.bias = eps, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        margin = torch.cos(2 * torch.pi * (x - 0.5) / self.eps).flatten(1).mean(1) - 0.5 + self.bias
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+
+def test_the_guard_sees_what_fgsm_does_not():
+    """A model that resists every whole step and no half step is catastrophic overfitting in one line."""
+    x, y = 0.5 + 0.001 * torch.randn(64, 1, 8, 8), torch.zeros(64, dtype=torch.long)
+    model = Wavy(0.1)
+    x_fgsm = fgsm(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, threat=LINF)
+    assert (model(x_fgsm).argmax(1) == y).all()
+    guard = CatastrophicOverfittingGuard()
+    with torch.no_grad():
+        model.bias.fill_(5.0)
+    assert not guard.check(model, x, y, LINF, generator())
+    assert (guard.best, guard.last) == (1.0, 1.0)
+    with torch.no_grad():
+        model.bias.fill_(0.0)
+    before, state = everything(model), torch.get_rng_state()
+    assert guard.check(model, x, F.one_hot(y, 2).float(), LINF)
+    assert guard.last < 0.1
+    assert_same(everything(model), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+def test_the_guard_compares_with_the_best_so_far():
+    """A fall in two halves is a fall; a bad start, slow progress and noise are not."""
+    guard = CatastrophicOverfittingGuard(drop=0.2)
+    assert [guard.update(a) for a in (0.1, 0.3, 0.25, 0.4, 0.21, 0.19)] == [False] * 5 + [True]
+    resumed = CatastrophicOverfittingGuard(drop=0.2)
+    resumed.load_state_dict(guard.state_dict())
+    assert guard.state_dict() == {"best": 0.4, "last": 0.19}
+    assert not resumed.update(0.2001)
+    assert resumed.update(0.1)
