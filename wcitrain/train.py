@@ -383,7 +383,7 @@ class Trainer:
             f"PGD-{self.guard.num_steps} fell from {100 * (self.guard.best or 0):.0f} % to {100 * (self.guard.last or 0):.0f} %"
         )
         metrics["catastrophic_overfitting"] = 1
-        if recipe.train.overfitting_guard == "stop":
+        if recipe.train.overfitting_guard == "stop" and progress.epoch + 1 < recipe.train.epochs:
             progress.stop_reason = f"{text} (train.overfitting_guard)"
         elif self.log is not None:
             print(f"{text}. Lower threat.eps or use objective grad_align or pgd_at.", flush=True)
