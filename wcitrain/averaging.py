@@ -21,7 +21,7 @@ TrainPasses = Callable[[nn.Module], Iterator[None]]  # evaluates the training lo
 
 
 class EMA:
-    """w̄ ← decay · w̄ + (1 − decay) · w after every optimizer step, by timm; the bias of the start fades as decay^t."""
+    """w̄ ← decay · w̄ + (1 − decay) · w after every optimizer step, by timm; after the first two steps w̄ is w itself."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._ema = ModelEmaV3(model, decay=decay)

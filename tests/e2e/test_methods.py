@@ -108,7 +108,7 @@ def test_extra_images_take_their_share_and_pseudo_labels_come_from_the_labeler(t
 
 def test_swa_measures_the_mean_of_the_epochs_with_statistics_of_its_own(tmp_path):
     """The exported weights are w̄, and running statistics of w̄ are not those of any epoch."""
-    recipe = tiny(tmp_path, "train.swa_start_epoch=1", "train.epochs=3", "schedule={name: constant}")
+    recipe = tiny(tmp_path, "train.swa_start_epoch=1", "train.epochs=4", "schedule={name: constant}")
     trainer = Trainer(recipe)
     ends = []
     original = trainer.average.after_epoch
@@ -120,12 +120,13 @@ def test_swa_measures_the_mean_of_the_epochs_with_statistics_of_its_own(tmp_path
     trainer.average.after_epoch = after_epoch
     trainer.fit()
     saved = final_state(recipe)["average"]
-    assert saved["num_averaged"] == 2
+    assert saved["num_averaged"] == 3
     names = dict(trainer.bare.named_parameters())
     for name in names:
-        assert torch.allclose(saved["module"][name], (ends[1][name] + ends[2][name]) / 2, atol=1e-6), name
+        assert torch.allclose(saved["module"][name], sum(end[name] for end in ends[1:]) / 3, atol=1e-6), name
     running = [name for name in ends[0] if name.endswith("running_mean")]
-    assert all(not torch.allclose(saved["module"][n], (ends[1][n] + ends[2][n]) / 2) for n in running)
+    for other in (*ends, {n: sum(end[n] for end in ends[1:]) / 3 for n in running}):
+        assert all(not torch.allclose(saved["module"][n], other[n]) for n in running)
     exported = trainer.measured.state_dict()
     assert all(torch.equal(exported[n], saved["module"][n]) for n in names)
 

@@ -147,3 +147,15 @@ def test_optimizers_by_name_and_without_decay_on_norms():
         build_optimizer(recipe_from_dict({"optimizer": {"name": "adahessian"}}), model)
     with pytest.raises(ValueError, match=r"optimizer.kwargs: sgd refuses"):
         build_optimizer(recipe_from_dict({"optimizer": {"kwargs": {"nonsense": 1}}}), model)
+
+
+def test_what_a_composed_recipe_says_reaches_the_wrapper():
+    """Beside a perturbation the penalty's own settings were once dropped without a word."""
+    penalty = {"name": "frobenius_trace", "frobenius_weight": 1e-3, "trace_weight": 0.5, "trace_decay": 0.1}
+    for weight, measures in ((0.5, True), (0.0, False)):
+        recipe = recipe_from_dict({"perturbation": {"name": "awp"}, "penalty": penalty | {"trace_weight": weight}})
+        model = create_model("resnet18", num_classes=3, layers=[1, 1, 1, 1], channels=[4, 4, 4, 4])
+        optimizer = build_regularizer(recipe, build_optimizer(recipe, model), model, updates=10)
+        assert optimizer.penalty.measures_curvature is measures
+        assert optimizer.penalty.frobenius_weight == 1e-3
+        assert optimizer.trace_decay == 0.1
