@@ -32,13 +32,13 @@ class AttackLoss(Protocol):
 
 def ce(logits: Tensor, y: Tensor, reference_logits: Tensor | None = None, /) -> Tensor:
     """Return the cross-entropy (1)."""
-    logits = _precise(logits)
+    logits = precise(logits)
     return F.cross_entropy(logits, y.to(logits.dtype) if y.is_floating_point() else y, reduction="none")
 
 
 def margin(logits: Tensor, y: Tensor, reference_logits: Tensor | None = None, /) -> Tensor:
     """Return the largest wrong logit minus the true one (2); needs two classes."""
-    logits = _precise(logits)
+    logits = precise(logits)
     _check_classes("margin", logits, 2)
     true = (y.argmax(1) if y.ndim == 2 else y).unsqueeze(1)
     return logits.scatter(1, true, -torch.inf).amax(1) - logits.gather(1, true).squeeze(1)
@@ -46,7 +46,7 @@ def margin(logits: Tensor, y: Tensor, reference_logits: Tensor | None = None, /)
 
 def dlr(logits: Tensor, y: Tensor, reference_logits: Tensor | None = None, /) -> Tensor:
     """Return the difference of logits ratio (3); needs three classes; with three, z_π3 is the smallest."""
-    logits = _precise(logits)
+    logits = precise(logits)
     _check_classes("dlr", logits, 3)
     top = logits.topk(3, dim=1).values
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)  # the floor of the authors' code, for constant logits
@@ -58,7 +58,7 @@ def kl(logits: Tensor, y: Tensor, reference_logits: Tensor | None = None, /) -> 
         raise ValueError(
             "kl: got no reference_logits; expected the logits of the clean images. Compute them once, detached."
         )
-    reference, log_p = _precise(reference_logits.detach()).log_softmax(1), _precise(logits).log_softmax(1)
+    reference, log_p = precise(reference_logits.detach()).log_softmax(1), precise(logits).log_softmax(1)
     return (reference.exp() * (reference - log_p)).sum(1)
 
 
@@ -81,7 +81,7 @@ def attack_loss(name: str) -> AttackLoss:
     return ATTACK_LOSSES[name]
 
 
-def _precise(logits: Tensor) -> Tensor:
+def precise(logits: Tensor) -> Tensor:
     """Return logits in float32 at least."""
     return logits if logits.dtype == torch.float64 else logits.float()
 

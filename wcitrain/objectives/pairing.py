@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from wcitrain.attacks import Start
+from wcitrain.attacks.losses import precise
 from wcitrain.curvature.loss import Loss, Output
 from wcitrain.objectives.objective import PGDAttacked
-from wcitrain.objectives.terms import class_loss, kl_divergence, kl_output, precise
+from wcitrain.objectives.terms import class_loss, kl_divergence, kl_output
 
 
 @dataclass(frozen=True)

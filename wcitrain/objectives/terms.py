@@ -12,16 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wcitrain.attacks import attack_loss
+from wcitrain.attacks.losses import attack_loss, precise
 from wcitrain.curvature.loss import Loss, Output, cross_entropy
 from wcitrain.preserve import full_precision
 
 TINY = 1e-30  # floor of a squared norm under a root; far below the square of any gradient that matters
-
-
-def precise(logits: Tensor) -> Tensor:
-    """Return logits in float32 at least."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def class_loss(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Loss:

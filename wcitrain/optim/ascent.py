@@ -1,7 +1,7 @@
 """Weight perturbations along the gradient: SAM and its family, AWP, and the worst case within the WCI posterior's radii.
 
 Legend: g gradient of the loss at W, at fixed adversarial examples; u perturbation; a_l = ||W_l||_F²; σ_l the posterior's
-standard deviation (`perturbation`); d_l = numel(W_l); ⊙ elementwise.
+standard deviation (`perturbation`); d_l = numel(W_l).
 
 | class          | u                          | gradient stepped on                                          | passes |
 |----------------|----------------------------|--------------------------------------------------------------|--------|
@@ -213,7 +213,7 @@ class VaSSO(Ascent):
 
     Args:
         rho: ρ, length of u.
-        theta: θ, in (0, 1]; 0.4 or 0.2 in the paper. 1 is SAM.
+        theta: θ, in (0, 1]; 1 is SAM.
         schedule: When it acts; m stands still while it does not.
 
     Example:
@@ -231,7 +231,7 @@ class VaSSO(Ascent):
     def __post_init__(self) -> None:
         check_positive("VaSSO", rho=self.rho, theta=self.theta)
         if self.theta > 1:
-            raise ValueError(f"VaSSO.theta: got {self.theta}; expected at most 1. 0.4 is the paper's, 1 is SAM.")
+            raise ValueError(f"VaSSO.theta: got {self.theta}; expected at most 1. 1 is SAM.")
 
     @property
     def smoothing(self) -> float:  # type: ignore[override]
@@ -250,7 +250,7 @@ class GradientNorm(Ascent):
         ∇(L + λ ||g||) = g + λ H g / ||g|| ≈ (1 − α) g(W) + α g(W + r g/||g||),    α = λ / r                      (6)
 
     Args:
-        strength: λ; in the paper α = 0.8 at r = 0.05, so λ = 0.04. λ = r is SAM.
+        strength: λ; the default is α = 0.8 at r = 0.05. λ = r is SAM.
         radius: r, length of the finite difference.
         schedule: When it acts; the ramp scales λ (r stays).
 

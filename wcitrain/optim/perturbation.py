@@ -182,7 +182,7 @@ class NoiseStability(Noise):
     One pair a step; the authors average several. All trainable tensors move, biases and normalisation included.
 
     Args:
-        sigma: σ in the weights' own units; 0.01 is the order the authors use for fine-tuning.
+        sigma: σ in the weights' own units.
         statistics, schedule: As in ``WCIPosterior``.
 
     Example:
@@ -220,8 +220,8 @@ class RWP(WeightPerturbation):
     different halves of a batch, here both see the same images). Running statistics move at W where there is a pass at W.
 
     Args:
-        sigma: σ; 0.01 in both papers.
-        mixing: α, in (0, 1]; 0.5 in RWP.
+        sigma: σ.
+        mixing: α, in (0, 1].
         statistics, schedule: As in ``WCIPosterior``.
 
     Example:
