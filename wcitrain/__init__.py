@@ -18,7 +18,7 @@ from wcitrain.curvature import (
     two_point_trace,
 )
 from wcitrain.data import Augmentation, Mixing
-from wcitrain.evaluation import Evaluation, evaluate
+from wcitrain.evaluation import AccuracyMeasurement, measure_accuracy
 from wcitrain.measures import WCIMeasurement, measure_wci
 from wcitrain.models import create_model, load_exported
 from wcitrain.objectives import (
@@ -81,10 +81,10 @@ __all__ = [
     "SAM",
     "TRADES",
     "WCI",
+    "AccuracyMeasurement",
     "Attack",
     "Augmentation",
     "CatastrophicOverfittingGuard",
-    "Evaluation",
     "FreeAT",
     "FrobeniusTracePenalty",
     "GradAlign",
@@ -115,7 +115,6 @@ __all__ = [
     "create_model",
     "cross_entropy",
     "dense_hessian",
-    "evaluate",
     "exact_gauss_newton_trace",
     "exact_trace",
     "fgsm",
@@ -127,6 +126,7 @@ __all__ = [
     "load_recipe",
     "mart",
     "mean_squared_error",
+    "measure_accuracy",
     "measure_wci",
     "msd",
     "pgd",

@@ -6,38 +6,18 @@ Data, model and threat come from a recipe: the run's own, or one that is given. 
 import json
 import math
 import os
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor
 
-from wcitrain.attacks import ThreatModel
-from wcitrain.build import step_size
-from wcitrain.checkpoint import load_checkpoint
-from wcitrain.data import ImageSet, Splits, load_splits
+from wcitrain.data import ImageSet, load_splits
 from wcitrain.measures import PACBayesBound, WCIMeasurement, measure_wci, pac_bayes_bound
-from wcitrain.models import Classifier, create_model, load_exported
-from wcitrain.recipe import Recipe, load_recipe
 from wcitrain.seeding import seed_from
-
-FILES = (".pt", ".pth", ".safetensors")
-KINDS = f"a run folder (recipe.yaml), an exported model folder (metadata.json) or a file ({', '.join(FILES)})"
-
-
-class Target(NamedTuple):
-    """What is measured: kind ``"run"``, ``"export"`` or ``"file"``, its path, its run's folder if it has one, its epoch."""
-
-    kind: str
-    path: Path
-    run: Path | None
-    at: str
+from wcitrain.targets import attack_of, device_of, find_target, load_model, recipe_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +60,7 @@ def measure_run(
     """Measure one model on images of its recipe's data, in random order and without augmentation, and write the result.
 
     Args:
-        target: ``KINDS``.
+        target: ``targets.KINDS``.
         at: ``"last"`` (default) or ``"best"``, for a run.
         split: ``"train"`` (what the index is defined on), ``"val"`` or ``"test"``.
         recipe: YAML that says data, model and threat; by default the run's own.
@@ -97,18 +77,18 @@ def measure_run(
         examples as its risk and the size of the training set as N.
 
     Raises:
-        ValueError: The target is none of ``KINDS``, weights and model differ, or an argument is wrong.
+        ValueError: The target is none of ``targets.KINDS``, weights and model differ, or an argument is wrong.
         CheckpointError: The run's checkpoint is missing or damaged.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; expected one. Start it without a launcher.")
     found = find_target(Path(target), at)
-    settled = _recipe_of(found, recipe, settings)
+    settled = recipe_of(found, recipe, settings)
     splits = load_splits(**settled.data.model_dump(exclude={"crop_padding", "flip"}))
-    model = _load_model(found, settled, splits)
-    place = torch.device(_device(device, settled))
+    model = load_model(found, settled, splits)
+    place = torch.device(device_of(device, settled))
     images = {"train": lambda: splits.train, "val": lambda: splits.val, "test": lambda: splits.test}[split]()
-    threat, attack = _attack(settled, clean, norm, eps, num_steps)
+    threat, attack = attack_of(settled, clean, norm, eps, num_steps)
     measurement = measure_wci(
         model.to(place),
         images.batches(
@@ -162,160 +142,6 @@ def measure_run(
     }
     title = f"{found.path.name}: {measurement.headline(split)}"
     return Measured(measurement, bound, split, _write(folder, name, document, measurement, title))
-
-
-def find_target(path: Path, at: str | None) -> Target:
-    """Return what ``path`` is."""
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        return Target("run", path, path, at or "last")
-    if path.is_dir() and (path / "metadata.json").is_file():
-        above = path.resolve().parent.parent
-        found = Target("export", path, above if (above / "recipe.yaml").is_file() else None, path.resolve().name)
-    elif path.is_file() and path.suffix in FILES:
-        found = Target("file", path, None, path.stem)
-    else:
-        got = (
-            "nothing"
-            if not path.exists()
-            else "another folder"
-            if path.is_dir()
-            else f"a {path.suffix or 'plain'} file"
-        )
-        raise ValueError(f"{path}: got {got}; expected {KINDS}. Check the path.")
-    if at is not None:
-        raise ValueError(f"--at: got {at!r} with {path}, one epoch already; expected a run folder. Leave it out.")
-    return found
-
-
-def _recipe_of(target: Target, recipe: str | Path | None, settings: Sequence[str]) -> Recipe:
-    """Return the recipe that was given, or the one of the run that the target belongs to."""
-    if recipe is None and target.run is None:
-        needs = "data" if target.kind == "export" else "data and model"
-        raise ValueError(f"{target.path}: got no recipe; expected one that says its {needs}. Give --recipe RECIPE.")
-    return load_recipe(recipe or cast(Path, target.run) / "recipe.yaml", settings)
-
-
-def _load_model(target: Target, recipe: Recipe, splits: Splits) -> Classifier:
-    """Return the model with its weights, in eval mode, on the CPU."""
-    if target.kind == "run" and (target.path / "model" / target.at / "metadata.json").is_file():
-        return _checked(load_exported(target.path / "model" / target.at), splits, target.path)
-    if target.kind == "export":
-        return _checked(load_exported(target.path), splits, target.path)
-    if target.kind == "run":
-        state, source = load_checkpoint(target.path / "checkpoints", target.at)
-        weights = (state.get("average") or {}).get("module") or state["model"]
-    else:
-        weights, source = read_weights(target.path), target.path
-    settings = recipe.model.model_dump()
-    model = create_model(
-        **{k: v for k, v in settings.items() if k not in ("kwargs", "pretrained", "checkpoint_path")},
-        num_classes=splits.num_classes,
-        in_chans=splits.in_chans,
-        rotation_head=recipe.objective.name == "rotation",
-        **settings["kwargs"],
-    )
-    load_weights(model, weights, str(source))
-    return model.eval()
-
-
-def _checked(model: Classifier, splits: Splits, path: Path) -> Classifier:
-    """Refuse an export that is for other images."""
-    channels = model.mean.numel()
-    if channels != splits.in_chans:
-        raise ValueError(
-            f"{path}: got a model for {channels} channels, and images of {splits.in_chans}; expected the same. "
-            "Give the recipe it was trained by."
-        )
-    return model
-
-
-def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """Return the state dict in a file: bare, or under ``"model"`` or ``"state_dict"``; a prefix ``module.`` is dropped.
-
-    Nothing in the file is executed (``weights_only=True``).
-    """
-    try:
-        content: Any = (
-            safetensors.torch.load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path}: got a file that torch cannot read as weights alone ({str(error).splitlines()[0]}); expected a state dict. "
-            "Save one with torch.save(model.state_dict(), path)."
-        ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        got = (
-            f"keys {', '.join(map(str, list(content)[:5]))}"
-            if isinstance(content, Mapping)
-            else f"a {type(content).__name__}"
-        )
-        raise ValueError(
-            f"{path}: got {got}; expected a state dict, bare or under 'model' or 'state_dict'. Save model.state_dict()."
-        )
-    return {name.removeprefix("module."): value for name, value in content.items()}
-
-
-def load_weights(model: Classifier, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load weights of the classifier, or of its backbone alone, and refuse any that do not fit."""
-    whole = any(name.startswith("backbone.") for name in weights)
-    module = model if whole else model.backbone
-    expected = module.state_dict()
-    given = {name: value for name, value in weights.items() if name not in ("mean", "std")} if whole else dict(weights)
-    problems = {
-        "missing": [name for name in expected if name not in given],
-        "unexpected": [name for name in given if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(given[name].shape)} instead of {tuple(value.shape)}"
-            for name, value in expected.items()
-            if name in given and given[name].shape != value.shape
-        ],
-    }
-    if any(problems.values()):
-        found = "; ".join(
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for what, names in problems.items()
-            if names
-        )
-        raise ValueError(
-            f"{source}: got weights that do not fit the recipe's model: {found}; expected all of them to. Correct the recipe's "
-            "model section (name, stem, kwargs) or its data (number of classes)."
-        )
-    module.load_state_dict(given)
-
-
-def _attack(
-    recipe: Recipe, clean: bool, norm: str | None, eps: str | float | None, num_steps: int | None
-) -> tuple[ThreatModel | None, dict[str, Any]]:
-    """Return the threat model, None for the clean loss, and the arguments of its attack."""
-    given = [name for name, value in (("--norm", norm), ("--eps", eps), ("--steps", num_steps)) if value is not None]
-    if clean:
-        if given:
-            raise ValueError(
-                f"--clean: got {', '.join(given)} as well; expected no attack. Leave out one or the other."
-            )
-        return None, {}
-    try:
-        radius = recipe.threat.eps if eps is None else float(Fraction(eps))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(
-            f"--eps: got {eps!r}; expected a radius such as 8/255 or 0.03. Give it in pixel units."
-        ) from None
-    threat = ThreatModel(cast(Any, norm or recipe.threat.norm), radius)
-    steps = recipe.evaluation.num_steps if num_steps is None else num_steps
-    length = 2.5 * radius / max(1, steps) if given else step_size(recipe, recipe.evaluation)
-    return threat, {"num_steps": steps, "step_size": length}
-
-
-def _device(device: str, recipe: Recipe) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if recipe.train.device == "auto" and torch.cuda.is_available() else "cpu"
 
 
 def _write(

@@ -33,7 +33,7 @@ from wcitrain.build import (
     threat_factor,
 )
 from wcitrain.data import Batch, StreamSet, noisy_labels
-from wcitrain.evaluation import Evaluation, evaluate
+from wcitrain.evaluation import AccuracyMeasurement, measure_accuracy
 from wcitrain.images import open_splits, open_training_set
 from wcitrain.models import Classifier, create_model, try_forward
 from wcitrain.objectives import CatastrophicOverfittingGuard
@@ -395,11 +395,11 @@ class Trainer:
         """The model that is evaluated and exported: the averaged weights where there are any."""
         return self.bare if self.average is None else cast(Classifier, self.average.module)
 
-    def measure(self, images: Any, *, wci: bool = False) -> Evaluation:
+    def measure(self, images: Any, *, wci: bool = False) -> AccuracyMeasurement:
         """Evaluate ``measured`` on a set with the recipe's evaluation attack."""
         settings = self.recipe.evaluation
         layers = select_layers(self.measured) if wci else None  # the same for every method, whatever its own layers
-        return evaluate(
+        return measure_accuracy(
             self.measured,
             images.batches(settings.batch_size, device=self.device),
             threat=ThreatModel(self.recipe.threat.norm, self.recipe.threat.eps),

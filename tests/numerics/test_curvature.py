@@ -319,7 +319,7 @@ def test_signs_are_fair_independent_and_reproducible():
 def test_evaluation_reports_the_index_with_its_error():
     """One draw has no error bar: batches are cut so that the spread of the traces is known, and it is the right spread."""
     from wcitrain.attacks import ThreatModel
-    from wcitrain.evaluation import evaluate
+    from wcitrain.evaluation import measure_accuracy
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)).double()
@@ -327,7 +327,7 @@ def test_evaluation_reports_the_index_with_its_error():
     batches = [(x, y, torch.arange(400))]
     layers = select_layers(model)
     results = [
-        evaluate(
+        measure_accuracy(
             model, batches, threat=ThreatModel("linf", 1e-9), num_steps=1, step_size=1e-9, seed=seed, layers=layers
         )
         for seed in range(60)

@@ -13,9 +13,11 @@ PACKAGE = Path(__file__).parents[2] / "wcitrain"
 # From the top down; a room may import rooms of later rows, and its own package.
 ROWS = [
     {"__main__"},
+    {"commands"},
     {"sweep"},
     {"train"},
-    {"summary", "measuring_runs"},
+    {"summary", "measuring_runs", "evaluating_runs", "landscape_of_runs", "correlating_runs"},
+    {"targets"},
     {"build", "averaging", "images"},
     {"evaluation", "report", "checkpoint", "tracking", "stopping", "labels", "progress"},
     {"measures"},

@@ -4,7 +4,6 @@ The model is measured in eval mode on the weights it has, and left as it was. Ba
 random starts depend on the batch alone, so any number of processes measures the same thing.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from wcitrain.attacks import ThreatModel, pgd
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
+from wcitrain.evaluation.intervals import wilson_interval
 from wcitrain.measures import WCIMeasurement
 from wcitrain.params import squared_norms
 from wcitrain.preserve import full_precision, undisturbed
@@ -28,7 +28,7 @@ TRACE_EXAMPLES = 50  # examples behind one draw of the traces: several draws a b
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class AccuracyMeasurement:
     """Accuracies in [0, 1] and mean cross-entropies on ``num_examples`` images; ``wci`` where it was asked for."""
 
     num_examples: int
@@ -46,7 +46,7 @@ class Evaluation:
         return numbers
 
 
-def evaluate(
+def measure_accuracy(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     *,
@@ -57,7 +57,7 @@ def evaluate(
     seed: int = 0,
     layers: Mapping[str, Tensor] | None = None,
     accelerator: "Accelerator | None" = None,
-) -> Evaluation:
+) -> AccuracyMeasurement:
     """Measure a model on images, clean and under PGD.
 
     Args:
@@ -81,25 +81,14 @@ def evaluate(
     if accelerator is not None and world > 1:
         rows = _gather(rows, accelerator)
     if not rows:
-        raise ValueError("evaluate: got no images; expected at least one batch. Is the split empty?")
+        raise ValueError("measure_accuracy: got no images; expected at least one batch. Is the split empty?")
     num, *total = torch.stack([sums for sums, _ in rows]).sum(0).tolist()
     means = [value / num for value in total]
     wci = None
     if layers:
         samples = torch.cat([samples for _, samples in rows])
         wci = WCIMeasurement.from_samples(tuple(layers), squared_norms(layers), samples[:, 1:], samples[:, 0])
-    return Evaluation(int(num), means[0], means[1], means[2], means[3], wci)
-
-
-def wilson_interval(share: float, num: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's score interval of a binomial share observed on ``num`` examples (95 % for z = 1.96).
-
-    ( p + z²/2n ± z sqrt( p(1−p)/n + z²/4n² ) ) / (1 + z²/n)
-    """
-    centre = share + z * z / (2 * num)
-    half = z * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
-    scale = 1 + z * z / num
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    return AccuracyMeasurement(int(num), means[0], means[1], means[2], means[3], wci)
 
 
 def _measure_batch(

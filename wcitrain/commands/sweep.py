@@ -1,0 +1,25 @@
+"""``wcitrain sweep``: train several recipes and seeds, then report."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    sweep = commands.add_parser("sweep", help="train several recipes and seeds, then report")
+    sweep.add_argument("sweep", metavar="SWEEP", help="YAML file with `recipes` and `seeds`")
+    sweep.add_argument("settings", nargs="*", metavar="key=value", help="settings that override every recipe's")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; return its exit status."""
+    from wcitrain.report import load_run, results_table, write_report
+    from wcitrain.sweep import run_sweep
+
+    folders = run_sweep(options.sweep, options.settings)
+    runs = [load_run(folder) for folder in folders]
+    out = folders[0].parent / f"{Path(options.sweep).stem}-report"
+    paths = write_report(runs, out)
+    print(f"\n{results_table(runs)}\n\nWritten: {', '.join(map(str, paths))}")
+    return 0

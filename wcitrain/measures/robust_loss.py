@@ -1,0 +1,119 @@
+"""What every measure needs: the same examples each time, a model that is left as it was, and its loss under attack.
+
+Legend: N examples, B examples a chunk.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wcitrain.attacks import ThreatModel, pgd
+from wcitrain.measures.examples import Examples
+from wcitrain.preserve import full_precision, undisturbed
+from wcitrain.seeding import generator_from
+
+Chunks = Sequence[tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode, full precision, gradients allowed; modes, buffers, ``requires_grad`` and random state restored on exit.
+
+    A model that is frozen throughout counts as trainable inside.
+    """
+    frozen = [] if any(p.requires_grad for p in model.parameters()) else list(model.parameters())
+    with torch.inference_mode(False), torch.enable_grad(), undisturbed(model, training=False), full_precision(model):
+        try:
+            for p in frozen:
+                p.requires_grad_(p.is_floating_point())
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+
+def held(model: nn.Module, data: Iterable[Any], num_examples: int | None, chunk_size: int = 100) -> Chunks:
+    """Return the first ``num_examples`` of ``data`` (all by default) in chunks of one size, on the model's device.
+
+    Args:
+        model: Decides the device.
+        data: Iterable of (x, y, ...), images in [0, 1] and classes.
+        num_examples: How many, >= 1.
+        chunk_size: B; the last chunk may be smaller.
+
+    Raises:
+        ValueError: No examples, or ``num_examples < 1``.
+    """
+    if num_examples is not None and num_examples < 1:
+        raise ValueError(f"num_examples: got {num_examples}; expected at least 1, or None for all.")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    chunks = [(x.to(device), y.to(device)) for x, y in Examples(data, num_examples).chunks(chunk_size)]
+    if not chunks:
+        raise ValueError("data: got no images; expected at least one batch. Is the data set empty?")
+    return chunks
+
+
+def example_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return the cross-entropy of every example [B]."""
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def attacked(
+    model: nn.Module,
+    chunks: Chunks,
+    threat: ThreatModel | None,
+    *,
+    num_steps: int = 10,
+    step_size: float | None = None,
+    num_restarts: int = 1,
+    seed: int = 0,
+) -> Chunks:
+    """Return the chunks with adversarial images: PGD on the cross-entropy, the worst restart for each example.
+
+    Starts are functions of ``seed`` and of the chunk alone: two models, or W + u and W - u, are attacked from the same points.
+
+    Args:
+        model: Inside ``measuring``.
+        threat: The adversary; None leaves the images clean.
+        num_steps, num_restarts: Of PGD.
+        step_size: In the threat's norm; by default 2.5 eps / num_steps.
+        seed: Of the starts.
+    """
+    if threat is None:
+        return chunks
+    length = 2.5 * threat.eps / max(1, num_steps) if step_size is None else step_size
+    result = []
+    for number, (x, y) in enumerate(chunks):
+        x_adv = pgd(
+            lambda images, y=y: example_losses(model, images, y),  # type: ignore[misc]
+            x,
+            threat=threat,
+            num_steps=num_steps,
+            step_size=length,
+            num_restarts=num_restarts,
+            generator=generator_from(x.device, seed, "attack", number),
+        )
+        result.append((x_adv, y))
+    return result
+
+
+def losses_of(model: nn.Module, chunks: Chunks) -> Tensor:
+    """Return the cross-entropy of all examples [N] in float64 on the CPU, no graph."""
+    with torch.no_grad():
+        return torch.cat([example_losses(model, x, y) for x, y in chunks]).double().cpu()
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean of [N] values and its standard error; NaN for a single one."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def attack_text(threat: ThreatModel | None, num_steps: int, num_restarts: int = 1) -> str:
+    """Return "PGD-20x10 linf 8/255", or "clean"."""
+    times = f"x{num_restarts}" if num_restarts > 1 else ""
+    return "clean" if threat is None else f"PGD-{num_steps}{times} {threat}"
