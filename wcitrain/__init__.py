@@ -18,8 +18,8 @@ from wcitrain.curvature import (
     two_point_trace,
 )
 from wcitrain.data import Augmentation, Mixing
-from wcitrain.evaluation import AccuracyMeasurement, measure_accuracy
-from wcitrain.measures import WCIMeasurement, measure_wci
+from wcitrain.evaluation import Evaluation, compare, evaluate
+from wcitrain.measures import Measurement, WCIMeasurement, correlate, measure, measure_wci
 from wcitrain.models import create_model, load_exported
 from wcitrain.objectives import (
     ALP,
@@ -81,16 +81,17 @@ __all__ = [
     "SAM",
     "TRADES",
     "WCI",
-    "AccuracyMeasurement",
     "Attack",
     "Augmentation",
     "CatastrophicOverfittingGuard",
+    "Evaluation",
     "FreeAT",
     "FrobeniusTracePenalty",
     "GradAlign",
     "GradientNorm",
     "InputGradient",
     "Loss",
+    "Measurement",
     "Mixing",
     "NoiseStability",
     "Output",
@@ -112,9 +113,12 @@ __all__ = [
     "WithInputRegularizer",
     "alp",
     "binary_cross_entropy",
+    "compare",
+    "correlate",
     "create_model",
     "cross_entropy",
     "dense_hessian",
+    "evaluate",
     "exact_gauss_newton_trace",
     "exact_trace",
     "fgsm",
@@ -126,7 +130,7 @@ __all__ = [
     "load_recipe",
     "mart",
     "mean_squared_error",
-    "measure_accuracy",
+    "measure",
     "measure_wci",
     "msd",
     "pgd",

@@ -9,9 +9,12 @@ from torch import nn
 
 from wcitrain import data, objectives, optim
 from wcitrain.attacks import ThreatModel
+from wcitrain.data import Splits
+from wcitrain.models import Classifier, create_model
 from wcitrain.objectives import OBJECTIVES, Objective, WithInputRegularizer
 from wcitrain.optim import RegularizedOptimizer, StrengthSchedule
 from wcitrain.recipe import Recipe
+from wcitrain.seeding import seed_from
 
 PERTURBATIONS: dict[str, type[optim.WeightPerturbation]] = {
     "sam": optim.SAM,
@@ -37,6 +40,22 @@ WRAPPER_KEYS = {
     "split_qkv",
     "trace_decay",
 }  # not the rule's own
+
+
+def initial_model(recipe: Recipe, splits: Splits) -> Classifier:
+    """Return the model as it is before the first step: a function of the recipe and its seed.
+
+    Seeds torch's global generator; ``preserve.kept_random_state`` around it keeps the former state.
+    """
+    torch.manual_seed(seed_from(recipe.seed, "model"))
+    settings = recipe.model.model_dump()
+    return create_model(
+        **{key: value for key, value in settings.items() if key != "kwargs"},
+        num_classes=splits.num_classes,
+        in_chans=splits.in_chans,
+        rotation_head=recipe.objective.name == "rotation",
+        **settings["kwargs"],
+    )
 
 
 def build_objective(recipe: Recipe) -> Objective:

@@ -109,7 +109,10 @@ def cost(trainer: "Trainer") -> dict[str, float]:
 
 
 def export(trainer: "Trainer", name: str, result: dict[str, Any]) -> None:
-    """Write the inner timm model and what it needs under ``model/<name>``; ``models.load_exported`` reads it."""
+    """Write the inner timm model and what it needs under ``model/<name>``; ``models.load_exported`` reads it.
+
+    ``result`` holds its epoch and, at the end of a run, its evaluation on test images.
+    """
     if not trainer.accelerator.is_main_process:
         return
     measured, recipe = trainer.measured, trainer.recipe
@@ -125,8 +128,9 @@ def export(trainer: "Trainer", name: str, result: dict[str, Any]) -> None:
         "method": method_label(recipe),
         "seed": str(recipe.seed),
         "epoch": str(result["epoch"]),
-        "test_clean_accuracy": str(result["test"]["clean_accuracy"]),
-        "test_robust_accuracy": str(result["test"]["robust_accuracy"]),
+        **{
+            f"test_{key}": str(result["test"][key]) for key in ("clean_accuracy", "robust_accuracy") if "test" in result
+        },
     }
     checkpoint.save_exported_model(trainer.folder / "model" / name, measured.backbone.state_dict(), metadata)
 

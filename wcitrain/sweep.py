@@ -1,15 +1,20 @@
-"""Several recipes times several seeds, one after the other; what is finished is not run again.
+"""Several recipes times a grid of settings times several seeds, one after the other; what is finished is not run again.
 
 A sweep file::
 
     recipes: [cifar10_small.yaml, cifar10_small_wci.yaml]   # relative to the sweep file
     seeds: [0, 1, 2]
     settings: [train.epochs=40]                              # optional, for all of them
+    grid: {threat.eps: [4/255, 8/255], optimizer.lr: [0.1]}  # optional: every combination, each under a name of its own
+    measure: [{measures: [wci], at: last}]                   # optional: what is measured then, see ``studying``
 """
 
+import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -62,16 +67,7 @@ def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> list[Recipe]:
     Raises:
         ValueError: Unknown keys, no recipes, seeds that are not integers, or two runs that share a folder.
     """
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: got {error}; expected a sweep file with `recipes` and `seeds`.") from error
-    if not isinstance(content, dict) or set(content) - {"recipes", "seeds", "settings"} or not content.get("recipes"):
-        raise ValueError(
-            f"{path}: got {sorted(content) if isinstance(content, dict) else type(content).__name__}; expected the keys "
-            "recipes (a list of files), seeds (a list of integers) and optionally settings (a list of key=value)."
-        )
+    path, content = Path(path), sweep_content(path)
     seeds = content.get("seeds", [0])
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
         raise ValueError(f"{path}: seeds: got {seeds!r}; expected a list of integers such as [0, 1, 2].")
@@ -82,14 +78,58 @@ def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> list[Recipe]:
     common = [*content.get("settings", []), *settings]
     if any(setting.startswith("seed=") for setting in common):
         raise ValueError(f"{path}: got the setting seed=...; expected seeds in the sweep file. Change `seeds` there.")
-    recipes = [
-        load_recipe(path.parent / name, [*common, f"seed={seed}"]) for seed in seeds for name in content["recipes"]
-    ]
+    points = _grid_points(content.get("grid", {}), f"{path}: grid")
+    recipes = []
+    for seed, name, point in itertools.product(seeds, content["recipes"], points):
+        here = [*common, *(f"{key}={json.dumps(value)}" for key, value in point.items()), f"seed={seed}"]
+        recipe = load_recipe(path.parent / name, here)
+        if point:
+            recipe = load_recipe(path.parent / name, [*here, f"name={recipe.name}{_point_name(point)}"])
+        recipes.append(recipe)
     folders = [run_folder(recipe) for recipe in recipes]
     if len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)
         raise ValueError(f"{path}: got two runs in {twice}; expected one folder each. Give every recipe its own name.")
     return recipes
+
+
+def sweep_content(path: str | Path) -> dict[str, Any]:
+    """Return the mapping in a sweep file.
+
+    Raises:
+        ValueError: No YAML, unknown keys, or no recipes.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: got {error}; expected a sweep file with `recipes` and `seeds`.") from error
+    keys = {"recipes", "seeds", "settings", "grid", "measure"}
+    if not isinstance(content, dict) or set(content) - keys or not content.get("recipes"):
+        raise ValueError(
+            f"{path}: got {sorted(content) if isinstance(content, dict) else type(content).__name__}; expected the keys "
+            "recipes (a list of files), seeds (a list of integers) and optionally settings (a list of key=value), grid (lists of "
+            "values by key) and measure (a list of studies)."
+        )
+    return content
+
+
+def _grid_points(grid: Any, where: str) -> list[dict[str, Any]]:
+    """Return every combination of a grid's values, the last key changing fastest; one empty point without a grid."""
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ValueError(
+            f"{where}: got {grid!r}; expected a list of values for each key, such as {{optimizer.lr: [0.1]}}."
+        )
+    if {"seed", "name"} & set(grid):
+        raise ValueError(
+            f"{where}: got the key seed or name; expected other settings. Use `seeds`; names are made here."
+        )
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _point_name(point: dict[str, Any]) -> str:
+    """Return what a point of the grid adds to a run's name, such as "-eps_8_255-lr_0.1"."""
+    texts = (f"{key.rpartition('.')[2]}_{value}" for key, value in point.items())
+    return "".join("-" + re.sub(r"[^A-Za-z0-9._]+", "_", text).strip("_") for text in texts)
 
 
 def is_finished(folder: Path) -> bool:

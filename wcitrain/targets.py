@@ -25,7 +25,10 @@ KINDS = f"a run folder (recipe.yaml), an exported model folder (metadata.json) o
 
 
 class Target(NamedTuple):
-    """What is measured: kind ``"run"``, ``"export"`` or ``"file"``, its path, its run's folder if it has one, its epoch."""
+    """What is measured: kind ``"run"``, ``"export"`` or ``"file"``, its path, its run's folder if it has one, its epoch.
+
+    ``at`` is ``"last"``, ``"best"``, or the name of the export or file.
+    """
 
     kind: str
     path: Path
@@ -34,9 +37,15 @@ class Target(NamedTuple):
 
 
 def find_target(path: Path, at: str | None) -> Target:
-    """Return what ``path`` is."""
+    """Return what ``path`` is; ``at`` is ``"last"``, ``"best"`` or the number of an epoch that the run kept."""
     if path.is_dir() and (path / "recipe.yaml").is_file():
-        return Target("run", path, path, at or "last")
+        if at in (None, "last", "best"):
+            return Target("run", path, path, at or "last")
+        kept = path / "model" / f"epoch-{at}"
+        if not (kept / "metadata.json").is_file():
+            there = ", ".join(map(str, kept_epochs(path))) or "none: set checkpoint.keep_every in its recipe"
+            raise ValueError(f"--at: got {at!r}; expected last, best, or an epoch that {path} kept ({there}).")
+        return Target("export", kept, path, kept.name)
     if path.is_dir() and (path / "metadata.json").is_file():
         above = path.resolve().parent.parent
         found = Target("export", path, above if (above / "recipe.yaml").is_file() else None, path.resolve().name)
@@ -54,6 +63,12 @@ def find_target(path: Path, at: str | None) -> Target:
     if at is not None:
         raise ValueError(f"--at: got {at!r} with {path}, one epoch already; expected a run folder. Leave it out.")
     return found
+
+
+def kept_epochs(run: Path) -> list[int]:
+    """Return the epochs whose weights a run kept (``checkpoint.keep_every``), in order."""
+    folders = (run / "model").glob("epoch-*/metadata.json")
+    return sorted(int(file.parent.name.removeprefix("epoch-")) for file in folders)
 
 
 def recipe_of(target: Target, recipe: str | Path | None, settings: Sequence[str]) -> Recipe:

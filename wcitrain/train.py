@@ -28,6 +28,7 @@ from wcitrain.build import (
     build_objective,
     build_optimizer,
     build_regularizer,
+    initial_model,
     learning_rate_factor,
     step_size,
     threat_factor,
@@ -35,7 +36,10 @@ from wcitrain.build import (
 from wcitrain.data import Batch, StreamSet, noisy_labels
 from wcitrain.evaluation import AccuracyMeasurement, measure_accuracy
 from wcitrain.images import open_splits, open_training_set
-from wcitrain.models import Classifier, create_model, try_forward
+from wcitrain.measures.adversarial import reused_attacks
+from wcitrain.measures.by_name import NEED_INITIAL, Shared, check_settings
+from wcitrain.measures.by_name import measure as take_measure
+from wcitrain.models import Classifier, try_forward
 from wcitrain.objectives import CatastrophicOverfittingGuard
 from wcitrain.optim import RegularizedOptimizer
 from wcitrain.params import select_layers
@@ -44,7 +48,7 @@ from wcitrain.progress import Progress, epoch_line, has_started, last_line, run_
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import generator_from, seed_from
 from wcitrain.stopping import StopRequest
-from wcitrain.summary import summarize
+from wcitrain.summary import export, summarize
 
 OVERFITTING_IMAGES = 256  # behind one look for catastrophic overfitting: a standard error of at most 3 points
 DRY_RUN_IMAGES = 4  # more than one: BatchNorm in train mode needs them
@@ -136,18 +140,14 @@ class Trainer:
             )
         self.monitored = splits.train.subset(min(recipe.evaluation.train_size, len(splits.train)))
 
-        torch.manual_seed(seed_from(recipe.seed, "model"))
-        model_settings = recipe.model.model_dump()
-        model = create_model(
-            **{k: v for k, v in model_settings.items() if k != "kwargs"},
-            num_classes=splits.num_classes,
-            in_chans=splits.in_chans,
-            rotation_head=recipe.objective.name == "rotation",
-            **model_settings["kwargs"],
-        )
+        model = initial_model(recipe, splits)
         try_forward(model, splits.in_chans, splits.image_size, splits.num_classes)
         if recipe.train.channels_last:
             model = model.to(memory_format=torch.channels_last)
+        self._initial = None  # the weights before the first step, where a measure asks for them
+        if set(recipe.measures.names) & NEED_INITIAL:
+            self._initial = {name: value.clone() for name, value in model.state_dict().items()}
+        check_settings(recipe.measures.names, recipe.measures.settings)
         self.bare = model  # what is measured and exported: no DDP, no compilation
         base = build_optimizer(recipe, model)
         self.regularizer: RegularizedOptimizer = build_regularizer(recipe, base, model, self.updates)
@@ -194,6 +194,8 @@ class Trainer:
         )
         try:
             with self.stop:
+                if not progress.step:
+                    self._keep_weights()
                 while progress.epoch < epochs and not progress.stop_reason:
                     self._train_epoch()
                     self._finish_epoch()
@@ -328,6 +330,8 @@ class Trainer:
                 progress.stop_reason = (
                     f"no better robust validation accuracy in {recipe.train.patience} epochs (train.patience)"
                 )
+        if recipe.measures.names and ((progress.epoch + 1) % recipe.measures.every == 0 or is_last):
+            metrics |= self._measures_by_name()
         progress.train_seconds += progress.epoch_seconds
         progress.seconds += progress.epoch_seconds + time.perf_counter() - started
         metrics |= {"train_seconds": progress.train_seconds, "seconds": progress.seconds}
@@ -342,8 +346,15 @@ class Trainer:
             )
         if progress.stop_reason and self.log is not None:
             print(f"stopped after epoch {progress.epoch}: {progress.stop_reason}", flush=True)
+        self._keep_weights()
         if progress.epoch % recipe.checkpoint.every == 0 or is_last or progress.stop_reason:
             self._save()
+
+    def _keep_weights(self) -> None:
+        """Export the measured weights where ``checkpoint.keep_every`` asks for this epoch's."""
+        every, epoch = self.recipe.checkpoint.keep_every, self.progress.epoch
+        if every and epoch % every == 0:
+            export(self, f"epoch-{epoch}", {"epoch": epoch})
 
     def _train_passes(self, model: nn.Module) -> Iterator[None]:
         """Evaluate the training loss of ``model`` batch by batch, for its running statistics; attacks are on the trained weights.
@@ -410,6 +421,29 @@ class Trainer:
             layers=layers,
             accelerator=self.accelerator,
         )
+
+    def _measures_by_name(self) -> dict[str, float]:
+        """Take the measures that the recipe names, every process all of them: they are functions of the weights and the seed."""
+        settings, recipe = self.recipe.measures, self.recipe
+        images = self.splits.train if settings.split == "train" else self.splits.val
+        subset = images.subset(min(settings.num_examples, len(images)))
+        data = [(x, y) for x, y, _ in subset.batches(min(100, len(subset)), device=self.device)]
+        shared = Shared(
+            num_examples=settings.num_examples,
+            num_steps=recipe.evaluation.num_steps,
+            step_size=step_size(recipe, recipe.evaluation),
+            seed=recipe.seed,
+            initial=self._initial,
+            image_shape=tuple(data[0][0].shape[1:]),
+        )
+        threat = ThreatModel(recipe.threat.norm, recipe.threat.eps)
+        metrics: dict[str, float] = {}
+        with reused_attacks(self.measured):
+            for name in settings.names:
+                found = take_measure(name, self.measured, data, threat, shared, settings.settings.get(name))
+                metrics[f"measures/{settings.split}/{name}"] = found.value
+                metrics[f"measures/{settings.split}/{name}_stderr"] = found.stderr
+        return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
     # ---- saving and stopping -----------------------------------------------------------------------------------------
 

@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parents[2] / "wcitrain"
 ROWS = [
     {"__main__"},
     {"commands"},
-    {"sweep"},
+    {"sweep", "studying"},
     {"train"},
     {"summary", "measuring_runs", "evaluating_runs", "landscape_of_runs", "correlating_runs"},
+    {"measuring_many"},
     {"targets"},
     {"build", "averaging", "images"},
     {"evaluation", "report", "checkpoint", "tracking", "stopping", "labels", "progress"},

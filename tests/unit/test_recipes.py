@@ -19,11 +19,13 @@ from wcitrain.build import (
 from wcitrain.labels import method_label
 from wcitrain.models import create_model
 from wcitrain.recipe import load_recipe, recipe_from_dict
-from wcitrain.sweep import read_sweep
+from wcitrain.studying import read_studies
+from wcitrain.sweep import read_sweep, sweep_content
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "sweeps")
-SWEEPS = sorted((FOLDER / "sweeps").glob("*.yaml"))
+STUDIES = [FOLDER / "yamada_logistic.yaml"]  # read by a tool of its own
+SWEEPS = [*sorted((FOLDER / "sweeps").glob("*.yaml")), FOLDER / "stutz_flatness.yaml"]
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path not in (*SWEEPS, *STUDIES))
 CHANNELS = {"digits": (1, 8), "folder": (3, 16), "cifar10": (3, 16)}
 
 
@@ -80,14 +82,15 @@ def test_every_small_recipe_has_its_full_size_counterpart_and_both_differ_from_p
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
 def test_a_sweep_reads_its_recipes(path):
-    """All recipes of a sweep are checked before the first one trains."""
-    assert len({method_label(recipe) for recipe in read_sweep(path)}) >= 3
+    """All recipes of a sweep are checked before the first one trains, and what is measured after the last one."""
+    assert len({(method_label(recipe), recipe.name) for recipe in read_sweep(path)}) >= 3
+    read_studies(sweep_content(path).get("measure"), path.name)
 
 
 def test_every_recipe_is_described():
     """A recipe without its row of hardware, time and expected numbers is a riddle."""
     text = (FOLDER / "README.md").read_text()
-    names = [str(p.relative_to(FOLDER)) for p in RECIPES + SWEEPS]
+    names = [str(p.relative_to(FOLDER)) for p in (*RECIPES, *SWEEPS, *STUDIES)]
     missing = [n for n in names if n not in text and n.removeprefix("cifar10/").replace(".yaml", "") not in text]
     assert missing == []
 

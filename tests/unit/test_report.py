@@ -10,7 +10,9 @@ import pytest
 from matplotlib.image import imread
 
 from wcitrain.report import load_run, results_table, write_report
-from wcitrain.report.figures import short_names
+from wcitrain.report.page import report_page
+from wcitrain.report.runs import group_rows
+from wcitrain.report.series import short_names
 
 LAYERS = ("backbone.conv1.weight", "backbone.layer1.0.conv1.weight", "backbone.fc.weight")
 
@@ -182,7 +184,7 @@ def assert_is_drawn(path: Path, width: int):
     assert 0.005 < np.mean(image.min(axis=2) < 0.95) < 0.9, f"{path.name} is blank or full"
 
 
-def test_a_report_writes_its_four_files_and_nothing_else(tmp_path):
+def test_a_report_writes_its_five_files_and_nothing_else(tmp_path):
     """A figure that is blank or missing shows only when someone opens the folder."""
     runs = [write_run(tmp_path / f"at{i}", seed=i, robust=0.5 + i / 50) for i in range(2)]
     runs.append(write_run(tmp_path / "wci", "wci", method="WCI r=1", robust=0.6, num_epochs=5))
@@ -191,11 +193,12 @@ def test_a_report_writes_its_four_files_and_nothing_else(tmp_path):
     (out / "notes.txt").write_text("mine")
     (out / "table.md").write_text("old")
     paths = write_report(runs, out)
-    assert [path.name for path in paths] == ["table.md", "curves.png", "tradeoff.png", "wci_layers.png"]
+    assert [path.name for path in paths] == ["table.md", "report.html", "curves.png", "tradeoff.png", "wci_layers.png"]
     assert {path.name for path in out.iterdir()} == {path.name for path in paths} | {"notes.txt"}
     assert (out / "table.md").read_text("utf-8") == results_table(runs)
+    assert (out / "report.html").read_text("utf-8") == report_page(group_rows(runs))
     assert (out / "notes.txt").read_text() == "mine"
-    for path, width in zip(paths[1:], (1800, 1200, 1800), strict=True):  # inches times 150 dpi
+    for path, width in zip(paths[2:], (1800, 1200, 1800), strict=True):  # inches times 150 dpi
         assert_is_drawn(path, width)
     pyplot = sys.modules.get("matplotlib.pyplot")  # another test may have imported it
     assert pyplot is None or not pyplot.get_fignums(), "a figure is held in pyplot's global state"
@@ -204,8 +207,8 @@ def test_a_report_writes_its_four_files_and_nothing_else(tmp_path):
 def test_figures_without_numbers_are_left_out(tmp_path):
     """One epoch, no WCI, one group and no finished run is the first report of every new user."""
     paths = write_report([write_run(tmp_path / "a", num_epochs=1, has_wci=False, finished=False)], tmp_path / "out")
-    assert [path.name for path in paths] == ["table.md", "curves.png"]
-    assert_is_drawn(paths[1], 1800)
+    assert [path.name for path in paths] == ["table.md", "report.html", "curves.png"]
+    assert_is_drawn(paths[2], 1800)
 
 
 def test_a_figure_of_an_earlier_report_warns(tmp_path):
@@ -225,7 +228,7 @@ def test_figures_survive_values_that_are_not_numbers(tmp_path, values):
     extra = dict(zip(keys, (*values, *values), strict=False))
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", "b", method="B", extra=extra)]
     runs.append(write_run(tmp_path / "c", "c", extra=dict.fromkeys((f"wci/{layer}" for layer in LAYERS), values[1])))
-    for path in write_report(runs, tmp_path / "out")[1:]:
+    for path in write_report(runs, tmp_path / "out")[2:]:
         assert_is_drawn(path, 1200 if path.name == "tradeoff.png" else 1800)
 
 
@@ -241,5 +244,5 @@ def test_many_methods_and_layers_make_a_taller_figure(tmp_path):
     extra = {f"wci/backbone.block{i}.weight": 1.0 + i for i in range(37)}
     runs = [write_run(tmp_path / str(i), f"m{i}", method=f"m{i}", extra=extra, num_epochs=1) for i in range(10)]
     paths = write_report(runs, tmp_path / "out")
-    assert imread(paths[3]).shape[0] > 150 * 0.2 * 40  # at least 0.2 inches a layer
-    assert_is_drawn(paths[1], 1800)
+    assert imread(paths[4]).shape[0] > 150 * 0.2 * 40  # at least 0.2 inches a layer
+    assert_is_drawn(paths[2], 1800)

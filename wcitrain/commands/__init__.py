@@ -3,8 +3,15 @@
 Their heavy imports are inside ``run``: ``--help`` needs no torch.
 """
 
-from wcitrain.commands import measure, report, sweep, train
+from wcitrain.commands import evaluate, landscape, measure, report, sweep, train
 
-COMMANDS = {"train": train, "sweep": sweep, "measure": measure, "report": report}
+COMMANDS = {
+    "train": train,
+    "sweep": sweep,
+    "evaluate": evaluate,
+    "measure": measure,
+    "landscape": landscape,
+    "report": report,
+}
 
 __all__ = ["COMMANDS"]

@@ -1,6 +1,7 @@
-"""``wcitrain measure``: the WCI of a trained model."""
+"""``wcitrain measure``: the WCI of a model in detail; any measures of any models; their correlation with the robust gap."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 
@@ -8,23 +9,44 @@ def add(commands: Any) -> None:
     """Declare the command."""
     measure = commands.add_parser(
         "measure",
-        help="measure the WCI of a trained model",
+        help="measure the WCI, flatness, sharpness, norms, ... of trained models",
         description=(
             "Measure the Weight-Curvature Index of a model in eval mode and float32, print it layer by layer with standard "
             "errors, and write wci-<at>-<split>.json and .png (a bar a layer); what differs from the default (clean, attack, "
-            "estimator, layers, seed) is appended to the name. Files of the same name are replaced. One process only."
+            "estimator, layers, seed) is appended to the name. Files of the same name are replaced. With several models, several "
+            "--measures, --at all or --correlate: a table, and measures-<at>-<split>.json beside each run, where what is measured "
+            "already is kept. One process only."
         ),
     )
     measure.add_argument(
-        "target",
+        "targets",
+        nargs="+",
         metavar="TARGET",
         help="a run folder; an exported model folder (runs/NAME-s0/model/last); or a file .pt, .pth or .safetensors with a state "
         "dict of the model or of its timm backbone, with --recipe",
     )
     measure.add_argument(
-        "--measures", nargs="+", choices=("wci",), default=["wci"], help="what to measure (default: wci)"
+        "--measures",
+        nargs="+",
+        default=["wci"],
+        metavar="NAME",
+        help="what to measure: names, or all; a wrong one prints them (default: wci)",
     )
-    measure.add_argument("--at", choices=("last", "best"), help="epoch of a run (default: last)")
+    measure.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="MEASURE.SETTING=VALUE",
+        help="settings of single measures, such as average_flatness.xi=0.25",
+    )
+    measure.add_argument(
+        "--correlate",
+        action="store_true",
+        help="correlate every measure with the robust gap over the models; writes correlation.{md,json} and scatter plots",
+    )
+    measure.add_argument(
+        "--at", metavar="EPOCH", help="last (default), best, a number of an epoch that a run kept, or all of those"
+    )
     measure.add_argument(
         "--split",
         choices=("train", "val", "test"),
@@ -44,7 +66,13 @@ def add(commands: Any) -> None:
         "--split-qkv", action="store_true", help="count query, key and value of fused attention as three layers"
     )
     measure.add_argument(
-        "--examples", type=int, metavar="N", help="images (default: 1000); with --target-error the most to read"
+        "--examples",
+        type=int,
+        metavar="N",
+        help="images (default: 1000, with several measures 500); with --target-error the most to read",
+    )
+    measure.add_argument(
+        "--gap-examples", type=int, default=1000, metavar="N", help="images of each split in robust_gap (default: 1000)"
     )
     measure.add_argument(
         "--target-error",
@@ -72,19 +100,30 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
-    from wcitrain.measuring_runs import measure_run
-
     recipe = [text for text in options.recipe if "=" not in text]
     if len(recipe) > 1:
         raise ValueError(
             f"--recipe: got {len(recipe)} files ({', '.join(recipe)}); expected one. Settings are key=value."
         )
+    source = {
+        "recipe": recipe[0] if recipe else None,
+        "settings": [text for text in options.recipe if "=" in text],
+        "at": options.at,
+    }
+    is_one = len(options.targets) == 1 and options.measures == ["wci"] and options.at != "all"
+    if is_one and not options.correlate and not options.set:
+        return _in_detail(options, source)
+    return _many(options, source)
+
+
+def _in_detail(options: argparse.Namespace, source: dict[str, Any]) -> int:
+    """Measure the index of one model, layer by layer."""
+    from wcitrain.measuring_runs import measure_run
+
     result = measure_run(
-        options.target,
-        at=options.at,
+        options.targets[0],
+        **source,
         split=options.split,
-        recipe=recipe[0] if recipe else None,
-        settings=[text for text in options.recipe if "=" in text],
         estimator=options.estimator,
         layers=options.layers,
         split_qkv=options.split_qkv,
@@ -99,4 +138,45 @@ def run(options: argparse.Namespace) -> int:
         device=options.device,
     )
     print(result.text())
+    return 0
+
+
+def _many(options: argparse.Namespace, source: dict[str, Any]) -> int:
+    """Take several measures of models, and correlate them where that is asked for."""
+    from wcitrain.correlating_runs import study, write_study
+    from wcitrain.measuring_many import GAP, NAMES, How, measure_many, settings_by_measure, table
+
+    single = {"estimator": "auto", "layers": "weights", "split_qkv": False, "target_error": None}
+    for name, default in single.items():
+        if getattr(options, name) != default:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: got {getattr(options, name)!r} with several models or measures; expected none: it is "
+                "for the index of one model in detail. Use --set, such as wci.estimator=hutchinson."
+            )
+    names = NAMES if options.measures == ["all"] else tuple(dict.fromkeys(options.measures))
+    if options.correlate and GAP not in names:
+        names = (*names, GAP)
+    how = How(
+        names,
+        split=options.split,
+        **({} if options.examples is None else {"num_examples": options.examples}),
+        gap_examples=options.gap_examples,
+        clean=options.clean,
+        norm=options.norm,
+        eps=options.eps,
+        num_steps=options.steps,
+        settings=settings_by_measure(options.set),
+        seed=options.seed,
+        device=options.device,
+    )
+    models = measure_many(options.targets, how, **source, out=None if options.correlate else options.out)
+    written = [model.path for model in models]
+    if options.correlate:
+        first = Path(options.targets[0])
+        found = study(models, seed=options.seed)
+        written = [*write_study(found, Path(options.out) if options.out else first.parent / "correlation")]
+        print(found.text())
+    else:
+        print(table(models))
+    print(f"Written: {', '.join(map(str, dict.fromkeys(written)))}")
     return 0

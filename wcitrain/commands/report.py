@@ -1,4 +1,4 @@
-"""``wcitrain report``: a table and figures from run folders."""
+"""``wcitrain report``: a table, figures and one HTML page from run folders."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    report = commands.add_parser("report", help="a table and figures from run folders")
+    report = commands.add_parser("report", help="a table, figures and one HTML page from run folders")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     report.add_argument(
         "--out", metavar="FOLDER", help="where to write (default: figures/ of the run, or report/ beside several)"

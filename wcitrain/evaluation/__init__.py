@@ -1,6 +1,28 @@
-"""Clean and robust accuracy with their intervals."""
+"""Clean, robust and corrupted accuracy, example by example, with intervals, tests and checks of the model under attack."""
 
 from wcitrain.evaluation.accuracy import AccuracyMeasurement, measure_accuracy
-from wcitrain.evaluation.intervals import wilson_interval
+from wcitrain.evaluation.corruptions import CORRUPTIONS, corrupt
+from wcitrain.evaluation.evaluating import evaluate
+from wcitrain.evaluation.evaluation import AttackResult, Comparison, Evaluation, compare
+from wcitrain.evaluation.findings import Finding, PreflightWarning
+from wcitrain.evaluation.intervals import McNemar, bootstrap_interval, mcnemar, wilson_interval
+from wcitrain.evaluation.naming import parse_attack
 
-__all__ = ["AccuracyMeasurement", "measure_accuracy", "wilson_interval"]
+__all__ = [
+    "CORRUPTIONS",
+    "AccuracyMeasurement",
+    "AttackResult",
+    "Comparison",
+    "Evaluation",
+    "Finding",
+    "McNemar",
+    "PreflightWarning",
+    "bootstrap_interval",
+    "compare",
+    "corrupt",
+    "evaluate",
+    "mcnemar",
+    "measure_accuracy",
+    "parse_attack",
+    "wilson_interval",
+]

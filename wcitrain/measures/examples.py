@@ -52,7 +52,7 @@ class Examples:
             got = f"a {type(batch).__name__}"
             got += f" of {', '.join(type(item).__name__ for item in batch)}" if isinstance(batch, tuple | list) else ""
             raise ValueError(
-                f"measure_wci: got {got} as a batch; expected (x, y, ...), two tensors of the same length first. Wrap the loader "
+                f"data: got {got} as a batch; expected (x, y, ...), two tensors of the same length first. Wrap the loader "
                 "in a generator that yields them."
             )
         return pair[0], pair[1]

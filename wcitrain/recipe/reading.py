@@ -49,6 +49,18 @@ def to_yaml_text(data: Mapping[str, Any]) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def yaml_value(text: str) -> Any:
+    """Return one value as recipes read it: "1e-4" is a number.
+
+    Raises:
+        ValueError: The text is no YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"got {text!r}; expected a YAML value ({_reason(error)}).") from error
+
+
 def read_files(path: Path, problems: list[str]) -> list[Layer]:
     """Read a recipe file and the files its ``base`` keys lead to, lowest first.
 

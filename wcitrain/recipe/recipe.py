@@ -36,6 +36,7 @@ from wcitrain.recipe.sections import (
     Evaluation,
     Extra,
     LabelNoise,
+    Measures,
     Mixing,
     Model,
     Optimizer,
@@ -111,6 +112,7 @@ class Recipe(Section):
     )
     train: Train = Field(default_factory=Train, description="The training loop.")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="What is measured.")
+    measures: Measures = Field(default_factory=Measures, description="What else is measured while training.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="When the run is saved.")
     tracking: Tracking = Field(default_factory=Tracking, description="Where metrics go.")
 

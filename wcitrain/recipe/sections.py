@@ -221,6 +221,34 @@ class Train(Section):
     )
 
 
+MeasureName = Literal[
+    "wci",
+    "hessian_trace",
+    "lambda_max",
+    "average_flatness",
+    "worst_flatness",
+    "relative_flatness",
+    "sam_sharpness",
+    "asam_sharpness",
+    "awp_sharpness",
+    "average_sharpness",
+    "worst_sharpness",
+    "pac_bayes_sharpness",
+    "magnitude_aware_sharpness",
+    "gradient_norm",
+    "input_gradient_norm",
+    "input_curvature",
+    "margins",
+    "normalised_margin",
+    "frobenius_norms",
+    "spectral_norms",
+    "path_norm",
+    "distance_from_initialisation",
+    "robust_loss",
+    "clean_loss",
+]
+
+
 class Evaluation(Section):
     """What is measured while training, and how strong its attack is."""
 
@@ -237,10 +265,25 @@ class Evaluation(Section):
     wci: bool = Field(default=True, description="Measure the layer-wise WCI of the robust loss.")
 
 
+class Measures(Section):
+    """What else is measured while training; see measures.by_name."""
+
+    names: list[MeasureName] = Field(default_factory=list, description="Measures, such as average_flatness; none: [].")
+    every: PositiveCount = Field(default=5, description="Epochs between measurements; the last epoch is always one.")
+    split: Literal["train", "val"] = Field(default="train", description="Images they are taken on.")
+    num_examples: PositiveCount = Field(default=200, description="How many of them, at most.")
+    settings: dict[str, dict[str, JsonValue]] = Field(
+        default_factory=dict, description="Further arguments of single measures, such as average_flatness: {xi: 0.25}."
+    )
+
+
 class Checkpoint(Section):
     """When the run is saved."""
 
     every: PositiveCount = Field(default=1, description="Epochs between checkpoints.")
+    keep_every: PositiveCount | None = Field(
+        default=None, description="Epochs between weights kept for good in model/epoch-N, N = 0 included; null: none."
+    )
 
 
 class Tracking(Section):

@@ -1,4 +1,4 @@
-"""Tables and figures from run folders: what ``wcitrain report`` writes.
+"""Tables, figures and a page from run folders: what ``wcitrain report`` writes.
 
 A run folder holds ``recipe.yaml``, ``metrics.jsonl`` (one object an epoch) and, once finished, ``summary.json``.
 Runs of one group (the same recipe under several seeds) share a table row and a curve. An unfinished run is never
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wcitrain.report.figures import DPI, curves, tradeoff, wci_layers
+from wcitrain.report.page import report_page
 from wcitrain.report.runs import Run, group_rows, load_run
 from wcitrain.report.table import results_table
 
@@ -20,11 +21,11 @@ __all__ = ["Run", "load_run", "results_table", "write_report"]
 
 
 def write_report(runs: Sequence[Run], out: str | Path, *, at: str = "last") -> list[Path]:
-    """Write table.md, curves.png and, where the runs have the numbers for them, tradeoff.png and wci_layers.png.
+    """Write table.md, report.html, curves.png and, where there are numbers for them, tradeoff.png and wci_layers.png.
 
-    tradeoff.png needs two groups with test accuracies, wci_layers.png the layer-wise WCI. These four names are
-    overwritten in ``out``; nothing else is touched, and a figure left over from an earlier report is warned about. ``at`` is
-    the epoch of the table, "last" or "best".
+    report.html is one page with everything in it. tradeoff.png needs two groups with test accuracies, wci_layers.png the
+    layer-wise WCI. These five names are overwritten in ``out``; nothing else is touched, and a figure left over from an
+    earlier report is warned about. ``at`` is the epoch of the table, "last" or "best".
 
     Returns:
         The paths written.
@@ -38,8 +39,9 @@ def write_report(runs: Sequence[Run], out: str | Path, *, at: str = "last") -> l
     rows = group_rows(runs)
     figures = {"curves.png": curves(rows), "tradeoff.png": tradeoff(rows), "wci_layers.png": wci_layers(rows)}
     out.mkdir(parents=True, exist_ok=True)
-    written = [out / "table.md"]
+    written = [out / "table.md", out / "report.html"]
     written[0].write_text(results_table(runs, at=at), "utf-8")
+    written[1].write_text(report_page(rows, at=at), "utf-8")
     for name, figure in figures.items():
         if figure is not None:
             figure.savefig(out / name, dpi=DPI)

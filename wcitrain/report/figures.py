@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,14 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
-from wcitrain.report.runs import KINDS, MARKERS, Row, Run, measured, number
+from wcitrain.report.runs import KINDS, MARKERS, Row, measured
+from wcitrain.report.series import band, layer_series, short_names, spans_decades
 from wcitrain.report.table import attacks
 
 DPI = 150
 INK = "#333333"
 MAX_LAYER_ROWS = 6  # groups drawn in wci_layers.png
 FEW_EPOCHS = 12  # up to here every epoch has a marker
-LOG_RATIO = 30.0  # an axis is logarithmic when its largest value exceeds its smallest by more than this factor
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
@@ -52,25 +52,6 @@ def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=11)
 
 
-def _spans_decades(values: Iterable[float]) -> bool:
-    """Whether the values are better read on a logarithmic axis; never when one is zero or negative."""
-    finite = [value for value in values if math.isfinite(value)]
-    return bool(finite) and min(finite) > 0 and max(finite) > LOG_RATIO * min(finite)
-
-
-def _series(runs: Sequence[Run], key: str) -> tuple[list[int], np.ndarray]:
-    """Return the epochs at which every run has a finite ``key``, and its values [runs, epochs]."""
-    per_run = [{m["epoch"]: number(m, key) for m in run.metrics if math.isfinite(number(m, key))} for run in runs]
-    epochs = sorted(set.intersection(*(set(values) for values in per_run)))
-    return epochs, np.array([[values[epoch] for epoch in epochs] for values in per_run])
-
-
-def _mean_series(runs: Sequence[Run], key: str) -> tuple[list[int], list[float]]:
-    """Return the epochs of :func:`_series` and the mean over the runs."""
-    epochs, values = _series(runs, key)
-    return epochs, values.mean(0).tolist()
-
-
 def curves(rows: Sequence[Row]) -> Figure:
     """Accuracies, gap and WCI over the epochs: mean over the seeds in a min-max band (one run: WCI ± its stderr)."""
     figure = _figure(12, 8.6, "Training curves: mean and range over seeds")
@@ -87,14 +68,10 @@ def curves(rows: Sequence[Row]) -> Figure:
         drawn: list[float] = []
         for row in rows:
             for key, line in zip(keys, ("-", "--"), strict=False):
-                epochs, values = _series(row.runs, key)
+                epochs, mean, low, high = band(row.runs, key, "wci/total_stderr" if key == "wci/total" else "")
                 if not epochs:
                     continue
-                mean, low, high = factor * values.mean(0), factor * values.min(0), factor * values.max(0)
-                if key == "wci/total" and len(row.runs) == 1:
-                    stderr = {m["epoch"]: number(m, "wci/total_stderr") for m in row.runs[0].metrics}
-                    band = np.nan_to_num([stderr[epoch] for epoch in epochs])
-                    low, high = mean - band, mean + band
+                mean, low, high = factor * mean, factor * low, factor * high
                 ax.fill_between(epochs, low, high, color=row.colour, alpha=0.15, linewidth=0)
                 style = _line_style(row, has_markers or len(epochs) == 1)
                 ax.plot(epochs, mean, line, markerfacecolor="white" if line == "--" else row.colour, **style)
@@ -103,7 +80,7 @@ def curves(rows: Sequence[Row]) -> Figure:
             ax.set_xlim(0.5, 1.5)
         if keys == ("robust_gap",) and drawn:
             ax.axhline(0, color="#999999", linewidth=1)
-        if keys == ("wci/total",) and _spans_decades(drawn):
+        if keys == ("wci/total",) and spans_decades(drawn):
             ax.set_yscale("log")
         if not drawn:
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="#888888", fontsize=12)
@@ -201,11 +178,9 @@ def wci_layers(rows: Sequence[Row]) -> Figure | None:
     """Each layer's share of the WCI at the last measured epoch, and its WCI through training; None without WCI."""
     maps = []  # row, epochs, {layer: WCI [epochs], mean over the seeds}
     for row in [row for row in rows if row.is_finished] or rows:
-        keys = dict.fromkeys(key for m in row.runs[0].metrics for key in m if _is_layer(key))
-        series = {key: dict(zip(*_mean_series(row.runs, key), strict=True)) for key in keys}
-        epochs = sorted({epoch for curve in series.values() for epoch in curve})
+        epochs, values = layer_series(row)
         if epochs:
-            maps.append((row, epochs, {k: np.array([v.get(e, np.nan) for e in epochs]) for k, v in series.items()}))
+            maps.append((row, epochs, values))
     if not maps:
         return None
     note = f" (first {MAX_LAYER_ROWS} of {len(maps)} methods)" if len(maps) > MAX_LAYER_ROWS else ""
@@ -230,14 +205,14 @@ def wci_layers(rows: Sequence[Row]) -> Figure | None:
     _style(axes[0], "Share at the last measured epoch", "share of the network's WCI (%)", "")
     axes[0].set_yticks(range(len(layers)), short_names(layers))
     axes[0].set_ylim(len(layers) - 0.5, -0.5)  # the input layer on top
-    if _spans_decades(x for line in axes[0].lines for x in line.get_xdata()):
+    if spans_decades(x for line in axes[0].lines for x in line.get_xdata()):
         axes[0].set_xscale("log")
         axes[0].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     _legend(figure, axes[0].get_lines())
 
     every = np.concatenate([curve for _, _, values in heat for curve in values.values()]) if heat else np.array([])
     low, high = (np.nanmin(every), np.nanmax(every)) if heat else (0, 1)
-    norm = LogNorm(low, high) if _spans_decades(every) else Normalize(low, high)
+    norm = LogNorm(low, high) if spans_decades(every) else Normalize(low, high)
     for ax, (row, epochs, values) in zip(axes[1:], heat, strict=True):
         _style(ax, textwrap.fill(row.label, max(10, 60 // len(heat))), "epoch", "")
         ax.grid(False)
@@ -249,15 +224,3 @@ def wci_layers(rows: Sequence[Row]) -> Figure | None:
     if heat:
         figure.colorbar(mesh, ax=axes[1:], label="WCI of the layer", aspect=40, pad=0.02)
     return figure
-
-
-def _is_layer(key: str) -> bool:
-    return key.startswith("wci/") and key not in ("wci/total", "wci/total_stderr")
-
-
-def short_names(keys: Sequence[str]) -> list[str]:
-    """Drop what all the names share: the metric, a leading module path, a trailing ``.weight``."""
-    paths = [key.removeprefix("wci/").removesuffix(".weight").split(".") for key in keys]
-    while all(len(path) > 1 and path[0] == paths[0][0] for path in paths):
-        paths = [path[1:] for path in paths]
-    return [".".join(path) for path in paths]

@@ -43,7 +43,7 @@ def load_run(folder: str | Path) -> Run:
     """Read one run folder.
 
     A last line of ``metrics.jsonl`` that is not whole is left out with a warning: the run may be writing it right now.
-    Without a summary, name and seed come from the recipe and the group name stands for the method.
+    Without a summary the folder names the run, its seed comes from the recipe, and the group name stands for the method.
 
     Raises:
         ValueError: The folder, its metrics or its recipe is missing, empty or damaged.
@@ -73,7 +73,7 @@ def load_run(folder: str | Path) -> Run:
                 "Delete it to report the run as unfinished."
             ) from error
     known = summary or {}
-    name = str(known.get("name") or recipe.get("name") or folder.name)
+    name = str(known.get("name") or folder.name)
     seed = int(known.get("seed") or recipe.get("seed") or 0)
     group = str(known.get("group") or recipe.get("name") or name)
     return Run(folder, name, group, seed, str(known.get("method") or group), metrics, summary, recipe)

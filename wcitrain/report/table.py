@@ -23,25 +23,33 @@ def results_table(runs: Sequence[Run], *, at: str = "last") -> str:
     if at not in ("last", "best"):
         raise ValueError(f'results_table: got at={at!r}; expected "last" or "best". Choose the epoch to report.')
     rows = group_rows(runs)
+    header, *body = table_cells(rows, at)
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *body]
+    table = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    return "\n".join([table, "", *how_to_read(rows, at), ""])
+
+
+def table_cells(rows: Sequence[Row], at: str) -> list[tuple[str, ...]]:
+    """Return the header and a line of cells for each row."""
     plain = [row.runs for row in rows if row.is_finished and row.runs[0].method == "AT"]
     # Two plain-AT groups (two models, say) leave no single reference.
     seconds = [number(run.summary, "train_seconds") for run in plain[0]] if len(plain) == 1 else [math.nan]
-    reference = sum(seconds) / len(seconds)
-
+    reference = sum(seconds) / len(seconds) or math.nan
     header = ("method", "seeds", "clean test", "robust test", "robust train", "gap", "WCI", "cost", "best (epoch)")
-    lines = [header, ("---", *["---:"] * (len(header) - 1)), *(_table_row(row, at, reference) for row in rows)]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return [header, *(_table_row(row, at, reference) for row in rows)]
 
+
+def how_to_read(rows: Sequence[Row], at: str) -> tuple[str, ...]:
+    """Return the sentences below the table."""
     epoch = {"last": "the last epoch", "best": "the epoch with the best robust validation accuracy"}[at]
     attack = attacks(rows)
-    return f"""{table}
-
-Accuracies in percent at {epoch}{"; attack: " * bool(attack)}{attack}.
-Several seeds: mean (min to max); one run: value [95 % interval]; {MISSING}: not measured.
-gap: robust train minus robust test accuracy, in points. best: robust test accuracy at the epoch that is best by robust
-validation accuracy.
-cost: training time as a multiple of AT's in this table. (val): an unfinished run, measured on validation data.
-"""
+    return (
+        f"Accuracies in percent at {epoch}{'; attack: ' * bool(attack)}{attack}.",
+        f"Several seeds: mean (min to max); one run: value [95 % interval]; {MISSING}: not measured.",
+        "gap: robust train minus robust test accuracy, in points. best: robust test accuracy at the epoch that is best by "
+        "robust validation accuracy.",
+        "cost: training time as a multiple of AT's in this table. (val): an unfinished run, measured on validation data.",
+    )
 
 
 def attacks(rows: Sequence[Row]) -> str:
@@ -58,9 +66,9 @@ def _table_row(row: Row, at: str, reference: float) -> tuple[str, ...]:
     def accuracy(kind: str) -> str:
         low, high = now[0].get(f"{kind}/low", math.nan), now[0].get(f"{kind}/high", math.nan)
         has_interval = len(now) == 1 and math.isfinite(low) and math.isfinite(high)
-        return _cell([n[kind] for n in now], _percent, val) + has_interval * f" [{_percent(low)}, {_percent(high)}]"
+        return cell([n[kind] for n in now], percent, val) + has_interval * f" [{percent(low)}, {percent(high)}]"
 
-    wci = _cell([n["wci"] for n in now], _three_digits)
+    wci = cell([n["wci"] for n in now], three_digits)
     if len(now) == 1 and wci != MISSING and math.isfinite(now[0]["wci_stderr"]):
         wci += f" ± {now[0]['wci_stderr']:.2g}"
     seconds = [number(run.summary, "train_seconds") if row.is_finished else math.nan for run in row.runs]
@@ -73,28 +81,30 @@ def _table_row(row: Row, at: str, reference: float) -> tuple[str, ...]:
         str(len(row.runs)),
         accuracy("clean"),
         accuracy("robust"),
-        _cell([n["train/robust_accuracy"] for n in now], _percent),
-        _cell([n["gap"] for n in now], _percent, val),
+        cell([n["train/robust_accuracy"] for n in now], percent),
+        cell([n["gap"] for n in now], percent, val),
         wci,
-        _cell([s / reference for s in seconds], lambda value: f"{value:.2f}", "×"),
-        _cell([n["robust"] for n in best], _percent, val) + when,
+        cell([s / reference for s in seconds], lambda value: f"{value:.2f}", "×"),
+        cell([n["robust"] for n in best], percent, val) + when,
     )
 
 
-def _cell(values: Sequence[float], text: Callable[[float], str], unit: str = "") -> str:
+def cell(values: Sequence[float], text: Callable[[float], str], unit: str = "") -> str:
     """Return one value, or mean (min to max); runs without the value are counted, never hidden."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return MISSING
-    cell = text(sum(finite) / len(finite)) + unit
+    result = text(sum(finite) / len(finite)) + unit
     if len(finite) > 1:
-        cell += f" ({text(min(finite))} to {text(max(finite))})"
-    return cell if len(finite) == len(values) else f"{cell}, {len(finite)} of {len(values)} runs"
+        result += f" ({text(min(finite))} to {text(max(finite))})"
+    return result if len(finite) == len(values) else f"{result}, {len(finite)} of {len(values)} runs"
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """Return a share as percent without the sign: 45.2."""
     return f"{100 * fraction:.1f}"
 
 
-def _three_digits(value: float) -> str:
+def three_digits(value: float) -> str:
+    """Return three significant digits: 3.30."""
     return f"{value:#.3g}".rstrip(".")

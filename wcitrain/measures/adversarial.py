@@ -3,6 +3,7 @@
 Legend: N examples, B examples a chunk.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,9 @@ def attacked(
     if threat is None:
         return chunks
     length = 2.5 * threat.eps / max(1, num_steps) if step_size is None else step_size
+    key = None if _reused is None else _reused.key(model, chunks, threat, num_steps, length, num_restarts, seed)
+    if _reused is not None and (known := _reused.get(key)) is not None:
+        return known
     result = []
     for number, (x, y) in enumerate(chunks):
         x_adv = pgd(
@@ -99,7 +103,60 @@ def attacked(
             generator=generator_from(x.device, seed, "attack", number),
         )
         result.append((x_adv, y))
+    if _reused is not None:
+        _reused.put(key, result)
     return result
+
+
+class _Reused:
+    """Adversarial examples of one model at the weights it has now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = _digest(_tensors(model))
+        self._chunks: dict[bytes, Chunks] = {}
+
+    def key(self, model: nn.Module, chunks: Chunks, *settings: object) -> bytes | None:
+        """Return what the attack's result is a function of, shortened; None at other weights."""
+        if _digest(_tensors(model)) != self._weights:
+            return None
+        return _digest([tensor for pair in chunks for tensor in pair], *settings)
+
+    def get(self, key: bytes | None) -> Chunks | None:
+        return None if key is None else self._chunks.get(key)
+
+    def put(self, key: bytes | None, chunks: Chunks) -> None:
+        if key is not None:
+            self._chunks[key] = chunks
+
+
+_reused: _Reused | None = None
+
+
+@contextmanager
+def reused_attacks(model: nn.Module) -> Iterator[None]:
+    """Let measures of ``model`` share their adversarial examples: the same weights, images and attack give the same ones.
+
+    Those found at perturbed weights are not kept.
+    """
+    global _reused
+    former, _reused = _reused, _Reused(model)
+    try:
+        yield
+    finally:
+        _reused = former
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _digest(tensors: Sequence[Tensor], *settings: object) -> bytes:
+    """Return a digest of tensors and of the texts of settings."""
+    digest = hashlib.blake2b(repr(settings).encode())
+    for tensor in tensors:
+        digest.update(repr((tensor.shape, tensor.dtype)).encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def losses_of(model: nn.Module, chunks: Chunks) -> Tensor:

@@ -1,0 +1,168 @@
+"""``wcitrain evaluate`` on what training leaves behind: tables, files, curves, kills and comparisons."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from wcitrain.__main__ import main
+from wcitrain.attacks import ThreatModel
+from wcitrain.checkpoint import load_checkpoint
+from wcitrain.data import load_splits
+from wcitrain.evaluation import Evaluation, PreflightWarning, evaluate
+from wcitrain.models import Classifier, load_exported
+from wcitrain.recipe import recipe_from_dict
+from wcitrain.train import fit, run_folder
+
+TINY = {
+    "name": "tiny",
+    "data": {"source": "digits", "val_size": 100, "max_train": 300, "max_test": 50},
+    "model": {"name": "resnet18", "stem": "cifar", "kwargs": {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}},
+    "threat": {"eps": 0.1},
+    "objective": {"num_steps": 1, "step_size": 0.1},
+    "train": {"epochs": 1, "batch_size": 20, "device": "cpu"},
+    "evaluation": {"train_size": 50, "num_steps": 1, "step_size": 0.1},
+    "tracking": {"wandb": "disabled"},
+}
+QUICK = ["--attacks", "pgd-2", "--examples", "20"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::wcitrain.evaluation.findings.PreflightWarning")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    recipe = recipe_from_dict(TINY | {"output": str(tmp_path_factory.mktemp("runs"))})
+    fit(recipe)
+    return run_folder(recipe)
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of it, to write into."""
+    return Path(shutil.copytree(trained, tmp_path / "tiny-s0"))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def test_a_run_is_evaluated_with_table_files_and_curve(run, capsys):
+    """The one command before a number is published; it must be that of the library on the first test images."""
+    arguments = ["evaluate", str(run), "--attacks", "pgd-2", "margin-2", "--eps", "1/255", "0.1", "--examples", "30"]
+    assert main([*arguments, "--corruptions", "fog"]) == 0
+    printed = capsys.readouterr().out
+    stem = "last-test-pgd-2+margin-2-linf-1_255-linf-0.1-n30-fog"
+    assert files(run / "evaluations") == [f"{stem}.json", f"{stem}.npz", f"{stem}.png"]
+    assert (run / "evaluations" / f"{stem}.png").stat().st_size > 10_000
+    assert "linf 1/255   margin-2" in printed
+    assert "30 images of test" in printed
+    read = Evaluation.load(run / "evaluations" / f"{stem}.npz")
+    document = json.loads((run / "evaluations" / f"{stem}.json").read_text())
+    assert document["worst_case_of_all"]["accuracy"] == read.robust_accuracy()
+    assert (document["at"], document["split"], document["num_examples"]) == ("last", "test", 30)
+
+    recipe = recipe_from_dict(TINY)
+    splits = load_splits(**recipe.data.model_dump(exclude={"crop_padding", "flip"}))
+    again = evaluate(
+        load_exported(run / "model" / "last"),
+        splits.test.batches(7),
+        [ThreatModel("linf", 1 / 255), ThreatModel("linf", 0.1)],
+        attacks=["pgd-2", "margin-2"],
+        corruptions="fog",
+        num_examples=30,
+    )
+    assert all(torch.equal(a.is_robust, b.is_robust) for a, b in zip(read.attacks, again.attacks, strict=True))
+    assert torch.equal(read.is_clean, again.is_clean)
+    assert torch.equal(read.labels, again.labels)
+    assert torch.equal(read.corrupted["fog", 5], again.corrupted["fog", 5])
+
+
+def test_a_killed_command_goes_on_when_it_is_given_again(run, monkeypatch):
+    """Attacks of hours are killed by time limits; the second run must not begin again, nor end elsewhere."""
+    arguments = ["evaluate", str(run), "--attacks", "autoattack:apgd-ce", "--eps", "1/255", "--batch-size", "2"]
+    forward, calls, limit = Classifier.forward, 0, None
+
+    def counted(self, images):
+        nonlocal calls
+        calls += 1
+        if limit is not None and calls > limit:
+            raise KeyboardInterrupt
+        return forward(self, images)
+
+    monkeypatch.setattr(Classifier, "forward", counted)
+    arguments += ["--preflight", "off"]
+    assert main([*arguments, "--out", str(run / "whole")]) == 0
+    total, calls, limit = calls, 0, 3 * calls // 4
+    assert main([*arguments, "--out", str(run / "killed")]) == 130
+    assert files(run / "killed" / "state")
+    assert not list((run / "killed").glob("*.npz"))
+    calls, limit = 0, None
+    assert main([*arguments, "--out", str(run / "killed")]) == 0
+    assert calls < 0.8 * total
+    (whole,), (resumed,) = ((run / name).glob("*.npz") for name in ("whole", "killed"))
+    assert torch.equal(Evaluation.load(whole).worst(), Evaluation.load(resumed).worst())
+
+
+def test_two_models_are_compared_and_other_images_are_refused(run, tmp_path, capsys):
+    """Which of two runs is better is asked on the same images, by a test."""
+    state = load_checkpoint(run / "checkpoints")[0]["model"]
+    state = {k: v + 0.5 if k.endswith("fc.bias") and v.ndim else v for k, v in state.items()}
+    torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "other.pt")
+    recipe = ["--recipe", str(run / "recipe.yaml")]
+    for target, out, options in ((run, "a", []), (tmp_path / "other.pt", "b", recipe), (run, "c", ["--split", "val"])):
+        assert main(["evaluate", str(target), *QUICK, "--out", str(tmp_path / out), *options]) == 0
+    capsys.readouterr()
+    a, b, c = (str(next((tmp_path / out).glob("*.npz"))) for out in "abc")
+    assert main(["evaluate", "--compare", a, b]) == 0
+    assert "linf 0.1  pgd-2" in capsys.readouterr().out
+    assert main(["evaluate", "--compare", a, c]) == 2
+    assert "not the same images" in capsys.readouterr().err
+    assert Path(c).name == "last-val-pgd-2-n20.npz"
+    assert Path(b).name == "other-test-pgd-2-n20.npz"
+
+
+def test_options_reach_the_evaluation_and_name_the_files(run):
+    """An option that is parsed and dropped evaluates something else under the right name."""
+    options = ["--at", "best", "--split", "train", "--norm", "l2", "--eps", "1/2", "--seed", "3", "--batch-size", "9"]
+    assert main(["evaluate", str(run), *QUICK, *options]) == 0
+    (file,) = (run / "evaluations").glob("*.npz")
+    assert file.stem == "best-train-pgd-2-l2-0.5-n20-b9-s3"
+    read = Evaluation.load(file)
+    assert read.threats == (ThreatModel("l2", 0.5),)
+    assert (read.settings["seed"], read.settings["batch_size"], read.num_examples) == (3, 9, 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}", "--attacks", "pgd"], "attacks: got 'pgd'; expected fgsm; pgd-STEPS"),
+        (["{run}", "--eps", "eight"], "--eps: got eight; expected radii"),
+        (["{run}", "--eps", "8"], "Did you mean 8/255?"),
+        (["{run}", "--norm", "l2"], "--norm: got l2 without --eps"),
+        (["{run}", "--corruptions", "rain"], "corruptions: got 'rain'"),
+        (["{run}", "--examples", "0"], "num_examples=0"),
+        ([], "got neither of TARGET and --compare"),
+        (["{run}", "--compare", "a.npz", "b.npz"], "got both of TARGET and --compare"),
+        (["{run}/model/last", "--at", "best"], "--at: got 'best'"),
+        (["--compare", "{run}/recipe.yaml", "{run}/recipe.yaml"], "got another file"),
+    ],
+)
+def test_wrong_input_is_explained(arguments, message, trained, capsys):
+    """A traceback does not say what to do, and nothing may be written."""
+    assert main(["evaluate", *(text.format(run=trained) for text in arguments)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (trained / "evaluations").exists()
+
+
+def test_findings_are_printed_and_errors_stop(run, capsys, monkeypatch):
+    """A model with a softmax inside would get a robust accuracy that is too high."""
+    forward = Classifier.forward
+    monkeypatch.setattr(Classifier, "forward", lambda self, x: forward(self, x).softmax(1))
+    assert main(["evaluate", str(run), *QUICK]) == 2
+    assert "preflight: probabilities" in capsys.readouterr().err
+    assert main(["evaluate", str(run), *QUICK, "--preflight", "warn"]) == 0
+    assert "error: probabilities" in capsys.readouterr().out
+    assert issubclass(PreflightWarning, UserWarning)

@@ -1,0 +1,101 @@
+"""``wcitrain landscape`` on what training leaves behind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from wcitrain.__main__ import main
+from wcitrain.attacks import ThreatModel
+from wcitrain.checkpoint import load_checkpoint
+from wcitrain.data import load_splits
+from wcitrain.measures.landscape import Landscape, landscape_1d
+from wcitrain.models import load_exported
+from wcitrain.recipe import recipe_from_dict
+from wcitrain.seeding import seed_from
+from wcitrain.train import fit, run_folder
+
+TINY = {
+    "name": "tiny",
+    "data": {"source": "digits", "val_size": 100, "max_train": 200, "max_test": 100},
+    "model": {"name": "resnet18", "stem": "cifar", "kwargs": {"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]}},
+    "threat": {"eps": 0.1},
+    "objective": {"num_steps": 2, "step_size": 0.06},
+    "train": {"epochs": 1, "batch_size": 50, "device": "cpu"},
+    "evaluation": {"train_size": 50, "num_steps": 2, "step_size": 0.06},
+    "tracking": {"wandb": "disabled"},
+}
+QUICK = ["--examples", "8", "--points", "3", "--num-directions", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    recipe = recipe_from_dict(TINY | {"output": str(tmp_path_factory.mktemp("runs"))})
+    fit(recipe)
+    return run_folder(recipe)
+
+
+def test_a_run_is_drawn_with_its_own_attack(run, tmp_path, capsys):
+    """The command's numbers must be the library's, on the test images and under the recipe's evaluation attack."""
+    assert main(["landscape", str(run), "--examples", "16", "--points", "5", "--num-directions", "2"]) == 0
+    assert "over 2 random directions, PGD-2 linf 0.1, 16 examples" in capsys.readouterr().out
+    found = Landscape.load(run / "landscapes" / "random-last-test.npz")
+    assert (run / "landscapes" / "random-last-test.png").stat().st_size > 10_000
+    recipe = recipe_from_dict(TINY)
+    splits = load_splits(**recipe.data.model_dump(exclude={"crop_padding", "flip"}))
+    again = landscape_1d(
+        load_exported(run / "model" / "last"),
+        splits.test.batches(100, shuffle=True, seed=seed_from(0, "measure")),
+        ThreatModel(eps=0.1),
+        num_points=5,
+        num_directions=2,
+        num_examples=16,
+        num_steps=2,
+        step_size=0.06,
+    )
+    assert np.array_equal(found.robust, again.robust)
+    assert np.array_equal(found.clean, again.clean)
+    assert (found.robust > found.clean).any()
+
+
+def test_options_reach_the_landscape_and_name_the_files(run, tmp_path):
+    """An option that is parsed and dropped draws something else under the right name."""
+    out = ["--out", str(tmp_path)]
+    common = ["landscape", str(run), *QUICK, *out]
+    assert main([*common, "--at", "best", "--split", "val", "--clean", "--directions", "layer", "--seed", "3"]) == 0
+    clean = Landscape.load(tmp_path / "layer-best-val-clean-s3.npz")
+    assert (clean.attack, clean.directions, clean.alphas.tolist()) == ("clean", "layer", [-0.5, 0.0, 0.5])
+    assert (
+        main([*common, "--two-d", "--directions", "adversarial", "--radius", "0.1", "--norm", "l2", "--eps", "1/2"])
+        == 0
+    )
+    plane = Landscape.load(tmp_path / "adversarial-last-test-plane-l2-0.5-PGD-2-r0.1.npz")
+    assert (plane.is_plane, plane.robust.shape, plane.attack) == (True, (3, 3), "PGD-2 l2 0.5")
+    weights = load_checkpoint(run / "checkpoints")[0]["model"]
+    torch.save(weights, tmp_path / "w.pt")
+    assert (
+        main(["landscape", str(tmp_path / "w.pt"), *QUICK, "--recipe", str(run / "recipe.yaml"), "data.max_test=50"])
+        == 0
+    )
+    assert (tmp_path / "landscapes" / "random-w-test.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/nowhere"], "got nothing; expected a run folder"),
+        (["{run}", "--points", "4"], "num_points=4"),
+        (["{run}", "--radius", "-1"], "radius=-1.0"),
+        (["{run}", "--clean", "--eps", "8/255"], "--clean: got --eps as well"),
+        (["{run}", "--examples", "0"], "num_examples: got 0"),
+        (["{run}", "--recipe", "a.yaml", "b.yaml"], "--recipe: got 2 files"),
+    ],
+)
+def test_wrong_input_is_explained(arguments, message, run, tmp_path, capsys):
+    """A traceback does not say what to do, and nothing must be written."""
+    before = sorted(run.rglob("*"))
+    assert main(["landscape", *(text.format(tmp=tmp_path, run=run) for text in arguments)]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before

@@ -1,0 +1,116 @@
+"""``wcitrain landscape``: sections through the loss of a run, of an exported model or of a file of weights, drawn and stored.
+
+Data, model and threat come from a recipe: the run's own, or one that is given. One process only.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wcitrain.data import ImageSet, load_splits
+from wcitrain.measures.landscape import Landscape, landscape_1d, landscape_2d
+from wcitrain.seeding import seed_from
+from wcitrain.targets import attack_of, device_of, find_target, load_model, recipe_of
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The result of the command: the landscape and what was written."""
+
+    landscape: Landscape
+    split: str
+    written: tuple[Path, ...]
+
+    def text(self) -> str:
+        """Return the losses in words and the files."""
+        return f"{self.split}: {self.landscape}\nWritten: {', '.join(map(str, self.written))}"
+
+
+def landscape_of_run(
+    target: str | Path,
+    *,
+    directions: str = "random",
+    two_d: bool = False,
+    radius: float | None = None,
+    num_points: int | None = None,
+    num_directions: int = 3,
+    at: str | None = None,
+    split: str = "test",
+    recipe: str | Path | None = None,
+    settings: Sequence[str] = (),
+    num_examples: int = 200,
+    clean: bool = False,
+    norm: str | None = None,
+    eps: str | float | None = None,
+    num_steps: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    device: str = "auto",
+) -> Drawn:
+    """Draw the landscape of one model on images of its recipe's data, in random order and without augmentation.
+
+    Args:
+        target: ``targets.KINDS``.
+        directions, radius, num_points, num_directions, num_examples, seed: See ``measures.landscape_1d``; 21 points by default, 11
+            to a side of a plane.
+        two_d: A plane of two directions instead of sections along several.
+        at: ``"last"`` (default) or ``"best"``, for a run.
+        split: ``"test"``, ``"val"`` or ``"train"``.
+        recipe: YAML that says data, model and threat; by default the run's own.
+        settings: Settings such as ``"data.root=/data"`` that override the recipe's.
+        clean: The clean loss alone.
+        norm, eps, num_steps: Of the attack; by default the recipe's evaluation attack. With any of them the step is
+            2.5 eps / num_steps.
+        out: Folder of the two files; by default ``landscapes/`` of the run, or beside the file or export.
+        device: ``"auto"``, or a device of torch.
+
+    Returns:
+        The landscape; ``<name>.npz`` and ``<name>.png`` are written, and replaced where they were.
+
+    Raises:
+        ValueError: The target is none of ``targets.KINDS``, weights and model differ, or an argument is wrong.
+        CheckpointError: The run's checkpoint is missing or damaged.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; expected one. Start it without a launcher.")
+    found = find_target(Path(target), at)
+    settled = recipe_of(found, recipe, settings)
+    threat, attack = attack_of(settled, clean, norm, eps, num_steps)
+    splits = load_splits(**settled.data.model_dump(exclude={"crop_padding", "flip"}))
+    place = torch.device(device_of(device, settled))
+    model = load_model(found, settled, splits).to(place)
+    images = {"train": lambda: splits.train, "val": lambda: splits.val, "test": lambda: splits.test}[split]()
+    batches = images.batches(
+        min(100, len(images)), shuffle=isinstance(images, ImageSet), seed=seed_from(seed, "measure"), device=place
+    )
+    shared = {"directions": directions, "radius": radius, "num_examples": num_examples, "seed": seed, **attack}
+    if two_d:
+        landscape = landscape_2d(model, batches, threat, num_points=num_points or 11, **shared)
+    else:
+        landscape = landscape_1d(
+            model, batches, threat, num_points=num_points or 21, num_directions=num_directions, **shared
+        )
+    changed = any(value is not None for value in (norm, eps, num_steps))
+    name = "-".join(
+        [
+            f"{directions}-{found.at}-{split}",
+            *(["plane"] if two_d else []),
+            *(["clean"] if threat is None else []),
+            *(
+                [f"{threat}-PGD-{attack['num_steps']}".replace("/", "_").replace(" ", "-")]
+                if changed and threat
+                else []
+            ),
+            *([f"r{radius:g}"] if radius is not None else []),
+            *([f"s{seed}"] if seed else []),
+        ]
+    )
+    folder = Path(out) if out else (found.run or found.path.parent) / "landscapes"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = (folder / f"{name}.npz", folder / f"{name}.png")
+    landscape.save(written[0])
+    landscape.figure(f"{found.path.name}, {found.at}, {split}").savefig(written[1])
+    return Drawn(landscape, split, written)

@@ -1,0 +1,145 @@
+"""Measures at every kept epoch of runs: against the epoch, and against the robust loss (Stutz et al. 2021, figures 1 and 5)."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from wcitrain.report.runs import COLOURS, MARKERS
+
+DPI = 130
+INK = "#333333"
+COLUMNS = 2
+LOG_DECADES = 1.5
+LOSS = "robust_loss"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run at one epoch: its folder, the epoch, and measures by name."""
+
+    run: Path
+    epoch: int
+    measures: Mapping[str, float]
+
+
+def measures_through_training(points: Sequence[Point]) -> Figure:
+    """Return a figure with one panel a measure: curves over epochs, one a run, a ring at the epoch best by validation.
+
+    The ring is where early stopping would have stopped, where that epoch was kept; else at the kept epoch before it.
+    """
+    names = _names(points)
+    runs = _runs(points)
+    figure, axes = _page(len(names), len(runs))
+    for ax, name in zip(axes, names, strict=False):
+        for k, (run, members) in enumerate(runs.items()):
+            style = _style(k)
+            epochs, values = [p.epoch for p in members], [p.measures.get(name, math.nan) for p in members]
+            ax.plot(epochs, values, label=_label(run), linewidth=1.6, markersize=4, **style)
+            best = _best_epoch(run)
+            before = [p for p in members if best is not None and p.epoch <= best]
+            if before:
+                ring = before[-1]
+                ax.plot(
+                    ring.epoch,
+                    ring.measures.get(name, math.nan),
+                    marker="o",
+                    markersize=11,
+                    markerfacecolor="none",
+                    markeredgecolor=style["color"],
+                    markeredgewidth=1.6,
+                )
+        _finish(ax, name, [p.measures.get(name, math.nan) for p in points], vertical=True)
+        ax.set_xlabel("epoch", fontsize=9, color=INK)
+    return _with_legend(figure, len(names), "Rings: the epoch best by robust validation accuracy")
+
+
+def measures_against_loss(points: Sequence[Point]) -> Figure:
+    """Return a figure with one panel a measure: robust loss against it at all epochs, the last epoch of each run large."""
+    names = [name for name in _names(points) if name != LOSS]
+    runs = _runs(points)
+    figure, axes = _page(len(names), len(runs))
+    for ax, name in zip(axes, names, strict=False):
+        for k, (run, members) in enumerate(runs.items()):
+            style = _style(k)
+            x, y = ([p.measures.get(key, math.nan) for p in members] for key in (name, LOSS))
+            ax.plot(x, y, linewidth=0.8, alpha=0.5, markersize=3, **style)
+            ax.plot(x[-1], y[-1], markersize=9, label=_label(run), **(style | {"linestyle": "none"}))
+        _finish(ax, name, [p.measures.get(name, math.nan) for p in points], vertical=False)
+        ax.set_ylabel("robust loss", fontsize=9, color=INK)
+    return _with_legend(figure, len(names), "Lines: through training; large: the last epoch")
+
+
+def _names(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(name for point in points for name in point.measures))
+
+
+def _runs(points: Sequence[Point]) -> dict[Path, list[Point]]:
+    """Return the points of each run by epoch."""
+    runs: dict[Path, list[Point]] = {}
+    for point in sorted(points, key=lambda p: p.epoch):
+        runs.setdefault(point.run, []).append(point)
+    order = list(dict.fromkeys(point.run for point in points))
+    return {run: runs[run] for run in order}
+
+
+def _label(run: Path) -> str:
+    """Return "AT, seed 0"; the folder's name without a summary."""
+    try:
+        summary = json.loads((run / "summary.json").read_text("utf-8"))
+        return f"{summary['method']}, seed {summary['seed']}"
+    except (OSError, ValueError, KeyError):
+        return run.name
+
+
+def _best_epoch(run: Path) -> int | None:
+    try:
+        return int(json.loads((run / "summary.json").read_text("utf-8"))["best"]["epoch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _style(k: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[k % len(COLOURS)],
+        "marker": MARKERS[k % len(MARKERS)],
+        "linestyle": ("-", "--", ":")[k // len(COLOURS) % 3],
+    }
+
+
+def _page(num_panels: int, num_runs: int) -> tuple[Figure, Sequence[Axes]]:
+    rows = math.ceil(num_panels / COLUMNS)
+    figure = Figure(
+        figsize=(5.4 * COLUMNS, 3.4 * rows + 0.25 * math.ceil(num_runs / 4) + 0.5), dpi=DPI, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+
+
+def _finish(ax: Axes, name: str, values: Sequence[float], *, vertical: bool) -> None:
+    finite = np.array([value for value in values if math.isfinite(value)])
+    if len(finite) and finite.min() > 0 and math.log10(finite.max() / finite.min()) > LOG_DECADES:
+        (ax.set_yscale if vertical else ax.set_xscale)("log")
+    (ax.set_ylabel if vertical else ax.set_xlabel)(name.replace("_", " "), fontsize=9, color=INK)
+    ax.tick_params(labelsize=8, colors=INK)
+    ax.grid(color="#E6E6E6", linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#BBBBBB")
+
+
+def _with_legend(figure: Figure, num_panels: int, title: str) -> Figure:
+    for ax in figure.axes[num_panels:]:
+        ax.set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False, title=title, title_fontsize=8
+    )
+    return figure
