@@ -1,11 +1,13 @@
-"""``wcitrain`` = ``python -m wcitrain`` = ``accelerate launch -m wcitrain``: train, sweep, report, measure."""
+"""``wcitrain`` = ``python -m wcitrain`` = ``accelerate launch -m wcitrain``: train, sweep, evaluate, measure, landscape, report."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from wcitrain.checkpoint import CheckpointError
 from wcitrain.commands import COMMANDS
+from wcitrain.train import Interrupted, NonFiniteLossError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,13 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="wcitrain", description="Robust training with the Weight-Curvature Index as a training knob."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
     for command in COMMANDS.values():
         command.add(commands)
     parser.add_argument("--version", action="version", version=f"wcitrain {version('wcitrain')}")
     options = parser.parse_args(arguments)
-    from wcitrain.checkpoint import CheckpointError  # after parsing: --help needs no torch
-    from wcitrain.train import Interrupted, NonFiniteLossError
 
     try:
         return COMMANDS[options.command].run(options)

@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 from cases import RULES, BatchNormNet, assert_same, image_batch
 
+from wcitrain.attacks import ThreatModel
+from wcitrain.evaluation import evaluate
+from wcitrain.measures import Shared, measure
 from wcitrain.optim import RegularizedOptimizer
 from wcitrain.recipe import recipe_from_dict
 from wcitrain.train import fit
@@ -43,3 +46,34 @@ def test_a_run_on_the_device_learns(precision, tmp_path):
         }
     )
     assert fit(recipe)["last"]["test"]["clean_accuracy"] > 0.7
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lambda_max", "gradient_norm", "relative_flatness", "margins", "spectral_norms", "path_norm", "sam_sharpness"],
+)
+def test_a_measure_is_the_same_on_the_device(name):
+    """Generators, norms or sums that stay on the CPU; clean images, since random starts differ between devices."""
+    torch.manual_seed(0)
+    model = BatchNormNet().eval()
+    x, y = image_batch()
+    shared = Shared(image_shape=tuple(x.shape[1:]))
+    expected = measure(name, model, [(x, y)], None, shared)
+    found = measure(name, model.cuda(), [(x.cuda(), y.cuda())], None, shared)
+    assert found.value == pytest.approx(expected.value, rel=1e-3)  # float32, other algorithms
+
+
+@pytest.mark.parametrize("attacks", [["pgd-5x2", "margin-5"], ["autoattack:apgd-ce+square"]])
+def test_an_evaluation_runs_on_the_device(attacks):
+    """Flags come back to the CPU; the model goes back to where it was."""
+    if any("autoattack" in name for name in attacks):
+        pytest.importorskip("pyautoattack")
+    torch.manual_seed(0)
+    model = BatchNormNet().eval()
+    x, y = image_batch()
+    settings = {"attacks": attacks, "preflight": "off", "progress": False}
+    here = evaluate(model, [(x, y)], ThreatModel("linf", 0.05), **settings)
+    there = evaluate(model, [(x, y)], ThreatModel("linf", 0.05), device="cuda", **settings)
+    assert there.clean_accuracy == here.clean_accuracy
+    assert abs(there.robust_accuracy() - here.robust_accuracy()) <= 2 / len(y)  # examples at the edge
+    assert next(model.parameters()).device.type == "cpu"

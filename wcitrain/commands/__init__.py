@@ -1,6 +1,6 @@
 """The commands of ``wcitrain``, one a file: ``add(commands)`` declares its options, ``run(options)`` returns the exit status.
 
-Their heavy imports are inside ``run``: ``--help`` needs no torch.
+Their heavy imports are inside ``run``, so that declaring options costs nothing.
 """
 
 from wcitrain.commands import evaluate, landscape, measure, report, sweep, train

@@ -1,0 +1,83 @@
+"""Scale every convolution before a BatchNorm by a factor, its running statistics with it, and measure again.
+
+    python tools/scale_invariance.py RUN [--factors 0.5 1 2] [--at EPOCH] [--examples 100]
+
+The network stays the same function, so a measure of how it generalises should stay the same (Stutz, Hein & Schiele, ICCV 2021,
+section 4, scale 0.5 and 2). Relative measures do; the largest eigenvalue and the trace of the Hessian do not.
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from wcitrain.data import load_splits
+from wcitrain.measures import MEASURES, Shared, measure
+from wcitrain.measuring_many import settings_by_measure
+from wcitrain.targets import attack_of, find_target, load_model, recipe_of
+
+NAMES = ["average_flatness", "worst_flatness", "wci", "hessian_trace", "lambda_max", "sam_sharpness"]
+
+
+def scaled(model: nn.Module, factor: float) -> nn.Module:
+    """Return a copy whose convolutions are ``factor`` times as long where a BatchNorm undoes it.
+
+    Raises:
+        ValueError: The copy is another function: a convolution that another module than the next BatchNorm reads.
+    """
+    twin = copy.deepcopy(model)
+    conv = None
+    with torch.no_grad():
+        for module in twin.modules():
+            if isinstance(module, nn.Conv2d):
+                conv = module
+            elif isinstance(module, nn.BatchNorm2d) and conv is not None and conv.out_channels == module.num_features:
+                conv.weight.mul_(factor)
+                if conv.bias is not None:
+                    conv.bias.mul_(factor)
+                # scale² (var + ε) needs the ε too, so that the normalised output is the same to rounding
+                module.running_mean.mul_(factor)
+                module.running_var.add_(module.eps).mul_(factor**2).sub_(module.eps)
+                conv = None
+    return twin
+
+
+def main() -> int:
+    """Measure and print a markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", metavar="RUN", help="run folder of a network with BatchNorm")
+    parser.add_argument("--factors", nargs="+", type=float, default=[0.5, 1.0, 2.0])
+    parser.add_argument("--at", default="last", help="last, best, or a number of a kept epoch")
+    parser.add_argument("--examples", type=int, default=100, help="test images (default: 100)")
+    parser.add_argument("--measures", nargs="+", default=NAMES, choices=list(MEASURES), metavar="NAME")
+    parser.add_argument("--set", nargs="+", default=[], metavar="MEASURE.SETTING=VALUE")
+    options = parser.parse_args()
+    target = find_target(Path(options.run), options.at)
+    recipe = recipe_of(target, None, [])
+    splits = load_splits(**recipe.data.model_dump(exclude={"crop_padding", "flip"}))
+    model = load_model(target, recipe, splits)
+    threat, attack = attack_of(recipe, False, None, None, None)
+    num = min(options.examples, len(splits.test))
+    data = [(x, y) for x, y, _ in splits.test.subset(num).batches(100)]
+    settings = settings_by_measure(options.set)
+    shared = Shared(num_examples=num, **attack, image_shape=tuple(data[0][0].shape[1:]))
+    models = {factor: scaled(model, factor) for factor in options.factors}
+    with torch.no_grad():
+        for factor, twin in models.items():
+            change = float((twin.eval()(data[0][0]) - model.eval()(data[0][0])).abs().max())
+            if change > 1e-3:
+                raise ValueError(f"factor {factor:g}: logits change by {change:.2g}; expected the same function.")
+    print("| measure | " + " | ".join(f"x{factor:g}" for factor in models) + " |")
+    print("| --- |" + " ---: |" * len(models))
+    for name in options.measures:
+        found = [measure(name, twin, data, threat, shared, settings.get(name)) for twin in models.values()]
+        cells = [str(m).removeprefix(name).partition("(")[0].strip() for m in found]
+        print(f"| `{name}` | " + " | ".join(cells) + " |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
