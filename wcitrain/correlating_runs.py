@@ -118,8 +118,10 @@ def write_study(found: Study, folder: Path) -> tuple[Path, ...]:
         rows = found.correlations[target]
         panels = {name: [m.value(name) for m in found.models] for name in rows}
         notes = {name: f"τ {row.kendall}" for name, row in rows.items()}
-        scatter_page(panels, notes, [m.value(GAP, part) for m in found.models], target, groups).savefig(path)
-        written.append(path)
+        figure = scatter_page(panels, notes, [m.value(GAP, part) for m in found.models], target, groups)
+        if figure is not None:
+            figure.savefig(path)
+            written.append(path)
     return tuple(written)
 
 

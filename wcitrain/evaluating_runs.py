@@ -8,20 +8,25 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from wcitrain.attacks import ThreatModel
-from wcitrain.data import load_splits
+from wcitrain.data import ImageSet, StreamSet, load_splits
 from wcitrain.evaluation import Evaluation, PreflightWarning, compare, evaluate, parse_attack
-from wcitrain.evaluation.corruptions import CORRUPTIONS, chosen_corruptions
+from wcitrain.evaluation.corruptions import chosen_corruptions
+from wcitrain.evaluation.state import digest
 from wcitrain.recipe import Recipe
-from wcitrain.targets import device_of, find_target, load_model, recipe_of
+from wcitrain.seeding import generator_from
+from wcitrain.targets import Target, device_of, find_target, load_model, recipe_of
 
 ATTACKS = ("pgd-20", "margin-20")
 BATCH_SIZE = 200
+LONGEST = 120  # characters of a file's name without its ending; file systems take 255 bytes
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,10 @@ def evaluate_run(
     device: str = "auto",
     preflight: str = "raise",
 ) -> Evaluated:
-    """Evaluate one model on the first images of a split, in its own order and without augmentation, and write the result.
+    """Evaluate one model on images of a split without augmentation, and write the result.
+
+    Fewer than all are chosen at random, the same for every model and seed: splits are often sorted by class. A stream cannot be
+    shuffled: its first images are taken, and the title says so.
 
     The state of every attack is kept in ``state/`` beside the results, under a digest of weights, images and settings: the same
     call goes on where a killed one was, and takes what is finished from there.
@@ -67,7 +75,7 @@ def evaluate_run(
         target: ``targets.KINDS``.
         attacks, num_examples, corruptions, seed, batch_size, preflight: See ``evaluation.evaluate``.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``; by default the recipe's. Another norm than the recipe's needs ``eps``.
-        eps: Radii such as ``"8/255"``; by default the recipe's.
+        eps: Radii such as ``"8/255"``, or with a norm of their own ``"l2:0.5"``; by default the recipe's.
         at: ``"last"`` (default) or ``"best"``, for a run.
         split: ``"test"``, ``"val"`` or ``"train"``.
         recipe: YAML that says data, model and threat; by default the run's own.
@@ -77,6 +85,7 @@ def evaluate_run(
 
     Raises:
         ValueError: The target is none of ``targets.KINDS``, weights and model differ, an argument is wrong, or a check fails.
+        OSError: The files cannot be written; the message has the table.
         CheckpointError: The run's checkpoint is missing or damaged.
         ModuleNotFoundError: AutoAttack without the package pyautoattack.
     """
@@ -86,17 +95,23 @@ def evaluate_run(
     found = find_target(Path(target), at)
     settled = recipe_of(found, recipe, settings)
     threats = _threats(settled, norm, eps)
-    for name in corruptions:
-        if name not in ("all", *CORRUPTIONS):
-            chosen_corruptions([name], 3)  # says what there is, before anything is loaded
+    if corruptions:
+        chosen_corruptions(corruptions, 3)  # says what there is, before anything is loaded
+    if batch_size < 1 or (num_examples is not None and num_examples < 1):
+        raise ValueError(
+            f"evaluate: got num_examples={num_examples}, batch_size={batch_size}; expected at least 1. Raise it."
+        )
+    place = device_of(device, settled)
     splits = load_splits(**settled.data.model_dump(exclude={"crop_padding", "flip"}))
     model = load_model(found, settled, splits)
-    images = {"train": lambda: splits.train, "val": lambda: splits.val, "test": lambda: splits.test}[split]()
+    whole = {"train": lambda: splits.train, "val": lambda: splits.val, "test": lambda: splits.test}[split]()
+    images, index = _chosen(whole, num_examples)
     folder = Path(out) if out else (found.run or found.path.parent) / "evaluations"
+    folder.mkdir(parents=True, exist_ok=True)  # where that fails, it does so before the attacks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PreflightWarning)  # the text has them
         evaluation = evaluate(
-            model.to(device_of(device, settled)),
+            model.to(place),
             images.batches(min(batch_size, len(images)), device="cpu"),
             threats,
             attacks=plans,
@@ -107,28 +122,41 @@ def evaluate_run(
             folder=folder / "state",
             preflight=cast(Any, preflight),
         )
+    evaluation = replace(evaluation, index=index)
+    num = evaluation.num_examples
     name = "-".join(
         [
             f"{found.at}-{split}",
             *([] if plans == list(ATTACKS) else ["+".join(plans) or "clean"]),
             *([str(t) for t in threats] if norm or eps else []),
-            *([f"n{num_examples}"] if num_examples else []),
-            *(["corruptions" if corruptions == ["all"] else "+".join(corruptions)] if corruptions else []),
+            *([f"n{num}"] if num < len(whole) else []),
+            *(["corruptions" if list(corruptions) == ["all"] else "+".join(corruptions)] if corruptions else []),
             *([f"b{batch_size}"] if batch_size != BATCH_SIZE else []),
             *([f"s{seed}"] if seed else []),
+            *([f"r{digest([settled.model_dump_json()])[:8]}"] if recipe or settings else []),
         ]
     )
     name = re.sub(r"[^\w+.]+", "-", name.replace("/", "_"))
-    title = f"{found.path.name} ({found.at}), {evaluation.num_examples} images of {split}"
-    document = {"target": str(found.path), "at": found.at, "split": split, **evaluation.as_dict()}
-    written = [evaluation.save(folder / f"{name}.npz"), folder / f"{name}.json"]
-    written[1].write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", "utf-8")
-    if len(threats) > 1 and plans:
-        from wcitrain.evaluation.drawing import DPI, accuracy_curve  # matplotlib takes a second to import
-
-        written.append(folder / f"{name}.png")
-        accuracy_curve(evaluation, threats[0].norm, title).savefig(written[-1], dpi=DPI)
-    return Evaluated(evaluation, title, tuple(written))
+    name = name if len(name) <= LONGEST else f"{name[: LONGEST - 17]}-{digest([name])}"
+    order = "" if num == len(whole) else ", in random order" if index is not None else ", the first of a stream"
+    title = f"{_name(found)}, {num} images of {split}{order}"
+    document = {
+        "target": str(found.path),
+        "at": found.at,
+        "split": split,
+        "recipe": None if recipe is None else str(recipe),
+        "overrides": list(settings),
+        "data": settled.data.model_dump(mode="json"),
+        "threat": settled.threat.model_dump(mode="json"),
+        **evaluation.as_dict(),
+    }
+    try:
+        written = _write(evaluation, document, folder / name, title)
+    except OSError as error:
+        raise OSError(
+            f"{error}\nThe state of every attack is kept; here is what was not written:\n{evaluation.table()}"
+        ) from error
+    return Evaluated(evaluation, title, written)
 
 
 def compare_files(a: str | Path, b: str | Path) -> str:
@@ -141,18 +169,58 @@ def compare_files(a: str | Path, b: str | Path) -> str:
     return f"A = {a}\nB = {b}\n{result.num_examples} images\n\n{result.table()}"
 
 
+def _chosen(images: ImageSet | StreamSet, num: int | None) -> tuple[ImageSet | StreamSet, torch.Tensor | None]:
+    """Return ``num`` images in an order that depends on nothing but the size of the split, and their places in it.
+
+    All of them, and those of a stream, keep their order: places are None.
+    """
+    if num is None or num >= len(images) or isinstance(images, StreamSet):
+        return images, None
+    places = torch.randperm(len(images), generator=generator_from("cpu", "evaluate"))[:num]
+    return images.take(places), places
+
+
+def _name(found: Target) -> str:
+    """Return the name of the run, or of the file, and the epoch as far as it is known."""
+    folder = found.path / "model" / found.at if found.kind == "run" else found.path
+    try:
+        epoch = f"epoch-{json.loads((folder / 'metadata.json').read_text('utf-8'))['epoch']}"
+    except (OSError, ValueError, KeyError):
+        epoch = found.at
+    name = (found.run or found.path).resolve().name
+    return f"{name} ({found.at}{'' if epoch == found.at else f', {epoch}'})".replace(", epoch-", ", epoch ")
+
+
+def _write(evaluation: Evaluation, document: dict[str, Any], path: Path, title: str) -> tuple[Path, ...]:
+    """Write flags, numbers, and a curve of each norm with several radii; ``path`` has no ending yet."""
+    written = [evaluation.save(path.with_name(f"{path.name}.npz")), path.with_name(f"{path.name}.json")]
+    written[1].write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", "utf-8")
+    norms = [threat.norm for threat in evaluation.threats]
+    for norm in dict.fromkeys(norms):
+        if norms.count(norm) > 1:
+            from wcitrain.evaluation.drawing import DPI, accuracy_curve  # matplotlib takes a second to import
+
+            ending = ".png" if len(set(norms)) == 1 else f"-{norm}.png"
+            written.append(path.with_name(path.name + ending))
+            accuracy_curve(evaluation, norm, title).savefig(written[-1], dpi=DPI)
+    return tuple(written)
+
+
 def _threats(recipe: Recipe, norm: str | None, eps: Sequence[str | float]) -> list[ThreatModel]:
     """Return the balls that were asked for, each once, or the recipe's."""
-    kind = norm or recipe.threat.norm
+    kind: str = norm or recipe.threat.norm
     if not eps and kind != recipe.threat.norm:
         raise ValueError(
             f"--norm: got {norm} without --eps, and a recipe whose radius {recipe.threat.eps:g} is for {recipe.threat.norm}; "
             "expected a radius for it. Give --eps."
         )
-    try:
-        radii = [float(Fraction(value)) for value in eps] or [recipe.threat.eps]
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(
-            f"--eps: got {' '.join(map(str, eps))}; expected radii such as 8/255 or 0.03. Give them in pixel units."
-        ) from None
-    return list(dict.fromkeys(ThreatModel(cast(Any, kind), radius) for radius in radii))
+    pairs = []
+    for text in map(str, eps or [recipe.threat.eps]):
+        own, _, radius = text.rpartition(":")
+        try:
+            pairs.append((own or kind, float(Fraction(radius)) if "/" in radius else float(radius)))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            raise ValueError(
+                f"--eps: got {text}; expected a radius such as 8/255 or 0.03, or with its norm l2:0.5. Give it in pixel units."
+            ) from None
+    return list(dict.fromkeys(ThreatModel(cast(Any, own), radius) for own, radius in pairs))

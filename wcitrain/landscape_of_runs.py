@@ -15,6 +15,8 @@ from wcitrain.measures.landscape import Landscape, landscape_1d, landscape_2d
 from wcitrain.seeding import seed_from
 from wcitrain.targets import attack_of, device_of, find_target, load_model, recipe_of
 
+POINTS, PLANE_POINTS, NUM_DIRECTIONS, NUM_EXAMPLES = 21, 11, 3, 200  # by default
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -36,12 +38,12 @@ def landscape_of_run(
     two_d: bool = False,
     radius: float | None = None,
     num_points: int | None = None,
-    num_directions: int = 3,
+    num_directions: int | None = None,
     at: str | None = None,
     split: str = "test",
     recipe: str | Path | None = None,
     settings: Sequence[str] = (),
-    num_examples: int = 200,
+    num_examples: int = NUM_EXAMPLES,
     clean: bool = False,
     norm: str | None = None,
     eps: str | float | None = None,
@@ -55,9 +57,9 @@ def landscape_of_run(
     Args:
         target: ``targets.KINDS``.
         directions, radius, num_points, num_directions, num_examples, seed: See ``measures.landscape_1d``; 21 points by default, 11
-            to a side of a plane.
+            to a side of a plane, and 3 directions.
         two_d: A plane of two directions instead of sections along several.
-        at: ``"last"`` (default) or ``"best"``, for a run.
+        at: ``"last"`` (default), ``"best"`` or the number of an epoch that was kept, for a run.
         split: ``"test"``, ``"val"`` or ``"train"``.
         recipe: YAML that says data, model and threat; by default the run's own.
         settings: Settings such as ``"data.root=/data"`` that override the recipe's.
@@ -68,7 +70,8 @@ def landscape_of_run(
         device: ``"auto"``, or a device of torch.
 
     Returns:
-        The landscape; ``<name>.npz`` and ``<name>.png`` are written, and replaced where they were.
+        The landscape; ``<name>.npz`` and ``<name>.png`` are written, and replaced where they were. The name says what differs from
+        the default.
 
     Raises:
         ValueError: The target is none of ``targets.KINDS``, weights and model differ, or an argument is wrong.
@@ -76,23 +79,33 @@ def landscape_of_run(
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; expected one. Start it without a launcher.")
+    if two_d and num_directions is not None:
+        raise ValueError(f"--num-directions: got {num_directions} with --two-d; expected two, always. Leave it out.")
     found = find_target(Path(target), at)
     settled = recipe_of(found, recipe, settings)
     threat, attack = attack_of(settled, clean, norm, eps, num_steps)
-    splits = load_splits(**settled.data.model_dump(exclude={"crop_padding", "flip"}))
     place = torch.device(device_of(device, settled))
+    splits = load_splits(**settled.data.model_dump(exclude={"crop_padding", "flip"}))
     model = load_model(found, settled, splits).to(place)
     images = {"train": lambda: splits.train, "val": lambda: splits.val, "test": lambda: splits.test}[split]()
     batches = images.batches(
         min(100, len(images)), shuffle=isinstance(images, ImageSet), seed=seed_from(seed, "measure"), device=place
     )
-    shared = {"directions": directions, "radius": radius, "num_examples": num_examples, "seed": seed, **attack}
+    usual = PLANE_POINTS if two_d else POINTS
+    points = usual if num_points is None else num_points
+    shared = {
+        "directions": directions,
+        "radius": radius,
+        "num_points": points,
+        "num_examples": num_examples,
+        "seed": seed,
+        **attack,
+    }
     if two_d:
-        landscape = landscape_2d(model, batches, threat, num_points=num_points or 11, **shared)
+        landscape = landscape_2d(model, batches, threat, **shared)
     else:
-        landscape = landscape_1d(
-            model, batches, threat, num_points=num_points or 21, num_directions=num_directions, **shared
-        )
+        num = NUM_DIRECTIONS if num_directions is None else num_directions
+        landscape = landscape_1d(model, batches, threat, num_directions=num, **shared)
     changed = any(value is not None for value in (norm, eps, num_steps))
     name = "-".join(
         [
@@ -105,6 +118,9 @@ def landscape_of_run(
                 else []
             ),
             *([f"r{radius:g}"] if radius is not None else []),
+            *([f"p{points}"] if points != usual else []),
+            *([f"d{num_directions}"] if num_directions not in (None, NUM_DIRECTIONS) else []),
+            *([f"n{num_examples}"] if num_examples != NUM_EXAMPLES else []),
             *([f"s{seed}"] if seed else []),
         ]
     )

@@ -108,7 +108,8 @@ def measure_many(
         targets: ``targets.KINDS``.
         how: What and how.
         at: ``"last"`` (default), ``"best"``, the number of an epoch that the run kept, or ``"all"``: every kept epoch.
-        recipe, settings, out: See ``measuring_runs.measure_run``.
+        recipe, settings: See ``measuring_runs.measure_run``.
+        out: Folder of the files, one folder a model in it; by default ``measures/`` of the run, or beside the file or export.
         progress: Show a bar, on a terminal.
 
     Raises:
@@ -176,38 +177,53 @@ def _measure_one(target: Target, recipe: Recipe, splits: Splits, how: How, out: 
     threat, attack = attack_of(recipe, how.clean, how.norm, how.eps, how.num_steps)
     epoch = _epoch(target)
     header: dict[str, Any] = {
-        "target": str(target.path),
         "at": target.at,
         "epoch": epoch,
         "split": how.split,
         "seed": how.seed,
         "num_examples": how.num_examples,
-        "gap_examples": how.gap_examples,
+        "data": recipe.data.model_dump(mode="json", exclude={"crop_padding", "flip", "num_workers"}),
         "threat": None if threat is None else str(threat),
         "attack": attack,
         "weights": _digest(model),
     }
-    path = (
-        Path(out) if out else (target.run or target.path.parent) / "measures"
-    ) / f"{_file_name(target, how, threat)}.json"
-    document: dict[str, Any] = {**header, "measures": {}}
-    if path.is_file():
-        before = json.loads(path.read_text("utf-8"))
-        if {key: before.get(key) for key in header} == json.loads(json.dumps(header)):
-            document = before
+    folder = (
+        Path(out) / (target.run or target.path).resolve().name
+        if out
+        else (target.run or target.path.parent) / "measures"
+    )
+    path = folder / f"{_file_name(target, how, threat)}.json"
+    header = json.loads(json.dumps(header))
+    document: dict[str, Any] = {"target": str(target.path), **header, "measures": {}}
+    if (before := _document(path)) and {key: before.get(key) for key in header} != header:
+        path = path.with_name(f"{path.stem}-{_short(header)}.json")  # other weights or data: that file stays
+        before = _document(path)
+    document |= before
     taken: dict[str, Any] = document["measures"]
-    missing = [n for n in how.names if n not in taken or taken[n].get("given") != dict(how.settings.get(n, {}))]
+    given = {n: dict(how.settings.get(n, {})) for n in how.names}
+    if GAP in given:
+        given[GAP] = {"num_examples": how.gap_examples}
+    missing = [n for n in how.names if n not in taken or taken[n].get("given") != given[n]]
     if missing:
         model = model.to(device_of(how.device, recipe))
         with reused_attacks(model):
             for name in missing:
                 taken[name] = {
                     **_take(name, model, recipe, splits, threat, attack, how).as_dict(),
-                    "given": dict(how.settings.get(name, {})),
+                    "given": given[name],
                 }
                 _write(path, document)
     measures = {name: taken[name] for name in how.names}
     return MeasuredModel(target.path, target.run, target.at, epoch, measures, path)
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """Return what a file of measures holds; nothing where there is none."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def _short(header: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 def _take(

@@ -19,6 +19,8 @@ from typing import Any
 
 from wcitrain.correlating_runs import study, write_study
 from wcitrain.measuring_many import GAP, NAMES, How, MeasuredModel, measure_many
+from wcitrain.recipe import Recipe
+from wcitrain.targets import attack_of
 
 KEYS = {
     "at",
@@ -72,6 +74,16 @@ def _read(item: Mapping[str, Any], where: str) -> SweepStudy:
     correlates = bool(item.get("correlate", False))
     if correlates and GAP not in names:
         names = [*names, GAP]
+    at, seeds = str(item.get("at", "last")), item.get("seeds")
+    if not (at in ("last", "best", "all") or at.isdecimal()):
+        raise ValueError(f"{where}.at: got {at!r}; expected last, best, all or the number of a kept epoch.")
+    if seeds is not None and not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):
+        raise ValueError(f"{where}.seeds: got {seeds!r}; expected a list of integers such as [0].")
+    if not names or type(item.get("correlate", False)) is not bool:
+        raise ValueError(
+            f"{where}: got measures={names!r}, correlate={item.get('correlate', False)!r}; expected at least one measure, and "
+            "true or false."
+        )
     renamed = {"examples": "num_examples", "steps": "num_steps"}
     arguments = {
         renamed.get(key, key): value
@@ -79,9 +91,30 @@ def _read(item: Mapping[str, Any], where: str) -> SweepStudy:
         if key not in ("at", "measures", "seeds", "correlate")
     }
     try:
-        return SweepStudy(How(names, **arguments), str(item.get("at", "last")), item.get("seeds"), correlates)
+        return SweepStudy(How(names, **arguments), at, seeds, correlates)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def check_studies(studies: Sequence[SweepStudy], recipes: Sequence[Recipe], where: str) -> None:
+    """Refuse, before anything is trained, studies of seeds or epochs that the sweep's runs will not have.
+
+    Raises:
+        ValueError: With what is missing.
+    """
+    seeds = {recipe.seed for recipe in recipes}
+    for number, asked in enumerate(studies):
+        if asked.seeds is not None and not set(asked.seeds) <= seeds:
+            raise ValueError(
+                f"{where}[{number}].seeds: got {asked.seeds}; expected some of the sweep's {sorted(seeds)}."
+            )
+        every = [recipe.checkpoint.keep_every for recipe in recipes]
+        if asked.at not in ("last", "best") and not all(every):
+            raise ValueError(
+                f"{where}[{number}].at: got {asked.at!r}; expected last or best, or checkpoint.keep_every in the settings."
+            )
+        for recipe in recipes:
+            attack_of(recipe, asked.how.clean, asked.how.norm, asked.how.eps, asked.how.num_steps)
 
 
 def run_studies(studies: Sequence[SweepStudy], folders: Mapping[Path, int], out: Path) -> list[Path]:
@@ -119,7 +152,7 @@ def _draw_training(models: Sequence[MeasuredModel], out: Path) -> list[Path]:
     figures = {"measures-through-training": measures_through_training(points)}
     if any("robust_loss" in m.measures for m in models):
         figures["measures-against-loss"] = measures_against_loss(points)
-    paths = [out / f"{name}.png" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
+    drawn = {out / f"{name}.png": figure for name, figure in figures.items() if figure is not None}
+    for path, figure in drawn.items():
         figure.savefig(path)
-    return paths
+    return list(drawn)

@@ -79,6 +79,10 @@ def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> list[Recipe]:
     if any(setting.startswith("seed=") for setting in common):
         raise ValueError(f"{path}: got the setting seed=...; expected seeds in the sweep file. Change `seeds` there.")
     points = _grid_points(content.get("grid", {}), f"{path}: grid")
+    if both := {text.partition("=")[0] for text in common} & set(points[0]):
+        raise ValueError(
+            f"{path}: got {', '.join(sorted(both))} both as a setting and in the grid; expected one of them."
+        )
     recipes = []
     for seed, name, point in itertools.product(seeds, content["recipes"], points):
         here = [*common, *(f"{key}={json.dumps(value)}" for key, value in point.items()), f"seed={seed}"]

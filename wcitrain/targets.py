@@ -1,4 +1,4 @@
-"""What ``measure``, ``evaluate`` and ``landscape`` are pointed at: a run, an exported model, a file of weights.
+"""What ``measure``, ``evaluate`` and ``landscape`` are pointed at: a run, an exported model, a file of weights, a recipe.
 
 Data, model and threat come from a recipe: the run's own, or one that is given.
 """
@@ -14,18 +14,23 @@ import torch
 from torch import Tensor
 
 from wcitrain.attacks import ThreatModel
-from wcitrain.build import step_size
+from wcitrain.build import initial_model, step_size
 from wcitrain.checkpoint import load_checkpoint
 from wcitrain.data import Splits
 from wcitrain.models import Classifier, create_model, load_exported
+from wcitrain.preserve import kept_random_state
 from wcitrain.recipe import Recipe, load_recipe
 
 FILES = (".pt", ".pth", ".safetensors")
-KINDS = f"a run folder (recipe.yaml), an exported model folder (metadata.json) or a file ({', '.join(FILES)})"
+RECIPES = (".yaml", ".yml")
+KINDS = (
+    "a run folder (recipe.yaml), a checkpoint of one (RUN/checkpoints/last), an exported model folder (metadata.json), a file "
+    f"of weights ({', '.join(FILES)}) or a recipe ({', '.join(RECIPES)}) whose model is pretrained"
+)
 
 
 class Target(NamedTuple):
-    """What is measured: kind ``"run"``, ``"export"`` or ``"file"``, its path, its run's folder if it has one, its epoch.
+    """What is measured: kind ``"run"``, ``"export"``, ``"file"`` or ``"recipe"``, its path, its run's folder if any, its epoch.
 
     ``at`` is ``"last"``, ``"best"``, or the name of the export or file.
     """
@@ -34,6 +39,12 @@ class Target(NamedTuple):
     path: Path
     run: Path | None
     at: str
+
+    @property
+    def exported(self) -> Path | None:
+        """The export that the model is loaded from, if it is: it says what the model is."""
+        folder = self.path / "model" / self.at if self.kind == "run" else self.path
+        return folder if self.kind in ("run", "export") and (folder / "metadata.json").is_file() else None
 
 
 def find_target(path: Path, at: str | None) -> Target:
@@ -46,11 +57,14 @@ def find_target(path: Path, at: str | None) -> Target:
             there = ", ".join(map(str, kept_epochs(path))) or "none: set checkpoint.keep_every in its recipe"
             raise ValueError(f"--at: got {at!r}; expected last, best, or an epoch that {path} kept ({there}).")
         return Target("export", kept, path, kept.name)
+    run = path.parent.parent
     if path.is_dir() and (path / "metadata.json").is_file():
         above = path.resolve().parent.parent
         found = Target("export", path, above if (above / "recipe.yaml").is_file() else None, path.resolve().name)
-    elif path.is_file() and path.suffix in FILES:
-        found = Target("file", path, None, path.stem)
+    elif path in (run / "checkpoints" / "last", run / "checkpoints" / "best") and (run / "recipe.yaml").is_file():
+        found = Target("run", run, run, path.name)
+    elif path.is_file() and path.suffix in (*FILES, *RECIPES):
+        found = Target("recipe" if path.suffix in RECIPES else "file", path, None, path.stem)
     else:
         got = (
             "nothing"
@@ -72,7 +86,29 @@ def kept_epochs(run: Path) -> list[int]:
 
 
 def recipe_of(target: Target, recipe: str | Path | None, settings: Sequence[str]) -> Recipe:
-    """Return the recipe that was given, or the one of the run that the target belongs to."""
+    """Return the recipe that was given, or the one of the run that the target belongs to.
+
+    Raises:
+        ValueError: No recipe, two of them, a recipe as target without weights, or settings that an export would overrule.
+    """
+    changed = [text for text in settings if text.partition("=")[0].strip().partition(".")[0] == "model"]
+    if target.exported and changed:
+        raise ValueError(
+            f"--recipe: got {', '.join(changed)} with the export {target.exported}, which says what its model is; expected "
+            "settings of other sections. Leave them out."
+        )
+    if target.kind == "recipe":
+        if recipe is not None:
+            raise ValueError(
+                f"--recipe: got {recipe} with the recipe {target.path}; expected one of them. Leave it out."
+            )
+        settled = load_recipe(target.path, settings)
+        if not (settled.model.pretrained or settled.model.checkpoint_path):
+            raise ValueError(
+                f"{target.path}: got a recipe whose model is untrained; expected model.pretrained or model.checkpoint_path. "
+                "Set one of them, or give the run it trained."
+            )
+        return settled
     if recipe is None and target.run is None:
         needs = "data" if target.kind == "export" else "data and model"
         raise ValueError(f"{target.path}: got no recipe; expected one that says its {needs}. Give --recipe RECIPE.")
@@ -81,10 +117,10 @@ def recipe_of(target: Target, recipe: str | Path | None, settings: Sequence[str]
 
 def load_model(target: Target, recipe: Recipe, splits: Splits) -> Classifier:
     """Return the model with its weights, in eval mode, on the CPU."""
-    if target.kind == "run" and (target.path / "model" / target.at / "metadata.json").is_file():
-        return _checked(load_exported(target.path / "model" / target.at), splits, target.path)
-    if target.kind == "export":
-        return _checked(load_exported(target.path), splits, target.path)
+    if target.exported:
+        return _checked(load_exported(target.exported), splits, target.path)
+    if target.kind == "recipe":
+        return _pretrained(recipe, splits, target.path)
     if target.kind == "run":
         state, source = load_checkpoint(target.path / "checkpoints", target.at)
         weights = (state.get("average") or {}).get("module") or state["model"]
@@ -103,14 +139,27 @@ def load_model(target: Target, recipe: Recipe, splits: Splits) -> Classifier:
 
 
 def _checked(model: Classifier, splits: Splits, path: Path) -> Classifier:
-    """Refuse an export that is for other images."""
-    channels = model.mean.numel()
-    if channels != splits.in_chans:
+    """Refuse an export that is for other images or classes."""
+    own = (model.mean.numel(), cast(int, model.backbone.num_classes))
+    if own != (splits.in_chans, splits.num_classes):
         raise ValueError(
-            f"{path}: got a model for {channels} channels, and images of {splits.in_chans}; expected the same. "
-            "Give the recipe it was trained by."
+            f"{path}: got a model for {own[0]} channels and {own[1]} classes, and data of {splits.in_chans} and "
+            f"{splits.num_classes}; expected the same. Give the recipe it was trained by."
         )
     return model
+
+
+def _pretrained(recipe: Recipe, splits: Splits, path: Path) -> Classifier:
+    """Return the model as the recipe builds it; refuse a pretrained one whose head would be random."""
+    with kept_random_state(torch.device("cpu")):
+        model = initial_model(recipe, splits)
+    classes = (getattr(model.backbone, "pretrained_cfg", None) or {}).get("num_classes", splits.num_classes)
+    if recipe.model.checkpoint_path is None and classes != splits.num_classes:
+        raise ValueError(
+            f"{path}: got weights pretrained for {classes} classes, and data of {splits.num_classes}; expected the same: the "
+            "head would be random. Choose other weights or data."
+        )
+    return model.eval()
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
@@ -146,7 +195,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
 
 
 def load_weights(model: Classifier, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load weights of the classifier, or of its backbone alone, and refuse any that do not fit."""
+    """Load weights of the classifier, or of its backbone alone, and refuse any that do not fit, normalisation included."""
     whole = any(name.startswith("backbone.") for name in weights)
     module = model if whole else model.backbone
     expected = module.state_dict()
@@ -170,12 +219,32 @@ def load_weights(model: Classifier, weights: Mapping[str, Tensor], source: str) 
             f"{source}: got weights that do not fit the recipe's model: {found}; expected all of them to. Correct the recipe's "
             "model section (name, stem, kwargs) or its data (number of classes)."
         )
+    for name in ("mean", "std") if whole else ():
+        own = cast(Tensor, getattr(model, name)).flatten()
+        other = weights.get(name, own).flatten().to(own)
+        if len(other) not in (1, len(own)) or not torch.allclose(other, own, rtol=1e-4, atol=0):
+            raise ValueError(
+                f"{source}: got weights for images normalised with {name} {other.tolist()}, and the recipe's model has "
+                f"{own.tolist()}; expected the same. Set model.{name} in the recipe."
+            )
     module.load_state_dict(given)
 
 
 def device_of(device: str, recipe: Recipe) -> str:
-    """Return the device to compute on; ``"auto"``: cuda where there is one and the recipe does not ask for the CPU."""
+    """Return the device to compute on; ``"auto"``: cuda where there is one and the recipe does not ask for the CPU.
+
+    Raises:
+        ValueError: A device that torch does not know, or that is not there.
+    """
     if device != "auto":
+        try:
+            torch.zeros(1, device=device).cpu()  # fails on "meta", too
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+            there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+            there += ["mps"] * torch.backends.mps.is_available()
+            raise ValueError(
+                f"--device: got {device!r}; expected auto, {', '.join(there)}. Choose one of them."
+            ) from error
         return device
     return "cuda" if recipe.train.device == "auto" and torch.cuda.is_available() else "cpu"
 
@@ -193,7 +262,7 @@ def attack_of(
         return None, {}
     try:
         radius = recipe.threat.eps if eps is None else float(Fraction(eps))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(
             f"--eps: got {eps!r}; expected a radius such as 8/255 or 0.03. Give it in pixel units."
         ) from None

@@ -147,7 +147,6 @@ class Trainer:
         self._initial = None  # the weights before the first step, where a measure asks for them
         if set(recipe.measures.names) & NEED_INITIAL:
             self._initial = {name: value.clone() for name, value in model.state_dict().items()}
-        check_settings(recipe.measures.names, recipe.measures.settings)
         self.bare = model  # what is measured and exported: no DDP, no compilation
         base = build_optimizer(recipe, model)
         self.regularizer: RegularizedOptimizer = build_regularizer(recipe, base, model, self.updates)
@@ -168,6 +167,7 @@ class Trainer:
         self.guard = None
         if self.objective.is_single_step and recipe.train.overfitting_guard != "ignore":
             self.guard = CatastrophicOverfittingGuard()
+        self._try_measures()
         self.log = tracking.RunLog(self.folder) if accelerator.is_main_process else None
         self.progress = Progress()
         self.stop = StopRequest()
@@ -195,7 +195,7 @@ class Trainer:
         try:
             with self.stop:
                 if not progress.step:
-                    self._keep_weights()
+                    self._keep_weights(is_last=False)
                 while progress.epoch < epochs and not progress.stop_reason:
                     self._train_epoch()
                     self._finish_epoch()
@@ -295,6 +295,16 @@ class Trainer:
         if choice is not None and self.accelerator.is_main_process:
             print(f"penalty estimator: {choice.estimator} ({choice.reason})", flush=True)
 
+    def _try_measures(self) -> None:
+        """Take the recipe's measures of a few images, so that wrong settings do not show hours later."""
+        check_settings(self.recipe.measures.names, self.recipe.measures.settings)
+        try:
+            self._measures_by_name(DRY_RUN_IMAGES)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"measures: {error} (a dry run on {DRY_RUN_IMAGES} images). Correct measures.settings."
+            ) from error
+
     def _finish_epoch(self) -> None:
         """Measure, log and save at the end of an epoch."""
         progress, recipe = self.progress, self.recipe
@@ -330,8 +340,9 @@ class Trainer:
                 progress.stop_reason = (
                     f"no better robust validation accuracy in {recipe.train.patience} epochs (train.patience)"
                 )
+        is_last = is_last or bool(progress.stop_reason)
         if recipe.measures.names and ((progress.epoch + 1) % recipe.measures.every == 0 or is_last):
-            metrics |= self._measures_by_name()
+            metrics |= self._measures_by_name(recipe.measures.num_examples)
         progress.train_seconds += progress.epoch_seconds
         progress.seconds += progress.epoch_seconds + time.perf_counter() - started
         metrics |= {"train_seconds": progress.train_seconds, "seconds": progress.seconds}
@@ -346,14 +357,14 @@ class Trainer:
             )
         if progress.stop_reason and self.log is not None:
             print(f"stopped after epoch {progress.epoch}: {progress.stop_reason}", flush=True)
-        self._keep_weights()
-        if progress.epoch % recipe.checkpoint.every == 0 or is_last or progress.stop_reason:
+        self._keep_weights(is_last=is_last)
+        if progress.epoch % recipe.checkpoint.every == 0 or is_last:
             self._save()
 
-    def _keep_weights(self) -> None:
-        """Export the measured weights where ``checkpoint.keep_every`` asks for this epoch's."""
+    def _keep_weights(self, *, is_last: bool) -> None:
+        """Export the measured weights where ``checkpoint.keep_every`` asks for this epoch's; the last epoch's always."""
         every, epoch = self.recipe.checkpoint.keep_every, self.progress.epoch
-        if every and epoch % every == 0:
+        if every and (epoch % every == 0 or is_last):
             export(self, f"epoch-{epoch}", {"epoch": epoch})
 
     def _train_passes(self, model: nn.Module) -> Iterator[None]:
@@ -422,14 +433,14 @@ class Trainer:
             accelerator=self.accelerator,
         )
 
-    def _measures_by_name(self) -> dict[str, float]:
+    def _measures_by_name(self, num_examples: int) -> dict[str, float]:
         """Take the measures that the recipe names, every process all of them: they are functions of the weights and the seed."""
         settings, recipe = self.recipe.measures, self.recipe
         images = self.splits.train if settings.split == "train" else self.splits.val
-        subset = images.subset(min(settings.num_examples, len(images)))
+        subset = images.subset(min(num_examples, len(images)))
         data = [(x, y) for x, y, _ in subset.batches(min(100, len(subset)), device=self.device)]
         shared = Shared(
-            num_examples=settings.num_examples,
+            num_examples=num_examples,
             num_steps=recipe.evaluation.num_steps,
             step_size=step_size(recipe, recipe.evaluation),
             seed=recipe.seed,

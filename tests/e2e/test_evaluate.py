@@ -1,6 +1,7 @@
 """``wcitrain evaluate`` on what training leaves behind: tables, files, curves, kills and comparisons."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from wcitrain.__main__ import main
 from wcitrain.attacks import ThreatModel
 from wcitrain.checkpoint import load_checkpoint
-from wcitrain.data import load_splits
-from wcitrain.evaluation import Evaluation, PreflightWarning, evaluate
+from wcitrain.data import StreamSet, load_splits
+from wcitrain.evaluating_runs import _chosen, evaluate_run
+from wcitrain.evaluation import Evaluation, evaluate
 from wcitrain.models import Classifier, load_exported
 from wcitrain.recipe import recipe_from_dict
 from wcitrain.train import fit, run_folder
@@ -50,7 +52,7 @@ def files(folder: Path) -> list[str]:
 
 
 def test_a_run_is_evaluated_with_table_files_and_curve(run, capsys):
-    """The one command before a number is published; it must be that of the library on the first test images."""
+    """The one command before a number is published; it must be that of the library on the images it names."""
     arguments = ["evaluate", str(run), "--attacks", "pgd-2", "margin-2", "--eps", "1/255", "0.1", "--examples", "30"]
     assert main([*arguments, "--corruptions", "fog"]) == 0
     printed = capsys.readouterr().out
@@ -58,26 +60,112 @@ def test_a_run_is_evaluated_with_table_files_and_curve(run, capsys):
     assert files(run / "evaluations") == [f"{stem}.json", f"{stem}.npz", f"{stem}.png"]
     assert (run / "evaluations" / f"{stem}.png").stat().st_size > 10_000
     assert "linf 1/255   margin-2" in printed
-    assert "30 images of test" in printed
+    assert printed.startswith("tiny-s0 (last, epoch 1), 30 images of test, in random order\n")
     read = Evaluation.load(run / "evaluations" / f"{stem}.npz")
     document = json.loads((run / "evaluations" / f"{stem}.json").read_text())
     assert document["worst_case_of_all"]["accuracy"] == read.robust_accuracy()
     assert (document["at"], document["split"], document["num_examples"]) == ("last", "test", 30)
+    assert (document["recipe"], document["overrides"]) == (None, [])
+    assert (document["data"]["source"], document["threat"]["eps"]) == ("digits", 0.1)
 
     recipe = recipe_from_dict(TINY)
     splits = load_splits(**recipe.data.model_dump(exclude={"crop_padding", "flip"}))
     again = evaluate(
         load_exported(run / "model" / "last"),
-        splits.test.batches(7),
+        splits.test.take(read.index).batches(7),
         [ThreatModel("linf", 1 / 255), ThreatModel("linf", 0.1)],
         attacks=["pgd-2", "margin-2"],
         corruptions="fog",
-        num_examples=30,
     )
     assert all(torch.equal(a.is_robust, b.is_robust) for a, b in zip(read.attacks, again.attacks, strict=True))
     assert torch.equal(read.is_clean, again.is_clean)
     assert torch.equal(read.labels, again.labels)
     assert torch.equal(read.corrupted["fog", 5], again.corrupted["fog", 5])
+
+
+def test_fewer_images_are_a_fixed_random_choice(run):
+    """The first images of a split sorted by class are of one class, and other images for each seed are no comparison."""
+    splits = load_splits(**recipe_from_dict(TINY).data.model_dump(exclude={"crop_padding", "flip"}))
+    images = splits.train.take(splits.train.y.argsort())
+    few, places = _chosen(images, 60)
+    assert torch.equal(few.y, images.y[places])
+    assert set(few.y.tolist()) == set(range(10))
+    assert len(set(places.tolist())) == 60
+    assert torch.equal(_chosen(images, 20)[1], places[:20])
+    for num in (None, len(images), 100_000):
+        assert _chosen(images, num) == (images, None)
+    stream = StreamSet(lambda **_: None, 100, 8)
+    assert _chosen(stream, 10) == (stream, None)
+    indices = [evaluate_run(run, attacks=["fgsm"], num_examples=20, seed=seed).evaluation.index for seed in (0, 3)]
+    assert torch.equal(indices[0], indices[1])
+
+
+def test_the_whole_split_is_the_whole_split_whatever_number_was_asked_for(run, capsys):
+    """A name with 100000 in it says that so many images were looked at, and keeps the same result twice."""
+    for options in ([], ["--examples", "100000"], ["--examples", "50"]):
+        assert main(["evaluate", str(run), "--attacks", "fgsm", *options]) == 0
+        assert capsys.readouterr().out.startswith("tiny-s0 (last, epoch 1), 50 images of test\n")
+    assert files(run / "evaluations") == ["last-test-fgsm.json", "last-test-fgsm.npz"]
+
+
+def test_overrides_do_not_replace_the_results_of_the_recipe(run):
+    """Fewer classes, another test set or another radius would stand under the name of the run's own evaluation."""
+    own = ["--recipe", str(run / "recipe.yaml")]
+    for recipe in (
+        [],
+        ["--recipe", "threat.eps=0.05"],
+        ["--recipe", "threat.eps=0.08"],
+        [*own, "threat.eps=0.08"],
+        own,
+    ):
+        assert main(["evaluate", str(run), *QUICK, *recipe]) == 0
+    found = [json.loads(path.read_text()) for path in (run / "evaluations").glob("*.json")]
+    assert sorted((d["threat"]["eps"], d["attacks"][0]["threat"]["eps"]) for d in found) == [
+        (0.05, 0.05),
+        (0.08, 0.08),
+        (0.1, 0.1),
+        (0.1, 0.1),
+    ]
+    assert {tuple(d["overrides"]) for d in found} == {(), ("threat.eps=0.05",), ("threat.eps=0.08",)}
+
+
+def test_a_union_of_norms_can_be_asked_for(run):
+    """Robust to one norm is not robust to another; the worst of both is a number of its own."""
+    options = ["--attacks", "fgsm", "--examples", "20", "--norm", "l2", "--eps", "linf:8/255", "linf:4/255", "0.5"]
+    assert main(["evaluate", str(run), *options]) == 0
+    stem = "last-test-fgsm-linf-8_255-linf-4_255-l2-0.5-n20"
+    assert files(run / "evaluations") == [f"{stem}-linf.png", f"{stem}.json", f"{stem}.npz"]
+    threats = Evaluation.load(run / "evaluations" / f"{stem}.npz").threats
+    assert threats == (ThreatModel("linf", 8 / 255), ThreatModel("linf", 4 / 255), ThreatModel("l2", 0.5))
+
+
+def test_long_names_are_shortened_and_stay_different(run):
+    """A name of more than 255 bytes fails when everything is done."""
+    radii = [f"{k}/2550" for k in range(1, 25)]
+    for more in ("0.1", "0.2"):
+        evaluate_run(run, attacks=["fgsm"], eps=[*radii, more], num_examples=5, preflight="off")
+    names = [path.stem for path in (run / "evaluations").glob("*.npz")]
+    assert [len(name) for name in names] == [120, 120]
+
+
+def test_a_folder_that_cannot_be_written_fails_before_the_attacks_and_a_full_disk_after_the_table(
+    run, tmp_path, capsys, monkeypatch
+):
+    """Hours of attacks must not end in a message about a file."""
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr("wcitrain.evaluating_runs.evaluate", lambda *_, **__: pytest.fail("attacked"))
+        assert main(["evaluate", str(run), *QUICK, "--out", str(tmp_path / "file")]) == 2
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Evaluation, "save", full)
+    capsys.readouterr()
+    assert main(["evaluate", str(run), *QUICK]) == 2
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "linf 0.1  pgd-2" in message
 
 
 def test_a_killed_command_goes_on_when_it_is_given_again(run, monkeypatch):
@@ -121,7 +209,7 @@ def test_two_models_are_compared_and_other_images_are_refused(run, tmp_path, cap
     assert main(["evaluate", "--compare", a, c]) == 2
     assert "not the same images" in capsys.readouterr().err
     assert Path(c).name == "last-val-pgd-2-n20.npz"
-    assert Path(b).name == "other-test-pgd-2-n20.npz"
+    assert re.fullmatch(r"other-test-pgd-2-n20-r[0-9a-f]{8}\.npz", Path(b).name)
 
 
 def test_options_reach_the_evaluation_and_name_the_files(run):
@@ -139,8 +227,16 @@ def test_options_reach_the_evaluation_and_name_the_files(run):
     ("arguments", "message"),
     [
         (["{run}", "--attacks", "pgd"], "attacks: got 'pgd'; expected fgsm; pgd-STEPS"),
-        (["{run}", "--eps", "eight"], "--eps: got eight; expected radii"),
+        (["{run}", "--eps", "eight"], "--eps: got eight; expected a radius"),
         (["{run}", "--eps", "8"], "Did you mean 8/255?"),
+        (["{run}", "--eps", "1e400"], "threat.eps: got inf; expected a finite radius"),
+        (["{run}", "--eps", "l3:0.5"], "threat.norm: got 'l3'"),
+        (["{run}", "--eps", "l2:"], "--eps: got l2:; expected a radius"),
+        (["{run}", "--eps", "9" * 400 + "/2"], "; expected a radius"),
+        (["{run}", "--device", "foo"], "--device: got 'foo'"),
+        (["{run}", "--device", "meta"], "--device: got 'meta'"),
+        (["{run}", "--corruptions", "all", "fog"], "corruptions: got all fog; expected all alone"),
+        (["--attacks", "pgd-2", "{run}"], "Give a model as the first word"),
         (["{run}", "--norm", "l2"], "--norm: got l2 without --eps"),
         (["{run}", "--corruptions", "rain"], "corruptions: got 'rain'"),
         (["{run}", "--examples", "0"], "num_examples=0"),
@@ -148,10 +244,12 @@ def test_options_reach_the_evaluation_and_name_the_files(run):
         (["{run}", "--compare", "a.npz", "b.npz"], "got both of TARGET and --compare"),
         (["{run}/model/last", "--at", "best"], "--at: got 'best'"),
         (["--compare", "{run}/recipe.yaml", "{run}/recipe.yaml"], "got another file"),
+        (["--compare", "{run}/none.npz", "{run}/none.npz"], "No such file"),
     ],
 )
-def test_wrong_input_is_explained(arguments, message, trained, capsys):
-    """A traceback does not say what to do, and nothing may be written."""
+def test_wrong_input_is_explained(arguments, message, trained, capsys, monkeypatch):
+    """A traceback does not say what to do, and nothing may be loaded or written."""
+    monkeypatch.setattr("wcitrain.evaluating_runs.load_splits", lambda **_: pytest.fail("loaded"))
     assert main(["evaluate", *(text.format(run=trained) for text in arguments)]) == 2
     assert message in capsys.readouterr().err
     assert not (trained / "evaluations").exists()
@@ -165,4 +263,5 @@ def test_findings_are_printed_and_errors_stop(run, capsys, monkeypatch):
     assert "preflight: probabilities" in capsys.readouterr().err
     assert main(["evaluate", str(run), *QUICK, "--preflight", "warn"]) == 0
     assert "error: probabilities" in capsys.readouterr().out
-    assert issubclass(PreflightWarning, UserWarning)
+    (file,) = (run / "evaluations").glob("*.json")
+    assert json.loads(file.read_text())["findings"][0]["name"] == "probabilities"

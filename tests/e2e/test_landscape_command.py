@@ -26,7 +26,7 @@ TINY = {
     "evaluation": {"train_size": 50, "num_steps": 2, "step_size": 0.06},
     "tracking": {"wandb": "disabled"},
 }
-QUICK = ["--examples", "8", "--points", "3", "--num-directions", "1"]
+QUICK = ["--examples", "8", "--points", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,9 @@ def test_a_run_is_drawn_with_its_own_attack(run, tmp_path, capsys):
     """The command's numbers must be the library's, on the test images and under the recipe's evaluation attack."""
     assert main(["landscape", str(run), "--examples", "16", "--points", "5", "--num-directions", "2"]) == 0
     assert "over 2 random directions, PGD-2 linf 0.1, 16 examples" in capsys.readouterr().out
-    found = Landscape.load(run / "landscapes" / "random-last-test.npz")
-    assert (run / "landscapes" / "random-last-test.png").stat().st_size > 10_000
+    found = Landscape.load(run / "landscapes" / "random-last-test-p5-d2-n16.npz")
+    assert found.seed == 0
+    assert (run / "landscapes" / "random-last-test-p5-d2-n16.png").stat().st_size > 10_000
     recipe = recipe_from_dict(TINY)
     splits = load_splits(**recipe.data.model_dump(exclude={"crop_padding", "flip"}))
     again = landscape_1d(
@@ -64,14 +65,16 @@ def test_options_reach_the_landscape_and_name_the_files(run, tmp_path):
     """An option that is parsed and dropped draws something else under the right name."""
     out = ["--out", str(tmp_path)]
     common = ["landscape", str(run), *QUICK, *out]
-    assert main([*common, "--at", "best", "--split", "val", "--clean", "--directions", "layer", "--seed", "3"]) == 0
-    clean = Landscape.load(tmp_path / "layer-best-val-clean-s3.npz")
+    layer = ["--directions", "layer", "--num-directions", "1", "--seed", "3"]
+    assert main([*common, "--at", "best", "--split", "val", "--clean", *layer]) == 0
+    clean = Landscape.load(tmp_path / "layer-best-val-clean-p3-d1-n8-s3.npz")
     assert (clean.attack, clean.directions, clean.alphas.tolist()) == ("clean", "layer", [-0.5, 0.0, 0.5])
+    assert (len(clean.clean), clean.num_examples, clean.seed) == (1, 8, 3)
     assert (
         main([*common, "--two-d", "--directions", "adversarial", "--radius", "0.1", "--norm", "l2", "--eps", "1/2"])
         == 0
     )
-    plane = Landscape.load(tmp_path / "adversarial-last-test-plane-l2-0.5-PGD-2-r0.1.npz")
+    plane = Landscape.load(tmp_path / "adversarial-last-test-plane-l2-0.5-PGD-2-r0.1-p3-n8.npz")
     assert (plane.is_plane, plane.robust.shape, plane.attack) == (True, (3, 3), "PGD-2 l2 0.5")
     weights = load_checkpoint(run / "checkpoints")[0]["model"]
     torch.save(weights, tmp_path / "w.pt")
@@ -79,7 +82,7 @@ def test_options_reach_the_landscape_and_name_the_files(run, tmp_path):
         main(["landscape", str(tmp_path / "w.pt"), *QUICK, "--recipe", str(run / "recipe.yaml"), "data.max_test=50"])
         == 0
     )
-    assert (tmp_path / "landscapes" / "random-w-test.png").is_file()
+    assert (tmp_path / "landscapes" / "random-w-test-p3-n8.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,11 @@ def test_options_reach_the_landscape_and_name_the_files(run, tmp_path):
     [
         (["{tmp}/nowhere"], "got nothing; expected a run folder"),
         (["{run}", "--points", "4"], "num_points=4"),
+        (["{run}", "--points", "0"], "num_points=0"),
+        (["{run}", "--two-d", "--num-directions", "4"], "--num-directions: got 4 with --two-d"),
+        (["{run}", "--device", "cuda:99"], "--device: got 'cuda:99'; expected auto, cpu"),
+        (["{run}", "--eps", "1e400"], "--eps: got '1e400'; expected a radius"),
+        (["{run}", "--recipe", "model.name=resnet34"], "--recipe: got model.name=resnet34 with the export"),
         (["{run}", "--radius", "-1"], "radius=-1.0"),
         (["{run}", "--clean", "--eps", "8/255"], "--clean: got --eps as well"),
         (["{run}", "--examples", "0"], "num_examples: got 0"),

@@ -130,7 +130,7 @@ def test_options_reach_the_measurement_and_name_the_files(run, capsys):
     [
         (["{tmp}/nowhere"], "got nothing; expected a run folder"),
         (["{tmp}"], "got another folder; expected a run folder"),
-        (["{run}/recipe.yaml"], "got a .yaml file; expected"),
+        (["{run}/recipe.yaml"], "model is untrained; expected model.pretrained"),
         (["{tmp}/other.pt"], "got no recipe; expected one that says its data and model"),
         (["{tmp}/other.pt", "--recipe", "{run}/recipe.yaml"], "1 unexpected (conv.weight); "),
         (["{tmp}/list.pt", "--recipe", "{run}/recipe.yaml"], "got a list; expected a state dict"),

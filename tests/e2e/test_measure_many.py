@@ -115,6 +115,23 @@ def test_measures_of_other_weights_are_not_reused(run):
     assert measure_many([run], how, at="1", progress=False)[0].value("frobenius_norms") != before
 
 
+def test_results_of_other_data_are_neither_reused_nor_lost_and_two_models_never_share_a_file(run, tmp_path):
+    """Hours of measures gone because one setting was tried, or a number of other images returned as this one's."""
+    how = How(["clean_loss"], num_examples=10)
+    first = measure_many([run], how, progress=False)[0]
+    other = measure_many([run], how, settings=["data.max_train=150"], progress=False)[0]
+    again = measure_many([run], How(["clean_loss", "margins"], num_examples=10), progress=False)[0]
+    assert other.path != first.path == again.path
+    assert other.value("clean_loss") != first.value("clean_loss") == again.value("clean_loss")
+    twin = Path(shutil.copytree(run, tmp_path / "twin-s0"))
+    paths = [m.path for m in measure_many([run, twin], how, out=tmp_path / "out", progress=False)]
+    assert len(set(paths)) == 2
+    gaps = [measure_many([run], How(["robust_gap"], gap_examples=n), progress=False)[0] for n in (10, 20)]
+    assert gaps[0].measures["robust_gap"]["num_examples"] == 20
+    assert gaps[1].measures["robust_gap"]["num_examples"] == 40
+    assert gaps[0].path == gaps[1].path  # the other measures stay where they are
+
+
 def test_the_correlation_of_all_epochs_is_written_and_readable(run, capsys, tmp_path):
     """--at all --correlate: one run, three epochs; the table, JSON and plots a user looks at."""
     out = tmp_path / "study"
@@ -173,10 +190,28 @@ def test_wrong_input_is_refused_before_anything_is_measured(run, capsys, argumen
 def test_a_recipe_with_a_wrong_measure_stops_before_the_run_begins(tmp_path):
     """The first measurement may come hours after the start."""
     wrong = {**TINY["measures"], "settings": {"gradient_norm": {"lr": 1}}}
-    recipe = recipe_from_dict(TINY | {"output": str(tmp_path), "measures": wrong})
-    with pytest.raises(ValueError, match=r"measures\.settings\.gradient_norm: got 'lr'"):
-        fit(recipe)
-    assert not (run_folder(recipe) / "metrics.jsonl").exists()
+    values = {"names": ["average_flatness"], "settings": {"average_flatness": {"xi": -1}}}
+    for measures, message in (
+        (wrong, r"measures\.settings\.gradient_norm: got 'lr'"),
+        (values, r"xi: got -1.*a dry run"),
+    ):
+        recipe = recipe_from_dict(TINY | {"output": str(tmp_path), "measures": measures})
+        with pytest.raises(ValueError, match=message):
+            fit(recipe)
+        assert not (run_folder(recipe) / "metrics.jsonl").exists()
+
+
+def test_a_run_that_stops_early_measures_and_keeps_its_last_epoch(tmp_path):
+    """The epoch that ends the run is the one that everybody asks about."""
+    settings = {"name": "stopped", "output": str(tmp_path), "checkpoint": {"keep_every": 10}}
+    settings |= {"measures": {"names": ["gradient_norm"], "every": 10, "num_examples": 4}}
+    settings |= {"train": TINY["train"] | {"epochs": 9, "patience": 1}, "optimizer": {"lr": 1e-9}}
+    recipe = recipe_from_dict(TINY | settings)
+    fit(recipe)
+    last = json.loads((run_folder(recipe) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["epoch"] < 9
+    assert "measures/train/gradient_norm" in last
+    assert (run_folder(recipe) / "model" / f"epoch-{last['epoch']}").is_dir()
 
 
 def test_a_sweep_with_a_grid_trains_every_point_and_its_studies_are_drawn(tmp_path, capsys):
@@ -202,9 +237,19 @@ def test_a_sweep_with_a_grid_trains_every_point_and_its_studies_are_drawn(tmp_pa
     for name in ("measures-through-training.png", "measures-against-loss.png", "correlation-last-train/correlation.md"):
         assert (out / name).stat().st_size > 500
     assert "4 models of 4 runs; hyper-parameters that differ: optimizer.lr" in capsys.readouterr().out
-    for wrong in ({"grid": {"optimizer.lr": 0.1}}, {"grid": {"seed": [1]}}, {"measure": [{"measure": ["wci"]}]}):
-        sweep.write_text(yaml.safe_dump(content | wrong))
-        assert main(["sweep", str(sweep)]) == 2
+    studies = [
+        {"measure": ["wci"]},
+        {"seeds": [7]},
+        {"seeds": 0},
+        {"at": "first"},
+        {"measures": []},
+        {"correlate": "no"},
+    ]
+    wrong = [{"grid": {"optimizer.lr": 0.1}}, {"grid": {"seed": [1]}}, {"settings": ["optimizer.lr=0.3"]}]
+    wrong += [{"settings": ["checkpoint.keep_every=null"]}, *({"measure": [study]} for study in studies)]
+    for change in wrong:
+        sweep.write_text(yaml.safe_dump(content | change))
+        assert main(["sweep", str(sweep)]) == 2, change
 
 
 def test_every_measure_of_a_real_network_has_a_finite_value(trained):

@@ -1,5 +1,6 @@
 """AutoAttack stage by stage against ``pyautoattack`` run directly, example by example; kills, and models of few classes."""
 
+import warnings
 from functools import partial
 from typing import ClassVar
 
@@ -230,6 +231,48 @@ def test_other_weights_images_or_settings_start_anew(digits, quick, tmp_path):
         ours(model, x, y, LINF, "pgd-2", batch_size=60, folder=tmp_path)
         model[4].bias[0] -= 1e-3
     assert len(list(tmp_path.glob("*.npz"))) == len(runs) + 2
+
+
+class Scaled(nn.Module):
+    """Weights and class names do not say what its forward pass does."""
+
+    def __init__(self, model, scale=1.0, noise=0.0):
+        super().__init__()
+        self.model, self.scale, self.noise = model, scale, noise
+
+    def forward(self, x):
+        return self.scale * self.model(x + self.noise * torch.randn_like(x))
+
+
+def test_another_forward_pass_or_version_starts_anew(digits, tmp_path, monkeypatch):
+    """An edited forward pass has the weights and names of the old one; its attack must not be the old one's."""
+    model, x, y = digits
+
+    def states(model):
+        ours(model, x, y, LINF, "pgd-2", batch_size=60, folder=tmp_path)
+        return len(list(tmp_path.glob("*.npz")))
+
+    assert states(Scaled(model)) == 1
+    assert states(Scaled(model)) == 1
+    assert states(Scaled(model, 2.0)) == 2
+    assert states(Scaled(model, noise=0.1)) == 3
+    assert states(Scaled(model, noise=0.1)) == 3  # randomised, yet the same after a kill
+    monkeypatch.setattr("wcitrain.evaluation.evaluating.version", lambda _: "0.0")
+    assert states(Scaled(model)) == 4
+
+
+def test_the_state_is_found_again_with_and_without_checks(digits, tmp_path):
+    """The check of train mode runs a pass in it: statistics that move are another model's digest."""
+    model, x, y = digits
+    model.train()
+    try:
+        for preflight in ("warn", "off"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                evaluate(model, [(x, y)], LINF, attacks="pgd-2", folder=tmp_path, progress=False, preflight=preflight)
+            assert len(list(tmp_path.glob("*.npz"))) == 1
+    finally:
+        model.eval()
 
 
 @pytest.mark.parametrize(("num_classes", "left_out"), [(2, ["apgd-dlr", "apgd-t"]), (3, ["apgd-t"]), (4, [])])

@@ -83,6 +83,26 @@ def test_a_measure_that_copies_one_hyper_parameter_is_found_out():
     assert copied.information < copied.information_chance + 0.2
 
 
+def test_an_exact_copy_of_a_hyper_parameter_has_no_information_beyond_it():
+    """Dropping the ties of μ would leave only pairs that the copied hyper-parameter decides: K would be 1."""
+    generator = np.random.default_rng(0)
+    lr = np.repeat([0.0, 1.0, 2.0], 8)
+    gap = 3 * lr + generator.normal(size=24) * 0.5
+    copied = correlate(lr, gap, range(24), {"lr": lr.tolist()}, num_bootstrap=100)
+    assert copied.kendall.value > 0.7
+    assert copied.information == pytest.approx(0.0, abs=1e-12)
+    assert correlate(gap, gap, range(24), {"lr": lr.tolist()}, num_bootstrap=0).information == pytest.approx(1.0)
+
+
+def test_shuffles_keep_the_checkpoints_of_a_run_together():
+    """Ten copies of each run shuffled one by one would look independent: the level of chance would be far too low."""
+    generator = np.random.default_rng(4)
+    x, y = np.repeat(generator.normal(size=(2, 6)), 10, axis=1)
+    together = correlate(x, y, np.repeat(np.arange(6), 10).tolist(), {}, num_bootstrap=300)
+    apart = correlate(x, y, range(60), {}, num_bootstrap=300)
+    assert together.information_chance > 5 * apart.information_chance
+
+
 def test_the_information_of_a_two_by_two_table_by_hand():
     """K without conditions: pairs agree in 4 of 6, so I = ln 2 − h(2/3), over H = ln 2."""
     mu, g = np.array([0.0, 1.0, 2.0, 3.0]), np.array([1.0, 0.0, 3.0, 2.0])

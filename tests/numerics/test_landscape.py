@@ -1,5 +1,6 @@
 """Landscapes: their directions, what they say to second order, and that the attack follows the weights."""
 
+import json
 import math
 
 import numpy as np
@@ -181,6 +182,19 @@ def test_a_landscape_is_stored_and_drawn(tmp_path):
     np.savez(tmp_path / "other.npz", alphas=np.zeros(3))
     with pytest.raises(ValueError, match="expected a file that Landscape"):
         Landscape.load(tmp_path / "other.npz")
+
+
+def test_a_file_without_a_seed_is_still_read(tmp_path):
+    """Files of before the seed was stored must not become useless, nor claim seed 0."""
+    drawn = landscape_1d(BatchNormNet(), [image_batch(4)], seed=5, num_directions=1, progress=False, **QUICK)
+    drawn.save(tmp_path / "new.npz")
+    assert Landscape.load(tmp_path / "new.npz").seed == 5
+    with np.load(tmp_path / "new.npz") as arrays:
+        content = dict(arrays)
+    header = json.loads(str(content["header"]))
+    del header["seed"]
+    np.savez(tmp_path / "old.npz", **(content | {"header": np.array(json.dumps(header))}))
+    assert Landscape.load(tmp_path / "old.npz").seed is None
 
 
 def test_nothing_is_left_behind_and_the_seed_decides():

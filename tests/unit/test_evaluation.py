@@ -23,6 +23,7 @@ from wcitrain.evaluation import (
     mcnemar,
     parse_attack,
 )
+from wcitrain.evaluation.drawing import accuracy_curve
 from wcitrain.evaluation.naming import EnsemblePlan, GradientPlan
 from wcitrain.evaluation.preflight import after
 from wcitrain.seeding import generator_from
@@ -210,12 +211,44 @@ def test_the_model_is_left_as_it_was_also_when_stopped():
     assert torch.equal(before[3], now[3])
 
 
-def test_wrappers_are_looked_through():
-    """What Accelerate prepared or torch.compile wrapped is the same model."""
+def test_data_parallel_and_compiled_models_are_looked_through():
+    """What wraps a model may synchronise processes, compile for minutes or cast: the module itself is evaluated."""
     model = small_model()
     x, y = examples(model)
-    wrapped = nn.DataParallel(model)
-    assert torch.equal(run(wrapped, x, y).worst(), run(model, x, y).worst())
+
+    def refuse(*_):
+        raise AssertionError("the wrapper was called")
+
+    parallel = nn.DataParallel(model)
+    parallel.register_forward_pre_hook(refuse)
+    for wrapped in (parallel, torch.compile(model, backend=refuse)):
+        assert torch.equal(run(wrapped, x, y).worst(), run(model, x, y).worst())
+
+
+def test_rows_that_are_not_finite_are_wrong_everywhere():
+    """The largest of NaNs is the first: a broken model would be right on class 0."""
+
+    class Broken(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, x):
+            z = torch.eye(4)[0] + 0 * x.mean((1, 2, 3))[:, None]
+            return torch.cat([torch.where(x[:, 0, 0, :1] > 0.5, self.value, z[:, :1]), z[:, 1:]], 1)
+
+    x, y = torch.full((40, 3, 8, 8), 0.1), torch.zeros(40).long()
+    bad = torch.arange(40) >= 30  # none of the first batch
+    x[bad] = 0.9
+    for value in (torch.nan, torch.inf):
+        result = run(Broken(value), x, y, attacks=["pgd-2", "fgsm"], corruptions="brightness")
+        for flags in (result.is_clean, *(r.is_robust for r in result.attacks), *result.corrupted.values()):
+            assert torch.equal(flags, ~bad)
+        with pytest.raises(
+            ValueError, match=r"preflight: not_finite: .* on 10 of 40 clean images, which count as wrong"
+        ):
+            run(Broken(value), x, y, preflight="raise", batch_size=30)
+        assert "not_finite" in found(Broken(value), x, y)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +256,7 @@ def test_wrappers_are_looked_through():
     [
         ({"attacks": "pgd"}, "attacks: got 'pgd'"),
         ({"corruptions": "frost"}, "corruptions: got 'frost'"),
+        ({"corruptions": ["all", "fog"]}, "got all fog; expected all alone"),
         ({"threats": ()}, "threats: got none"),
         ({"num_examples": 0}, "num_examples=0"),
         ({"batch_size": 0}, "batch_size=0"),
@@ -240,6 +274,15 @@ def test_what_cannot_be_evaluated_is_refused(change, message):
     settings = {"attacks": "pgd-2", "preflight": "off", "progress": False}
     with pytest.raises(ValueError, match=message):
         evaluate(**(arguments | settings | change))
+
+
+@pytest.mark.parametrize("threats", ["linf", [0.03], [LINF, "l2"]])
+def test_threats_that_are_none_are_refused(threats):
+    """A text is a sequence of letters, none of which has a radius."""
+    with pytest.raises(
+        TypeError, match=r'threats: got .*; expected a ThreatModel, or several\. Give ThreatModel\("linf"'
+    ):
+        run(small_model(), torch.rand(2, 3, 8, 8), torch.zeros(2).long(), threats)
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -418,9 +461,40 @@ def test_a_saved_evaluation_is_the_same(tmp_path):
     assert torch.equal(read.labels, y)
     with np.load(tmp_path / "x.npz", allow_pickle=False) as saved:
         assert saved["index"].tolist() == list(range(40))
-    (tmp_path / "other.npz").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"expected one of Evaluation\.save"):
-        Evaluation.load(tmp_path / "other.npz")
+    places = torch.randperm(40)
+    with np.load(Evaluation(**(vars(made) | {"index": places})).save(tmp_path / "y.npz")) as saved:
+        assert saved["index"].tolist() == places.tolist()
+    assert torch.equal(Evaluation.load(tmp_path / "y.npz").index, places)
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "npy", "truncated", "foreign", "list", "keys", "threat", "format"])
+def test_files_that_are_no_evaluation_are_named(kind, tmp_path):
+    """A traceback of zipfile or numpy does not say which file is wrong."""
+    path, model = tmp_path / "other.npz", small_model()
+    run(model, *examples(model)).save(path)
+    headers = {
+        "list": "[1]",
+        "keys": '{"format": 1}',
+        "format": '{"format": 99}',
+        "threat": '{"format": 1, "attacks": [1]}',
+    }
+    if kind in ("text", "empty"):
+        path.write_bytes(b"no archive" if kind == "text" else b"")
+    elif kind == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.arange(3))
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "foreign":
+        np.savez(path, x=np.arange(3))
+    else:
+        with np.load(path) as saved:
+            np.savez(path, **(dict(saved) | {"header": np.array(headers[kind])}))
+    expected = (
+        "got format 99; expected 1" if kind == "format" else r"got another file .*; expected one of Evaluation\.save"
+    )
+    with pytest.raises(ValueError, match=rf"other\.npz: {expected}"):
+        Evaluation.load(path)
 
 
 def test_the_table_has_a_row_an_attack_and_the_worst_case():
@@ -434,6 +508,41 @@ def test_the_table_has_a_row_an_attack_and_the_worst_case():
     assert lines[4].split()[:4] == ["linf", "0.05", "worst", "case"]
     assert f"{100 * result.robust_accuracy(LINF):.1f}" in lines[4]
     assert len(set(map(len, lines[:3]))) == 1
+
+
+def test_the_loss_column_is_that_of_attacks_on_the_cross_entropy():
+    """The cross-entropy after an attack on the margin, or after one restart of ten, is not the maximum it looks like."""
+    model = small_model()
+    x, y = examples(model)
+    result = run(model, x, y, attacks=["pgd-3", "margin-3", "dlr-3", "fgsm"])
+    losses = {line.split()[2]: line.count(" to ") for line in result.table().splitlines() if line.startswith("linf")}
+    assert losses == {"pgd-3": 2, "margin-3": 1, "dlr-3": 1, "fgsm": 2, "worst": 1}
+    assert [row["loss"] is None for row in result.as_dict()["attacks"]] == [False, True, True, False]
+    assert "first restart" not in result.table()
+    assert "CE, first restart" in run(model, x, y, attacks="pgd-3x2").table()
+
+
+def test_the_curve_shows_every_share_from_radius_zero():
+    """Points of one method on top of another's, or colour alone, hide a method; labels on top of each other cannot be read."""
+    model = small_model()
+    x, y = examples(model)
+    threats = [ThreatModel("linf", eps / 255) for eps in (0, 1, 2, 3, 4, 16, 32, 64)] + [ThreatModel("l2", 0.1)]
+    result = run(model, x, y, threats, attacks=["pgd-2", "margin-2"])
+    (ax,) = accuracy_curve(result, "linf", "title").axes
+    lines = {c.get_label(): c.lines[0] for c in ax.containers}
+    assert list(lines) == ["pgd-2", "margin-2", "worst case"]
+    radii = np.array([0, *(t.eps for t in threats[1:8])])
+    for name, line in lines.items():
+        flags = [result.worst(t) if name == "worst case" else result.result(t, name).is_robust for t in threats[1:8]]
+        shares = [100 * float(f.double().mean()) for f in (result.is_clean, *flags)]
+        np.testing.assert_allclose(line.get_ydata(), shares)
+        assert np.abs(line.get_xdata() - radii).max() < 0.5 / 255  # nearer to its own radius than to the next
+    for style in ("get_marker", "get_linestyle"):
+        assert len({getattr(line, style)() for line in lines.values()}) == 3
+    assert len({float(line.get_xdata()[3]) for line in lines.values()}) == 3
+    labels = dict(zip(ax.get_xticks(), (t.get_text() for t in ax.get_xticklabels()), strict=True))
+    assert list(labels.values()) == ["0", "16/255", "32/255", "64/255"]
+    assert list(labels) == pytest.approx([0, 16 / 255, 32 / 255, 64 / 255])
 
 
 def test_two_models_are_compared_example_by_example():
@@ -482,6 +591,27 @@ class Wrapped(nn.Module):
         return self.scale * self.model(self.before(x))
 
 
+class After(nn.Module):
+    """A model with something behind it."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.model, self.function = small_model(), function
+
+    def forward(self, x):
+        return self.function(self.model(x))
+
+
+class EverySecondPair:
+    """Noise that two passes in a row often miss: none in the first two passes over the checked images, then some."""
+
+    calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return x.flip(3) if self.calls > 4 else x  # passes 1 and 2: to count the classes, and the clean one
+
+
 def found(model, x=None, y=None, **settings):
     """Return the names of the findings, evaluated nevertheless."""
     good = small_model()
@@ -502,7 +632,10 @@ def test_a_sound_model_has_no_findings():
     ("model", "name", "severity"),
     [
         (Softmax(), "probabilities", "error"),
+        (After(torch.sigmoid), "probabilities", "warning"),
+        (After(lambda z: z.log_softmax(1)), "probabilities", "warning"),
         (Wrapped(lambda x: x + 0.1 * torch.randn_like(x)), "randomised", "error"),
+        (Wrapped(EverySecondPair()), "randomised", "error"),
         (Wrapped(lambda x: (8 * x).round() / 8), "zero_gradient", "error"),
         (Wrapped(lambda x: x, scale=1e4), "zero_gradient", "warning"),
     ],
@@ -554,6 +687,22 @@ def test_train_mode_and_chance_are_mentioned():
     assert "train_mode" not in found(
         nn.Sequential(nn.Flatten(), model[2]).train(), x, y
     )  # nothing in it depends on the mode
+
+
+def test_checks_leave_batch_statistics_alone():
+    """One pass in train mode moves the running statistics: checked and unchecked, it would be two models."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=1.0), nn.Flatten(), nn.Linear(144, 4)).train()
+    x = torch.rand(40, 3, 8, 8)
+    y = model.eval()(x).argmax(1)
+    model.train()
+    with pytest.warns(PreflightWarning, match="train_mode"):
+        checked = run(model, x, y, preflight="raise")
+    plain = run(model, x, y)
+    assert checked.clean_accuracy == 1
+    assert torch.equal(checked.clean_losses, plain.clean_losses)
+    assert torch.equal(checked.attacks[0].losses, plain.attacks[0].losses)
+    assert torch.equal(model[1].running_mean, torch.zeros(4))
 
 
 def result(attack: str, num: int, threat: ThreatModel = LINF, **parts) -> AttackResult:

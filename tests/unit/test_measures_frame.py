@@ -8,7 +8,9 @@ from torch import nn
 
 from wcitrain.attacks import ThreatModel
 from wcitrain.measures.adversarial import attacked, held, measuring, reused_attacks
+from wcitrain.measures.by_name import MEASURES, Shared, measure
 from wcitrain.measures.losses import robust_gap, robust_loss
+from wcitrain.measures.pac_bayes_sharpness import pac_bayes_sharpness
 
 THREAT = ThreatModel("linf", 0.1)
 
@@ -108,3 +110,22 @@ def test_no_examples_are_refused():
         held(model, [], None)
     with pytest.raises(ValueError, match="at least 1"):
         robust_loss(model, [], None, num_examples=0)
+
+
+@pytest.mark.parametrize("name", list(MEASURES))
+def test_a_diverged_model_has_no_measure(name):
+    """Accuracy that cannot fall and a maximum that NaN never exceeds would read as perfectly flat."""
+    model, data = setting()
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"not finite in 1\.weight"):
+        measure(name, model, data, THREAT, Shared(num_steps=1, image_shape=(1, 4, 4)))
+
+
+def test_a_model_that_cannot_lose_the_accuracy_has_no_pac_bayes_sharpness():
+    """At an accuracy of at most ``max_drop`` every noise is borne: σ would be its limit, the flattest value there is."""
+    model, data = setting()
+    wrong = [(x, (model.eval()(x).argmax(1) + 1) % 3) for x, _ in data]
+    found = pac_bayes_sharpness(model, wrong, None, num_draws=1, num_bisections=2)
+    assert found.value != found.value
+    assert "at most max_drop" in found.settings

@@ -123,10 +123,19 @@ def test_missing_numbers_are_counted(tmp_path):
 
 
 def test_a_seed_given_twice_warns(tmp_path):
-    """The same run listed twice would shrink the range without adding evidence."""
-    run = write_run(tmp_path / "a")
+    """Two runs of one seed would shrink the range without adding evidence."""
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
     with pytest.warns(UserWarning, match="holds a seed more than once"):
-        results_table([run, run])
+        results_table(runs)
+
+
+def test_a_run_given_twice_is_refused(tmp_path):
+    """It would count as two runs of one method, whatever its folder is called."""
+    run = write_run(tmp_path / "a")
+    (tmp_path / "again").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"got .*again more than once; expected each run once"):
+        write_report([run, load_run(tmp_path / "again")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_different_attacks_are_all_named(tmp_path):

@@ -394,6 +394,85 @@ def test_evaluations_are_shown_per_threat_and_attack(three):
     assert "wci-s0: note, masking: look" in "".join(page.text)
 
 
+def test_files_of_one_run_are_not_averaged_as_if_they_were_runs(tmp_path):
+    """Two evaluations of one model are no two models: their range would pass for the spread over seeds."""
+    runs = [write_run(tmp_path / f"at-s{seed}", seed=seed) for seed in range(2)]
+    for run in runs:
+        add_json(run, "evaluations/a.json", evaluation(0.8, 0.5))
+        stronger = evaluation(0.8, 0.5)["attacks"] + [{**evaluation(0.8, 0.5)["attacks"][0], "attack": "aa"}]
+        stronger[1]["accuracy"] = 0.4
+        add_json(run, "evaluations/b.json", evaluation(0.8) | {"attacks": stronger[1:]})
+        worst = [{"threat": stronger[0]["threat"], "accuracy": 0.3}]
+        add_json(run, "evaluations/c.json", evaluation(0.8) | {"attacks": stronger, "worst_case": worst})
+    add_json(runs[0], "evaluations/n50.json", evaluation(0.9, 0.7) | {"num_examples": 50})
+    add_json(runs[0], "evaluations/s3.json", evaluation(0.9, 0.6, 0.1) | {"settings": {"seed": 3}})
+    page, _ = page_of(*runs)
+    both = page.line("evaluations", "ATlast test, 100 examples")
+    assert (both["runs"], both["clean"], both["linf 1/255, pgd-20"]) == (
+        "2",
+        "80.0 (80.0 to 80.0)",
+        "50.0 (50.0 to 50.0)",
+    )
+    assert (both["linf 1/255, aa"], both["linf 1/255, worst case"]) == ("40.0 (40.0 to 40.0)", "30.0 (30.0 to 30.0)")
+    fewer = page.line("evaluations", "ATlast test, 50 examples")
+    assert (fewer["runs"], fewer["linf 1/255, pgd-20"]) == ("1", "70.0 [10.0, 90.0]")
+    assert page.line("evaluations", "ATlast test, 100 examples, seed 3")["linf 1/255, pgd-20"] == "60.0 [10.0, 90.0]"
+    assert page.series()["Accuracy under linf pgd-20", "AT"] == {"eps × 255 1": "60.0", "eps × 255 2": "10.0"}
+
+
+def test_a_run_without_an_attack_is_counted_and_the_least_accuracy_of_a_run_counts(tmp_path):
+    """A mean over fewer runs than the row has would pass for all of them; a weaker attack for a stronger one."""
+    runs = [write_run(tmp_path / f"at-s{seed}", seed=seed) for seed in range(2)]
+    add_json(runs[0], "evaluations/a.json", evaluation(0.8, 0.3))
+    add_json(runs[0], "evaluations/b.json", evaluation(0.8, 0.5))
+    add_json(runs[0], "evaluations/c.json", evaluation(0.8, None))
+    add_json(runs[1], "evaluations/a.json", evaluation(0.6))
+    line = page_of(*runs)[0].line("evaluations", "ATlast test, 100 examples")
+    assert line["clean"] == "70.0 (60.0 to 80.0)"
+    assert line["linf 1/255, pgd-20"] == "30.0, 1 of 2 runs [10.0, 90.0]"
+
+
+def test_evaluations_of_other_images_stand_apart(tmp_path):
+    """Accuracies on different images are no spread over seeds."""
+    runs = [write_run(tmp_path / f"at-s{seed}", seed=seed) for seed in range(2)]
+    for run, digest in zip(runs, ("aaaaaaaa", "bbbbbbbb"), strict=True):
+        add_json(run, "evaluations/a.json", evaluation(0.8, 0.5) | {"digest": digest})
+    page, _ = page_of(*runs)
+    for name in ("aaaaaa", "bbbbbb"):
+        assert page.line("evaluations", f"ATlast test, 100 examples, images {name}")["runs"] == "1"
+
+
+def test_measures_taken_otherwise_stand_apart(tmp_path):
+    """A measure of 100 images under the heading of one of 1000 is another number."""
+    run = write_run(tmp_path / "a")
+    entry = {"value": 1.0, "settings": "PGD-10 linf 8/255"}
+    header = {"at": "last", "split": "train", "threat": "linf 8/255", "seed": 0, "num_examples": 500}
+    for name, value, change in (
+        ("a", 1.0, {}),
+        ("b", 2.0, {"num_examples": 100}),
+        ("c", 3.0, {"seed": 2}),
+        ("d", 4.0, {"threat": "l2 0.5"}),
+    ):
+        document = (
+            header | change | {"measures": {"m": entry | {"value": value}, "norm": {"value": 9, "num_examples": None}}}
+        )
+        add_json(run, f"measures/{name}.json", document)
+    wci = {"wci": 5.0, "at": "last", "split": "train", "loss": "robust loss", "threat": {"norm": "linf", "eps": 0.5}}
+    add_json(run, "measures/e.json", wci | {"num_examples": 40, "seed": 1})
+    add_json(run, "measures/f.json", wci | {"num_examples": 77, "target_relative_error": 0.02, "wci": 6.0})
+    page, _ = page_of(run)
+    assert dict(page.tables[page.sections["measures"]][1:]) == {
+        "mlast train, PGD-10 linf 8/255, 500 examples": "1",
+        "mlast train, PGD-10 linf 8/255, 100 examples": "2",
+        "mlast train, PGD-10 linf 8/255, 500 examples, seed 2": "3",
+        "mlast train, PGD-10 linf 8/255, l2 0.5, 500 examples": "4",
+        "normlast train": "9",
+        "normlast train, seed 2": "9",
+        "wcilast train, robust loss, linf 0.5, 40 examples, seed 1": "5",
+        "wcilast train, robust loss, linf 0.5, to a relative error of 0.02": "6",
+    }
+
+
 @pytest.mark.parametrize(
     "document", [{}, {"clean": 3, "attacks": 4}, {"attacks": [5, {}]}, {"corruptions": {"fog": 1}}, []]
 )

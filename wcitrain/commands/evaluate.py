@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from wcitrain.commands.options import AT_HELP, TARGET_HELP, add_recipe, source
+
 
 def add(commands: Any) -> None:
     """Declare the command."""
@@ -10,18 +12,18 @@ def add(commands: Any) -> None:
         "evaluate",
         help="measure the robust accuracy of a trained model, or compare two",
         description=(
-            "Measure accuracy in eval mode and float32, clean and under attacks, with 95 % intervals, after checks of the model "
-            "under attack. Writes <at>-<split>.npz (who survived what), .json, and with several radii .png (the curve); what "
-            "differs from the default is appended to the name. Files of the same name are replaced. A killed command goes on "
-            "where it was when it is given again. With --compare: McNemar's test of two such files. One process only."
+            "TARGET comes first: options with several values would take it. Measure accuracy in eval mode and float32, clean and "
+            "under attacks, with 95 % intervals, after checks of the model under attack. Writes <at>-<split>.npz (who survived "
+            "what), .json, and with several radii of a norm .png (the curve); what differs from the default is appended to the "
+            "name. Files of the same name are replaced. A killed command goes on where it was when it is given again. With "
+            "--compare: McNemar's test of two such files. One process only."
         ),
     )
     evaluate.add_argument(
         "target",
         metavar="TARGET",
         nargs="?",
-        help="a run folder; an exported model folder (runs/NAME-s0/model/last); or a file .pt, .pth or .safetensors with a state "
-        "dict of the model or of its timm backbone, with --recipe",
+        help=TARGET_HELP,
     )
     evaluate.add_argument(
         "--attacks",
@@ -31,18 +33,29 @@ def add(commands: Any) -> None:
         help="fgsm, pgd-STEPS, margin-STEPS (cw-STEPS), dlr-STEPS, each with xRESTARTS such as pgd-50x10; autoattack, "
         "autoattack-plus, autoattack-rand, autoattack:apgd-ce+square; nothing for none (default: pgd-20 margin-20)",
     )
-    evaluate.add_argument("--norm", choices=("linf", "l2", "l1"), help="of the threat (default: the recipe's)")
     evaluate.add_argument(
-        "--eps", nargs="+", default=[], help="radii such as 4/255 8/255; several are a curve (default: the recipe's)"
+        "--norm", choices=("linf", "l2", "l1"), help="of radii without their own (default: the recipe's)"
     )
-    evaluate.add_argument("--at", metavar="EPOCH", help="last (default), best, or a number of an epoch that a run kept")
+    evaluate.add_argument(
+        "--eps",
+        nargs="+",
+        default=[],
+        help="radii such as 4/255 8/255, several are a curve; with norms such as linf:8/255 l2:0.5, a union "
+        "(default: the recipe's)",
+    )
+    evaluate.add_argument("--at", metavar="EPOCH", help=AT_HELP)
     evaluate.add_argument(
         "--split",
         choices=("test", "val", "train"),
         default="test",
-        help="images, in the split's own order and without augmentation (default: test)",
+        help="images, without augmentation (default: test)",
     )
-    evaluate.add_argument("--examples", type=int, metavar="N", help="the first N images (default: all)")
+    evaluate.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="N images at random, the same for every model and seed (default: all, in the split's own order)",
+    )
     evaluate.add_argument(
         "--corruptions",
         nargs="+",
@@ -51,13 +64,7 @@ def add(commands: Any) -> None:
         help="all, or some of the common corruptions such as fog jpeg; five severities each (default: none)",
     )
     evaluate.add_argument("--seed", type=int, default=0, help="of random starts and noise (default: 0)")
-    evaluate.add_argument(
-        "--recipe",
-        nargs="+",
-        default=[],
-        metavar=("RECIPE", "key=value"),
-        help="recipe that says data, model and threat (default: the run's own), and settings that override it",
-    )
+    add_recipe(evaluate)
     evaluate.add_argument(
         "--out",
         metavar="FOLDER",
@@ -82,27 +89,23 @@ def run(options: argparse.Namespace) -> int:
 
     if (options.target is None) == (options.compare is None):
         got = "neither" if options.target is None else "both"
-        raise ValueError(f"got {got} of TARGET and --compare; expected one. Give a model, or two .npz files.")
+        raise ValueError(
+            f"got {got} of TARGET and --compare; expected one. Give a model as the first word, "
+            "before options with several values such as --attacks, or two .npz files."
+        )
     if options.compare:
         print(compare_files(*options.compare))
         return 0
-    recipe = [text for text in options.recipe if "=" not in text]
-    if len(recipe) > 1:
-        raise ValueError(
-            f"--recipe: got {len(recipe)} files ({', '.join(recipe)}); expected one. Settings are key=value."
-        )
     result = evaluate_run(
         options.target,
         attacks=options.attacks,
         norm=options.norm,
         eps=options.eps,
-        at=options.at,
         split=options.split,
         num_examples=options.examples,
         corruptions=options.corruptions,
         seed=options.seed,
-        recipe=recipe[0] if recipe else None,
-        settings=[text for text in options.recipe if "=" in text],
+        **source(options),
         out=options.out,
         batch_size=options.batch_size,
         device=options.device,

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from wcitrain.commands.options import AT_HELP, TARGET_HELP, add_recipe, source
+
 
 def add(commands: Any) -> None:
     """Declare the command."""
@@ -11,15 +13,14 @@ def add(commands: Any) -> None:
         help="draw the loss landscape of a trained model",
         description=(
             "Evaluate clean and robust loss along directions through the weights, the attack run anew at every point, and write "
-            "<directions>-<at>-<split>.npz and .png; what differs from the default (plane, clean, attack, radius, seed) is "
-            "appended to the name. Files of the same name are replaced. One process only."
+            "<directions>-<at>-<split>.npz and .png; what differs from the default (plane, clean, attack, radius, points, "
+            "directions, examples, seed) is appended to the name. Files of the same name are replaced. One process only."
         ),
     )
     landscape.add_argument(
         "target",
         metavar="TARGET",
-        help="a run folder; an exported model folder (runs/NAME-s0/model/last); or a file .pt, .pth or .safetensors with a state "
-        "dict of the model or of its timm backbone, with --recipe",
+        help=TARGET_HELP,
     )
     landscape.add_argument(
         "--directions",
@@ -34,10 +35,8 @@ def add(commands: Any) -> None:
     landscape.add_argument(
         "--points", type=int, metavar="P", help="on each axis, an odd number (default: 21, in a plane 11)"
     )
-    landscape.add_argument("--num-directions", type=int, default=3, metavar="D", help="(default: 3)")
-    landscape.add_argument(
-        "--at", metavar="EPOCH", help="last (default), best, or a number of an epoch that a run kept"
-    )
+    landscape.add_argument("--num-directions", type=int, metavar="D", help="(default: 3; a plane has two)")
+    landscape.add_argument("--at", metavar="EPOCH", help=AT_HELP)
     landscape.add_argument(
         "--split", choices=("train", "val", "test"), default="test", help="images, without augmentation (default: test)"
     )
@@ -47,13 +46,7 @@ def add(commands: Any) -> None:
     landscape.add_argument("--eps", help="radius such as 8/255 (default: the recipe's threat)")
     landscape.add_argument("--steps", type=int, help="of PGD (default: the recipe's evaluation attack)")
     landscape.add_argument("--seed", type=int, default=0, help="of image order, starts and directions (default: 0)")
-    landscape.add_argument(
-        "--recipe",
-        nargs="+",
-        default=[],
-        metavar=("RECIPE", "key=value"),
-        help="recipe that says data, model and threat (default: the run's own), and settings that override it",
-    )
+    add_recipe(landscape)
     landscape.add_argument(
         "--out", metavar="FOLDER", help="where to write (default: landscapes/ of the run, or beside the file or export)"
     )
@@ -64,11 +57,6 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
     from wcitrain.landscape_of_runs import landscape_of_run
 
-    recipe = [text for text in options.recipe if "=" not in text]
-    if len(recipe) > 1:
-        raise ValueError(
-            f"--recipe: got {len(recipe)} files ({', '.join(recipe)}); expected one. Settings are key=value."
-        )
     result = landscape_of_run(
         options.target,
         directions=options.directions,
@@ -76,10 +64,8 @@ def run(options: argparse.Namespace) -> int:
         radius=options.radius,
         num_points=options.points,
         num_directions=options.num_directions,
-        at=options.at,
         split=options.split,
-        recipe=recipe[0] if recipe else None,
-        settings=[text for text in options.recipe if "=" in text],
+        **source(options),
         num_examples=options.examples,
         clean=options.clean,
         norm=options.norm,

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from wcitrain.commands.options import TARGET_HELP, add_recipe, source
+
 
 def add(commands: Any) -> None:
     """Declare the command."""
@@ -22,8 +24,7 @@ def add(commands: Any) -> None:
         "targets",
         nargs="+",
         metavar="TARGET",
-        help="a run folder; an exported model folder (runs/NAME-s0/model/last); or a file .pt, .pth or .safetensors with a state "
-        "dict of the model or of its timm backbone, with --recipe",
+        help=TARGET_HELP,
     )
     measure.add_argument(
         "--measures",
@@ -85,44 +86,31 @@ def add(commands: Any) -> None:
     measure.add_argument("--eps", help="radius such as 8/255 (default: the recipe's threat)")
     measure.add_argument("--steps", type=int, help="of PGD (default: the recipe's evaluation attack)")
     measure.add_argument("--seed", type=int, default=0, help="of image order, random starts and probes (default: 0)")
+    add_recipe(measure)
     measure.add_argument(
-        "--recipe",
-        nargs="+",
-        default=[],
-        metavar=("RECIPE", "key=value"),
-        help="recipe that says data, model and threat (default: the run's own), and settings that override it",
-    )
-    measure.add_argument(
-        "--out", metavar="FOLDER", help="where to write (default: measures/ of the run, or beside the file or export)"
+        "--out",
+        metavar="FOLDER",
+        help="where to write (default: measures/ of the run, or beside the file or export; with --correlate correlation/ "
+        "beside the first run)",
     )
     measure.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
-    recipe = [text for text in options.recipe if "=" not in text]
-    if len(recipe) > 1:
-        raise ValueError(
-            f"--recipe: got {len(recipe)} files ({', '.join(recipe)}); expected one. Settings are key=value."
-        )
-    source = {
-        "recipe": recipe[0] if recipe else None,
-        "settings": [text for text in options.recipe if "=" in text],
-        "at": options.at,
-    }
     is_one = len(options.targets) == 1 and options.measures == ["wci"] and options.at != "all"
     if is_one and not options.correlate and not options.set:
-        return _in_detail(options, source)
-    return _many(options, source)
+        return _in_detail(options)
+    return _many(options)
 
 
-def _in_detail(options: argparse.Namespace, source: dict[str, Any]) -> int:
+def _in_detail(options: argparse.Namespace) -> int:
     """Measure the index of one model, layer by layer."""
     from wcitrain.measuring_runs import measure_run
 
     result = measure_run(
         options.targets[0],
-        **source,
+        **source(options),
         split=options.split,
         estimator=options.estimator,
         layers=options.layers,
@@ -141,7 +129,7 @@ def _in_detail(options: argparse.Namespace, source: dict[str, Any]) -> int:
     return 0
 
 
-def _many(options: argparse.Namespace, source: dict[str, Any]) -> int:
+def _many(options: argparse.Namespace) -> int:
     """Take several measures of models, and correlate them where that is asked for."""
     from wcitrain.correlating_runs import study, write_study
     from wcitrain.measuring_many import GAP, NAMES, How, measure_many, settings_by_measure, table
@@ -169,7 +157,7 @@ def _many(options: argparse.Namespace, source: dict[str, Any]) -> int:
         seed=options.seed,
         device=options.device,
     )
-    models = measure_many(options.targets, how, **source, out=None if options.correlate else options.out)
+    models = measure_many(options.targets, how, **source(options), out=None if options.correlate else options.out)
     written = [model.path for model in models]
     if options.correlate:
         first = Path(options.targets[0])

@@ -15,10 +15,12 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
     from wcitrain.report import load_run, results_table, write_report
-    from wcitrain.studying import read_studies, run_studies
-    from wcitrain.sweep import run_sweep, sweep_content
+    from wcitrain.studying import check_studies, read_studies, run_studies
+    from wcitrain.sweep import read_sweep, run_sweep, sweep_content
 
-    studies = read_studies(sweep_content(options.sweep).get("measure"), f"{options.sweep}: measure")
+    where = f"{options.sweep}: measure"
+    studies = read_studies(sweep_content(options.sweep).get("measure"), where)
+    check_studies(studies, read_sweep(options.sweep, options.settings), where)
     folders = run_sweep(options.sweep, options.settings)
     runs = [load_run(folder) for folder in folders]
     out = folders[0].parent / f"{Path(options.sweep).stem}-report"

@@ -170,12 +170,17 @@ def chosen_corruptions(names: Sequence[str] | str, num_channels: int) -> tuple[s
     """Return corruptions by name; ``"all"`` is what images of so many channels can have.
 
     Raises:
-        ValueError: An unknown name, or one for colour images only with images of another number of channels.
+        ValueError: An unknown name, ``"all"`` beside others, or a name for colour images only with images of another number
+            of channels.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     possible = [name for name in CORRUPTIONS if num_channels == 3 or name not in COLOUR_ONLY]
     if names == ("all",):
         return tuple(possible)
+    if "all" in names:
+        raise ValueError(
+            f"corruptions: got {' '.join(names)}; expected all alone, or names. Leave out one or the other."
+        )
     for name in names:
         if name not in possible:
             why = f" of images with {num_channels} channels" if name in CORRUPTIONS else ""

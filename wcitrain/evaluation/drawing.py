@@ -10,39 +10,48 @@ from wcitrain.evaluation.intervals import wilson_interval
 
 DPI = 150
 INK = "#333333"
+MARKERS, LINES = "osD^vP", ("-", "--", "-.", ":")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everybody
 
 
 def accuracy_curve(evaluation: Evaluation, norm: Norm, title: str) -> Figure:
     """Return a figure of the accuracies within the balls of one norm, from the clean one at radius 0; bars are 95 % intervals.
 
-    With several attacks the worst case of each radius is black. pyplot knows nothing about the figure.
+    With several attacks the worst case of each radius is black. Points at one radius are drawn beside each other. pyplot knows
+    nothing about the figure.
     """
-    threats = sorted((t for t in evaluation.threats if t.norm == norm), key=lambda threat: threat.eps)
+    threats = sorted((t for t in evaluation.threats if t.norm == norm and t.eps > 0), key=lambda threat: threat.eps)
     attacks = list(dict.fromkeys(r.attack for r in evaluation.attacks if r.threat in threats))
     figure = Figure(figsize=(7, 4.5), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.012, ha="left", fontsize=11, fontweight="bold", color=INK, wrap=True)
     ax = figure.subplots()
     radii = np.array([0.0, *(threat.eps for threat in threats)])
-    for k, name in enumerate([*attacks, *([WORST] if len(attacks) > 1 else [])]):
+    names = [*attacks, *([WORST] if len(attacks) > 1 else [])]
+    apart = min(0.008 * radii.max(), 0.5 * np.diff(radii).min(initial=1.0) / len(names))
+    for k, name in enumerate(names):
         flags = [evaluation.worst(t) if name == WORST else evaluation.result(t, name).is_robust for t in threats]
         shares = np.array([float(values.double().mean()) for values in (evaluation.is_clean, *flags)])
         ends = np.array([wilson_interval(float(share), evaluation.num_examples) for share in shares])
         reach = np.abs(ends.T - shares)
         colour = INK if name == WORST else COLOURS[k % len(COLOURS)]
         ax.errorbar(
-            radii,
+            radii + (k - (len(names) - 1) / 2) * apart,
             100 * shares,
             yerr=100 * reach,
             label=name,
             color=colour,
-            marker="o",
-            markersize=4,
+            marker=MARKERS[k % len(MARKERS)],
+            markersize=4.5,
+            linestyle=LINES[k % len(LINES)],
             capsize=3,
             linewidth=1.4,
         )
-    ax.set_xticks(radii, ["0", *(str(threat).removeprefix(f"{norm} ") for threat in threats)])
+    shown = {0.0: "0"}
+    for threat in threats:
+        if threat.eps - max(shown) > 0.08 * radii.max():  # a label takes less than 8 % of the axis
+            shown[threat.eps] = str(threat).removeprefix(f"{norm} ")
+    ax.set_xticks(list(shown), list(shown.values()))
     ax.set_ylim(0, 100)
     ax.set_xlabel(f"{norm} radius (images in [0, 1])", fontsize=11, color=INK)
     ax.set_ylabel("accuracy in % ± 95 % interval", fontsize=11, color=INK)

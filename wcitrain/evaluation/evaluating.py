@@ -19,11 +19,12 @@ from wcitrain.evaluation.corruptions import SEVERITIES, chosen_corruptions, corr
 from wcitrain.evaluation.evaluation import AttackResult, Evaluation
 from wcitrain.evaluation.findings import Finding, PreflightWarning
 from wcitrain.evaluation.naming import EnsemblePlan, GradientPlan, Plan, parse_attack
-from wcitrain.evaluation.stages import gradient_stages, run_stages
+from wcitrain.evaluation.stages import gradient_stages, is_right, run_stages
 from wcitrain.evaluation.state import AttackState, digest, model_digest
 from wcitrain.measures.examples import Examples
 from wcitrain.params import unwrapped
 from wcitrain.preserve import full_precision, undisturbed
+from wcitrain.seeding import seed_from
 
 Preflight = Literal["raise", "warn", "off"]
 
@@ -46,7 +47,8 @@ def evaluate(
     """Measure a model's accuracy, clean, under every attack within every threat model, and on corrupted images.
 
     An example is robust when the model is right on it without an attack and at the final iterate of every restart; only
-    examples that are still robust are attacked further (the first restart attacks all, for the mean loss). The model is run in
+    examples that are still robust are attacked further (the first restart attacks all, for the mean loss). Logits that are
+    not finite are wrong. The model is run in
     eval mode and float32 and left as it was: modes, buffers, gradients, ``requires_grad``, random state, also on exceptions.
 
     Args:
@@ -59,7 +61,8 @@ def evaluate(
         batch_size: At least 1. Gradient attacks do not depend on it beyond rounding; AutoAttack draws random numbers by batch
             and does, a little.
         seed: Of starts, AutoAttack and corruptions.
-        folder: Where the state of every attack is kept; the same call goes on from there after a kill. None keeps nothing.
+        folder: Where the state of every attack is kept; the same call goes on from there after a kill, if weights, images,
+            settings, versions and the losses without an attack are the same. None keeps nothing.
         device: Where to compute; by default where the model is. A model that is moved for it is moved back.
         progress: Show bars on a terminal.
         preflight: ``"raise"``: findings that make the numbers meaningless stop before any attack, the others warn. ``"warn"``:
@@ -70,6 +73,7 @@ def evaluate(
 
     Raises:
         ValueError: An unknown attack or corruption, no or wrong examples, a model of another precision, a finding.
+        TypeError: Threats that are none.
         ModuleNotFoundError: AutoAttack without the package pyautoattack.
 
     Example:
@@ -82,7 +86,7 @@ def evaluate(
         (1.0, True)
     """
     plans = _plans(attacks)
-    balls = (threats,) if isinstance(threats, ThreatModel) else tuple(dict.fromkeys(threats))
+    balls: tuple[Any, ...] = (threats,) if isinstance(threats, ThreatModel | str) else tuple(dict.fromkeys(threats))
     _check_settings(balls, plans, num_examples, batch_size, preflight)
     x, y = _examples(data, num_examples, batch_size)
     names = chosen_corruptions(corruptions, x.shape[1]) if corruptions else ()
@@ -91,15 +95,17 @@ def evaluate(
         _tell(found, preflight)
         first, labels = x[:batch_size].to(place), y[:batch_size].to(place)
         num_classes = _num_classes(module, first, y, plans)
+        is_clean, clean_losses, is_finite = _clean(module, x, y, batch_size, seed, place)
         if preflight != "off":
-            found += (some := checks.before(module, first, labels, plans, flags, seed))
+            some = [*checks.check_logits(is_finite), *checks.before(module, first, labels, plans, flags, seed)]
+            found += some
             _tell(some, preflight)
-        is_clean, clean_losses = _clean(module, x, y, batch_size, place)
-        settings = {"seed": seed, "batch_size": batch_size, "torch": torch.__version__}
+        versions = {"torch": torch.__version__, "wcitrain": version("wcitrain")}
+        settings = {"seed": seed, "batch_size": batch_size, **versions}
         if any(isinstance(plan, EnsemblePlan) for plan in plans):
             settings["pyautoattack"] = version("pyautoattack")
         images = digest([x, y])
-        key = [model_digest(module), images, settings] if folder is not None else []
+        key = [model_digest(module), images, clean_losses, settings] if folder is not None else []
         results = []
         for threat in balls:
             for plan in plans:
@@ -125,9 +131,14 @@ def _plans(attacks: Sequence[str] | str) -> list[Plan]:
 
 
 def _check_settings(
-    threats: Sequence[ThreatModel], plans: Sequence[Plan], num_examples: int | None, batch_size: int, preflight: str
+    threats: Sequence[Any], plans: Sequence[Plan], num_examples: int | None, batch_size: int, preflight: str
 ) -> None:
     """Refuse settings that say nothing."""
+    for threat in threats:
+        if not isinstance(threat, ThreatModel):
+            raise TypeError(
+                f'threats: got {threat!r}; expected a ThreatModel, or several. Give ThreatModel("linf", 8 / 255).'
+            )
     if plans and not threats:
         raise ValueError("threats: got none; expected a ThreatModel, or several. Give one, or attacks=() for none.")
     if (num_examples is not None and num_examples < 1) or batch_size < 1:
@@ -201,14 +212,18 @@ def _num_classes(model: nn.Module, x: Tensor, y: Tensor, plans: Sequence[Plan]) 
 
 
 @torch.no_grad()
-def _clean(model: nn.Module, x: Tensor, y: Tensor, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return truth values and cross-entropies [N] without an attack."""
-    flags, losses = [], []
+def _clean(
+    model: nn.Module, x: Tensor, y: Tensor, batch_size: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return without an attack, [N] each: whether it is right, the cross-entropy, and whether the logits are finite."""
+    torch.manual_seed(seed_from(seed, "clean"))  # a randomised model: the same after a kill
+    rows = []
     for images, labels in zip(x.split(batch_size), y.to(device).split(batch_size), strict=True):
         logits = model(images.to(device))
-        flags.append((logits.max(1).indices == labels).cpu())
-        losses.append(F.cross_entropy(logits, labels, reduction="none").cpu())
-    return torch.cat(flags), torch.cat(losses)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        rows.append([is_right(logits, labels).cpu(), losses.cpu(), logits.isfinite().all(1).cpu()])
+    flags, clean_losses, is_finite = (torch.cat(column) for column in zip(*rows, strict=True))
+    return flags, clean_losses, is_finite
 
 
 def _attack(
@@ -254,7 +269,7 @@ def _corrupted(
         flags = []
         for places in torch.arange(len(x)).split(batch_size):
             images = corrupt(x[places].to(device), name, severity, places=places, seed=seed)
-            flags.append(model(images).max(1).indices.cpu() == y[places])
+            flags.append(is_right(model(images).cpu(), y[places]))
         result[name, severity] = torch.cat(flags)
     return result
 

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,8 +46,13 @@ class AttackResult:
 
     @property
     def mean_loss(self) -> float:
-        """Mean cross-entropy after the first restart: the robust loss. NaN for AutoAttack."""
+        """Mean cross-entropy after the first restart: the robust loss of PGD and FGSM. NaN for AutoAttack."""
         return float(self.losses.double().mean())
+
+    @property
+    def is_on_cross_entropy(self) -> bool:
+        """Whether it raises the loss that is in ``losses``: after an attack on another one they are not its maximum."""
+        return self.attack.startswith(("pgd-", "fgsm"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +68,7 @@ class Evaluation:
         digest: Of images and labels; equal for the same examples in the same order.
         settings: How it was done: seed, batch size, versions.
         findings: What the checks found.
+        index: Places [N] of the examples in the split they were taken from; None: the first N.
     """
 
     labels: Tensor
@@ -71,6 +79,7 @@ class Evaluation:
     digest: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    index: Tensor | None = None
 
     @property
     def num_examples(self) -> int:
@@ -112,16 +121,23 @@ class Evaluation:
         return float(np.mean([_share(flags) for flags in self.corrupted.values()])) if self.corrupted else math.nan
 
     def table(self) -> str:
-        """Return accuracies in per cent with 95 % intervals (Wilson), and mean losses (bootstrap), one row an attack."""
+        """Return accuracies in per cent with 95 % intervals (Wilson), and mean losses (bootstrap), one row an attack.
+
+        The loss is the cross-entropy of all examples after the first restart, for attacks on it.
+        """
         rows = [("", CLEAN, *self._numbers(self.is_clean, self.clean_losses))]
         for threat in self.threats:
             results = [result for result in self.attacks if result.threat == threat]
-            rows += [(str(threat), r.attack, *self._numbers(r.is_robust, r.losses)) for r in results]
+            rows += [
+                (str(threat), r.attack, *self._numbers(r.is_robust, r.losses if r.is_on_cross_entropy else None))
+                for r in results
+            ]
             if len(results) > 1:
                 rows.append((str(threat), WORST, *self._numbers(self.worst(threat))))
         if len(self.threats) > 1:
             rows.append(("all threats", WORST, *self._numbers(self.worst())))
-        text = _aligned(("threat", "attack", "accuracy %", "95 % interval", "loss", "95 % interval"), rows)
+        loss = "CE, first restart" if any(len(r.after) > 1 for r in self.attacks if r.is_on_cross_entropy) else "CE"
+        text = _aligned(("threat", "attack", "accuracy %", "95 % interval", loss, "95 % interval"), rows)
         return "\n\n".join([text, *([self._corruption_table()] if self.corrupted else [])])
 
     def _numbers(self, flags: Tensor, losses: Tensor | None = None) -> tuple[str, str, str, str]:
@@ -159,7 +175,7 @@ class Evaluation:
                     "threat": asdict(r.threat),
                     "attack": r.attack,
                     **share(r.is_robust),
-                    "loss": _finite(r.mean_loss),
+                    "loss": _finite(r.mean_loss) if r.is_on_cross_entropy else None,
                     "accuracy_after": dict(r.after),
                     "furthest": r.furthest,
                     "notes": list(r.notes),
@@ -194,7 +210,7 @@ class Evaluation:
         arrays: dict[str, Any] = {
             "header": np.array(json.dumps(header)),
             "labels": self.labels.numpy(),
-            "index": np.arange(self.num_examples),
+            "index": np.arange(self.num_examples) if self.index is None else self.index.numpy(),
             "clean": self.is_clean.numpy(),
             "clean_losses": self.clean_losses.numpy(),
             **{f"robust_{k}": result.is_robust.numpy() for k, result in enumerate(self.attacks)},
@@ -216,16 +232,21 @@ class Evaluation:
             ValueError: It is not such a file.
         """
         try:
-            with np.load(path, allow_pickle=False) as saved:
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as saved:
                 arrays = {key: saved[key] for key in saved.files}
-            header = json.loads(str(arrays["header"]))
-        except (ValueError, KeyError, AttributeError, EOFError) as error:
+            header = json.loads(str(arrays.pop("header")))
+            found = header["format"]
+            if found == FORMAT:
+                return cls._of(header, {key: torch.from_numpy(value) for key, value in arrays.items()})
+        except (ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(
                 f"{path}: got another file ({error}); expected one of Evaluation.save. Check the path."
             ) from error
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path}: got format {header.get('format')}; expected {FORMAT}. Evaluate the model again.")
-        tensors = {key: torch.from_numpy(value) for key, value in arrays.items() if key != "header"}
+        raise ValueError(f"{path}: got format {found}; expected {FORMAT}. Evaluate the model again.")
+
+    @classmethod
+    def _of(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Evaluation":
+        """Return what the header and the arrays of a file say."""
         return cls(
             labels=tensors["labels"],
             is_clean=tensors["clean"],
@@ -246,6 +267,7 @@ class Evaluation:
             digest=header["digest"],
             settings=header["settings"],
             findings=tuple(Finding(**finding) for finding in header["findings"]),
+            index=tensors["index"],
         )
 
 

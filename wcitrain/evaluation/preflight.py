@@ -2,7 +2,7 @@
 
 After Carlini et al. 2019 (arXiv 1902.06705, section 5), Athalye et al. 2018 (arXiv 1802.00420, section 3.1) and the checks of
 AutoAttack. ``before`` looks at one batch before any attack; ``after`` looks at the results, and never stops.
-Cost of ``before``: 5 forward passes, 2 backward ones and, for the attack with a huge radius, 40 more of both, on one batch.
+Cost of ``before``: 7 forward passes, 2 backward ones and, for the attack with a huge radius, 40 more of both, on one batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,8 @@ from wcitrain.evaluation.evaluation import AttackResult, Evaluation
 from wcitrain.evaluation.findings import Finding
 from wcitrain.evaluation.intervals import mcnemar, wilson_interval
 from wcitrain.evaluation.naming import EnsemblePlan, GradientPlan, Plan, parse_attack
-from wcitrain.preserve import module_mode
+from wcitrain.evaluation.stages import is_right
+from wcitrain.preserve import undisturbed
 from wcitrain.seeding import generator_from
 
 SAME = 1e-4  # relative difference of two outputs below which they are the same: float32 on a GPU reaches 1e-5
@@ -38,10 +39,11 @@ def before(
         seed: Of the attack with a huge radius.
     """
     with torch.no_grad():
-        logits, again = model(x), model(x)
-    findings = list(_outputs(logits, again, plans))
-    if any(finding.name == "not_finite" for finding in findings):
-        return findings
+        logits = model(x)
+        if not bool(logits.isfinite().all()):  # ``check_logits`` has said so
+            return []
+        again = torch.stack([model(x) for _ in range(3)])
+    findings = [*_probabilities(logits), *_random(logits, again, plans)]
     findings += _modes(model, x, logits, flags)
     gradients = list(_gradients(model, x, y))
     findings += gradients
@@ -62,18 +64,41 @@ def check_images(x: Tensor) -> list[Finding]:
     return [Finding("images_outside_box", "error", text)]
 
 
-def _outputs(logits: Tensor, again: Tensor, plans: Sequence[Plan]) -> Iterator[Finding]:
-    """Not finite, probabilities instead of logits, random."""
-    if not bool(logits.isfinite().all()):
-        yield Finding("not_finite", "error", "the model returns NaN or infinity on clean images. Check its weights.")
-        return
-    if bool(((logits.sum(1) - 1).abs() < SAME).all()) and float(logits.min()) >= 0 and float(logits.max()) <= 1:
+def check_logits(is_finite: Tensor) -> list[Finding]:
+    """Return the finding of clean images [N] whose logits are not finite; they count as wrong."""
+    num = int((~is_finite).sum())
+    text = f"the model returns NaN or infinity on {num} of {len(is_finite)} clean images, which count as wrong. Check its weights."
+    return [Finding("not_finite", "error", text)] if num else []
+
+
+def _probabilities(logits: Tensor) -> Iterator[Finding]:
+    """Probabilities instead of logits, their logarithms, or other outputs that cannot leave [0, 1]."""
+    is_bounded = float(logits.min()) >= 0 and float(logits.max()) <= 1
+    if is_bounded and bool(((logits.sum(1) - 1).abs() < SAME).all()):
         yield Finding(
             "probabilities",
             "error",
             "the outputs are between 0 and 1 and sum to one, as after a softmax; expected logits. A second softmax in the loss "
             "flattens its gradient, so that attacks fail. Remove the softmax from the model.",
         )
+    elif is_bounded:
+        yield Finding(
+            "probabilities",
+            "warning",
+            "the outputs are all between 0 and 1, as after a sigmoid; expected logits. The softmax in the loss flattens their "
+            "gradient, so that attacks fail. Remove what bounds them from the model.",
+        )
+    elif bool(((logits.double().exp().sum(1) - 1).abs() < SAME).all()):
+        yield Finding(
+            "probabilities",
+            "warning",
+            "the outputs are log-probabilities: their exponentials sum to one. That changes nothing after log_softmax, but the "
+            "logarithm of a softmax loses its gradient where the model is sure. Return the logits.",
+        )
+
+
+def _random(logits: Tensor, again: Tensor, plans: Sequence[Plan]) -> Iterator[Finding]:
+    """Outputs [B, C] that are others each time."""
     size = logits.abs().amax().clamp_min(1e-12)
     difference = float((logits - again).abs().amax() / size)
     if difference > SAME:
@@ -81,7 +106,7 @@ def _outputs(logits: Tensor, again: Tensor, plans: Sequence[Plan]) -> Iterator[F
         yield Finding(
             "randomised",
             "warning" if has_eot else "error",
-            f"two passes over the same images differ by {difference:.1g} of the largest output, in eval mode; expected the same. "
+            f"four passes over the same images differ by {difference:.1g} of the largest output, in eval mode; expected the same. "
             "Gradients of one draw mislead the attack, and luck counts as robustness. Switch the randomness off, or use only "
             "autoattack-rand, which averages over 20 draws.",
         )
@@ -92,7 +117,7 @@ def _modes(model: nn.Module, x: Tensor, logits: Tensor, flags: Sequence[bool]) -
     modules = list(model.modules())
     if not any(flags):
         return
-    with module_mode(model, training=None), torch.no_grad():
+    with undisturbed(model, training=None), torch.no_grad():  # batch norm would move its statistics
         for module, flag in zip(modules, flags, strict=True):
             module.training = flag
         trained = model(x)
@@ -155,15 +180,15 @@ def _gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding]:
 def _huge_radius(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Iterator[Finding]:
     """An attack that may turn any image into plain gray must succeed."""
     with torch.no_grad():
-        is_right = model(x).max(1).indices == y
-    if not bool(is_right.any()):
+        is_left = is_right(model(x), y)
+    if not bool(is_left.any()):
         return
     for loss in ("ce", "margin"):
         attack = Attack(ThreatModel("linf", HUGE), num_steps=20, step_size=2.5 * HUGE / 20, loss=loss)
         x_adv = attack(model, x, y, generator=generator_from(x.device, seed, "preflight", loss))
         with torch.no_grad():
-            is_right = is_right & (model(x_adv).max(1).indices == y)
-    share = float(is_right.float().mean())
+            is_left = is_left & is_right(model(x_adv), y)
+    share = float(is_left.float().mean())
     if share > 0.1:
         yield Finding(
             "huge_radius",

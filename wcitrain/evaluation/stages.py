@@ -32,6 +32,11 @@ class Stage:
     attacks_all: bool = False
 
 
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return truth values [B]: the largest logit is the label's; a row with NaN or infinity in it is wrong."""
+    return (logits.max(1).indices == labels) & logits.isfinite().all(1)
+
+
 def gradient_stages(plan: GradientPlan, model: nn.Module, threat: ThreatModel, seed: int) -> list[Stage]:
     """Return the restarts of PGD or FGSM.
 
@@ -100,7 +105,7 @@ def run_stages(
             torch.manual_seed(seed_from(seed, stage.name, batch))
             x_adv = stage.attack(images, labels, chosen)
             logits = model(x_adv)
-            is_fooled = (logits.max(1).indices != labels).cpu()
+            is_fooled = ~is_right(logits, labels).cpu()
             if stage.attacks_all:
                 state.losses[chosen] = F.cross_entropy(logits.float(), labels, reduction="none").cpu()
             fooled = is_fooled & state.is_robust[chosen]

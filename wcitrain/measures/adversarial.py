@@ -26,7 +26,11 @@ def measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode, full precision, gradients allowed; modes, buffers, ``requires_grad`` and random state restored on exit.
 
     A model that is frozen throughout counts as trainable inside.
+
+    Raises:
+        ValueError: A weight is not finite: measures of a diverged model would read as flat.
     """
+    check_finite(model)
     frozen = [] if any(p.requires_grad for p in model.parameters()) else list(model.parameters())
     with torch.inference_mode(False), torch.enable_grad(), undisturbed(model, training=False), full_precision(model):
         try:
@@ -36,6 +40,15 @@ def measuring(model: nn.Module) -> Iterator[None]:
         finally:
             for p in frozen:
                 p.requires_grad_(False)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with weights that are not finite."""
+    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if bad:
+        raise ValueError(
+            f"model: got weights that are not finite in {', '.join(bad[:3])}; expected numbers. It has diverged."
+        )
 
 
 def held(model: nn.Module, data: Iterable[Any], num_examples: int | None, chunk_size: int = 100) -> Chunks:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wcitrain.attacks import ThreatModel
+from wcitrain.measures.adversarial import check_finite
 from wcitrain.measures.flatness import average_flatness, worst_flatness
 from wcitrain.measures.gradients import gradient_norm, input_curvature, input_gradient_norm
 from wcitrain.measures.losses import robust_loss
@@ -154,6 +155,7 @@ def measure(
     'average_flatness'
     """
     check_settings([name], {name: settings or {}})
+    check_finite(model)
     function = MEASURES[name]
     accepted = {*inspect.signature(function).parameters, *_parameters(name)}
     given = {key: value for key, value in vars(shared or Shared()).items() if value is not None or key == "initial"}

@@ -10,11 +10,11 @@ Legend: M models, μ [M] a measure, g [M] what it should predict (a robust gap),
 (2) is the granulated Kendall coefficient and (3) the conditional mutual information of Jiang et al. 2020 (arXiv 1912.02178,
 sections 2.2 and 2.3), both over pairs of models. A measure that only copies one hyper-parameter has a high τ, but Ψ falls for
 the other axes and K_S vanishes once that hyper-parameter is in S. Differences to them: seeds are repetitions, not an axis, so
-a pair may differ in its seeds; ties count as signs of zero in (2) and are left out of (3).
+a pair may differ in its seeds; a tie is a sign of its own, zero, except that pairs with equal g are left out of (3).
 
 Intervals are percentiles of a bootstrap over *runs*: checkpoints of one run are drawn together, pairs of copies of one run do
 not count. (3) cannot be negative and is biased upward on few models: it comes with the 95 % quantile that it reaches when μ is
-shuffled over the models.
+shuffled over the runs.
 """
 
 import itertools
@@ -125,7 +125,7 @@ def correlate(
 
     conditions = _conditions(columns, len(mu))
     information = _information(mu, g, run, conditions)
-    shuffled = [_information(generator.permutation(mu), g, run, conditions) for _ in range(num_bootstrap // 5)]
+    shuffled = [_information(_shuffled(mu, members, generator), g, run, conditions) for _ in range(num_bootstrap // 5)]
     return Correlation(
         kendall=_estimate(_tau(sx, sy, counts)),
         spearman=_estimate(_pearson(_ranks(mu, counts), _ranks(g, counts), counts)),
@@ -167,18 +167,27 @@ def _conditions(columns: Mapping[str, Ints], num: int) -> list[Ints]:
 def _information(mu: Floats, g: Floats, run: Ints, conditions: Sequence[Ints]) -> float:
     """Return K of (3). Both orders of a pair count: signs are balanced, and the order of the models does not matter."""
     signs_mu, signs_g = _signs(mu), _signs(g)
-    keep = (run[:, None] != run[None, :]) & (signs_mu != 0) & (signs_g != 0)
-    code = 2 * (signs_mu[keep] > 0) + (signs_g[keep] > 0)
+    keep = (run[:, None] != run[None, :]) & (signs_g != 0)
+    code = 2 * (signs_mu[keep].astype(np.int64) + 1) + (signs_g[keep] > 0)
     if not len(code):
         return math.nan
     shares = []
     for cell in conditions:
-        table = np.bincount(cell[keep] * 4 + code, minlength=4 * (int(cell.max()) + 1)).reshape(-1, 2, 2)
+        table = np.bincount(cell[keep] * 6 + code, minlength=6 * (int(cell.max()) + 1)).reshape(-1, 3, 2)
         entropy = _entropy(table.sum(1)) - _entropy(table.sum((1, 2)))  # H(g | S)
         left = _entropy(table) - _entropy(table.sum(2))  # H(g | μ, S)
         if entropy > 1e-12:
             shares.append((entropy - left) / entropy)
     return max(0.0, min(shares)) if shares else math.nan
+
+
+def _shuffled(mu: Floats, members: Sequence[npt.NDArray[np.bool_]], generator: np.random.Generator) -> Floats:
+    """Return μ with the runs' blocks of values in another order: checkpoints of a run stay together."""
+    places = [np.flatnonzero(m) for m in members]
+    order = generator.permutation(len(places))
+    result = np.empty_like(mu)
+    result[np.concatenate(places)] = mu[np.concatenate([places[r] for r in order])]
+    return result
 
 
 def _axis_pairs(axis: str, columns: Mapping[str, Ints], run: Ints) -> tuple[Ints, Ints, Ints]:

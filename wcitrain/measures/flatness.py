@@ -178,9 +178,10 @@ def worst_flatness(
     Both steps use the gradients at the same (ν, δ). With one ν for all examples the chunks take turns, ``num_steps`` rounds. Of
     the restarts the one with the highest mean loss counts: of the chunk where a chunk has its own ν, of all examples otherwise.
 
-    The value is a lower estimate of the maximum; where ξ > ``weight_lr * num_steps`` the ball is not even crossed. It can be
-    negative for small ξ: the reference has more restarts, and an example its own best iterate. The standard error is that
-    over examples of the rise at the ν found, ν taken as given: what another search would find is not in it.
+    The value is a lower estimate of the maximum; where 2 ξ > ``weight_lr * num_steps`` the ball is not even crossed, which the
+    result's ``settings`` say: raise one of the two with ξ. It can be negative for small ξ: the reference has more restarts, and
+    an example its own best iterate. The standard error is that over examples of the rise at the ν found, ν taken as given: what
+    another search would find is not in it.
 
     Args:
         model, data, threat, num_examples, layers, reference_restarts, chunk_size: As in ``average_flatness``.
@@ -243,7 +244,10 @@ def worst_flatness(
     value, stderr = mean_and_error(worst - reference)
     parts = {"reference_loss": float(reference.mean()), "perturbed_loss": float(worst.mean())}
     kind = f"one nu {'for all' if options['shared_nu'] else 'a chunk'}"
-    settings = f"xi {xi:g}, {num_restarts} restarts, {kind}, {options['keep']} iterate, joint " + attack_text(
+    reach = f"weight_lr {options['weight_lr']:g}"
+    if options["weight_lr"] * num_steps < 2 * xi:
+        reach += " (too short to cross the ball)"
+    settings = f"xi {xi:g}, {num_restarts} restarts, {kind}, {options['keep']} iterate, {reach}, joint " + attack_text(
         threat, num_steps
     )
     return Measurement("worst_flatness", value, stderr, len(worst), settings, parts)

@@ -56,6 +56,7 @@ class Landscape:
         directions: Their kind.
         attack: The attack in words; ``"clean"`` without one.
         num_examples: Examples behind every point.
+        seed: Of directions and random starts; None where unknown.
     """
 
     alphas: np.ndarray
@@ -65,6 +66,7 @@ class Landscape:
     directions: str
     attack: str
     num_examples: int
+    seed: int | None = None
 
     def rise(self, kind: str = "robust") -> tuple[np.ndarray, np.ndarray]:
         """Return the α > 0 [P/2] and the symmetrised rise (2) of the ``"robust"`` or ``"clean"`` loss [D, P/2] there."""
@@ -101,6 +103,7 @@ class Landscape:
             "attack": self.attack,
             "num_examples": self.num_examples,
             "is_plane": self.is_plane,
+            "seed": self.seed,
         }
         with open(path, "wb") as file:  # an open file: numpy would append .npz to another name
             np.savez_compressed(
@@ -285,7 +288,7 @@ class _Frame:
         """Return the result, from losses [..., 2]."""
         text = attack_text(self.threat, self.attack["num_steps"])
         num = sum(len(y) for _, y in self.chunks)
-        return Landscape(alphas, losses[..., 0], losses[..., 1], is_plane, self.kind, text, num)
+        return Landscape(alphas, losses[..., 0], losses[..., 1], is_plane, self.kind, text, num, self.seed)
 
 
 def scaled_like(direction: Sequence[Tensor], layers: Layers, *, by_filter: bool = False) -> Direction:

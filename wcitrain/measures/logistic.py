@@ -147,7 +147,8 @@ def fit_logistic(
         eps: Radius in the units of ``x``, >= 0.
         norm: Of the threat.
         weight_decay: λ > 0.
-        tolerance: On the largest coordinate of the (projected) gradient at the end.
+        tolerance: Where L-BFGS stops, on the largest coordinate of the (projected) gradient; line searches may end at up to
+            a hundred times that, which is still accepted.
         max_iterations: Of L-BFGS.
 
     Returns:
@@ -196,8 +197,8 @@ def fit_logistic(
     residual = found.jac if not is_split else np.where(found.x > 0, found.jac, np.minimum(found.jac, 0))
     if (largest := float(np.abs(residual).max())) > 100 * tolerance:
         raise RuntimeError(
-            f"fit_logistic: got a gradient of {largest:.2g} after {found.nit} iterations; expected at most {tolerance:g}. Raise "
-            "max_iterations or the weight decay."
+            f"fit_logistic: got a gradient of {largest:.2g} after {found.nit} iterations; expected at most {100 * tolerance:g}. "
+            "Raise max_iterations or the weight decay."
         )
     z = torch.from_numpy(found.x)
     return z[:d] - z[d:] if is_split else z

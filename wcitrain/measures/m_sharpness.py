@@ -197,7 +197,7 @@ def _ascent(
             e, best, gradient = trial, rise, trial_gradient
         else:
             α /= 2
-    return max(0.0, best)
+    return best if math.isnan(best) else max(0.0, best)
 
 
 def _rise_at(

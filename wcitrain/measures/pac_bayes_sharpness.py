@@ -63,7 +63,7 @@ def pac_bayes_sharpness(
         model: Gives logits for images in [0, 1].
         data: Iterable of (x, y, ...).
         threat: The adversary (PGD on the cross-entropy); None takes the clean accuracy.
-        num_examples: m; all of ``data`` by default.
+        num_examples: m, also of the bounds, which are about the examples measured; all of ``data`` by default.
         magnitude_aware: (4) and (5) instead of (1) and (3).
         max_drop: Accuracy that may be lost, in (0, 1).
         num_draws: K.
@@ -101,6 +101,10 @@ def pac_bayes_sharpness(
             return torch.tensor(found, dtype=torch.float64)
 
         reference = accuracy()
+        if reference <= max_drop:
+            note = f"accuracy {reference:.3g} is at most max_drop {max_drop:g}: no noise can lose that much"
+            parts = {"accuracy": reference}
+            return Measurement("pac_bayes_sharpness", math.nan, math.nan, sum(len(y) for _, y in chunks), note, parts)
         sigma, limit, tried = 0.0, max_sigma, max_sigma
         at_sigma = torch.tensor([reference], dtype=torch.float64)
         for _ in range(num_bisections + 1):

@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from wcitrain.report.figures import DPI, curves, tradeoff, wci_layers
+from wcitrain.report.axes import DPI
+from wcitrain.report.figures import curves, tradeoff, wci_layers
 from wcitrain.report.page import report_page
 from wcitrain.report.runs import Run, group_rows, load_run
 from wcitrain.report.table import results_table
@@ -31,7 +32,7 @@ def write_report(runs: Sequence[Run], out: str | Path, *, at: str = "last") -> l
         The paths written.
 
     Raises:
-        ValueError: No runs, or ``out`` is a file.
+        ValueError: No runs, a run twice, or ``out`` is a file.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():

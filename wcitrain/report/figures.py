@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,20 +16,18 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
+from wcitrain.report.axes import INK, empty_figure, styled
 from wcitrain.report.runs import KINDS, MARKERS, Row, measured
 from wcitrain.report.series import band, layer_series, short_names, spans_decades
 from wcitrain.report.table import attacks
 
-DPI = 150
-INK = "#333333"
 MAX_LAYER_ROWS = 6  # groups drawn in wci_layers.png
 FEW_EPOCHS = 12  # up to here every epoch has a marker
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
-    """Return an empty figure, in inches, that pyplot knows nothing about."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    """Return an empty figure, in inches, with a title."""
+    figure = empty_figure(width, height)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr, call-arg]
     figure.suptitle(title, x=0.012, ha="left", fontsize=15, fontweight="bold", color=INK)
     return figure
@@ -40,11 +37,7 @@ def _style(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     ax.set_title(title, loc="left", fontsize=12, color=INK)
     ax.set_xlabel(xlabel, fontsize=11, color=INK)
     ax.set_ylabel(ylabel, fontsize=11, color=INK)
-    ax.tick_params(labelsize=10, colors=INK, length=0)
-    ax.grid(color="#E6E6E6", linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color("#BBBBBB")
+    styled(ax, 10)
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:

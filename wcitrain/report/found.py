@@ -22,14 +22,14 @@ from wcitrain.report.runs import Run, number
 class Accuracy:
     """One accuracy of an evaluation: the share in [0, 1] that is right under an attack, its 95 % interval, NaN where unknown."""
 
-    where: str  # epoch and split, "last test"
+    where: str  # epoch, split and images, "last test, 100 examples"; the seed where it is not 0
+    digest: str  # of the images; empty where unknown
     norm: str  # empty where nothing is attacked
     eps: float  # NaN where nothing is attacked
     attack: str  # "pgd-20", "clean", "worst case", "corruption fog"
     value: float
     low: float
     high: float
-    num_examples: float
 
     @property
     def name(self) -> str:
@@ -66,13 +66,14 @@ def findings(run: Run) -> list[str]:
 
 
 def _accuracies(document: Mapping[str, Any]) -> Iterator[Accuracy]:
-    where, size = _where(document), number(document, "num_examples")
+    where = _joined(_where(document), *_images(document, document), *_seed(number(document, "settings", "seed")))
+    digest = str(document.get("digest") or "")
 
     def accuracy(entry: Any, attack: str) -> Accuracy:
         threat = entry.get("threat")
         norm = str(threat.get("norm", "")) if isinstance(threat, dict) else ""
         low, high = number(entry, "interval", 0), number(entry, "interval", 1)
-        return Accuracy(where, norm, number(threat, "eps"), attack, number(entry, "accuracy"), low, high, size)
+        return Accuracy(where, digest, norm, number(threat, "eps"), attack, number(entry, "accuracy"), low, high)
 
     if isinstance(document.get("clean"), dict):
         yield accuracy(document["clean"], "clean")
@@ -115,12 +116,12 @@ def measures(run: Run) -> list[Measured]:
         where = _where(document)
         if isinstance(document.get("measures"), dict):
             for name, entry in document["measures"].items():
-                settings = entry.get("settings", "") if isinstance(entry, dict) else ""
-                value = number(entry, "value") if isinstance(entry, dict) else number(document["measures"], name)
-                found.append(Measured(str(name), value, number(entry, "stderr"), where, _settings_text(settings)))
+                entry = entry if isinstance(entry, dict) else {"value": entry}
+                settings = _protocol(_settings_text(entry.get("settings", "")), entry, document)
+                found.append(Measured(str(name), number(entry, "value"), number(entry, "stderr"), where, settings))
         if "wci" in document:
-            about = (document.get("estimator"), document.get("loss"), _layers_text(document))
-            settings = ", ".join(str(part) for part in about if part)
+            about = _joined(document.get("estimator"), document.get("loss"), _layers_text(document))
+            settings = _protocol(about, document, document)
             found.append(Measured("wci", number(document, "wci"), number(document, "wci_stderr"), where, settings))
         if "wci" not in document and not isinstance(document.get("measures"), dict):
             warnings.warn(f"{path}: got neither a WCI nor measures; left out of the report", stacklevel=2)
@@ -128,11 +129,32 @@ def measures(run: Run) -> list[Measured]:
 
 
 def _layers_text(document: Mapping[str, Any]) -> str:
-    layers, seed = document.get("layers_counted", "weights"), document.get("seed", 0)
-    parts = [f"layers {layers}"] if layers != "weights" else []
-    parts += ["split qkv"] if document.get("split_qkv") else []
-    parts += [f"seed {seed}"] if seed else []
-    return ", ".join(parts)
+    layers = document.get("layers_counted", "weights")
+    return _joined(f"layers {layers}" if layers != "weights" else "", "split qkv" if document.get("split_qkv") else "")
+
+
+def _protocol(settings: str, entry: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+    """Return the settings with what else changes a measure: threat and number of images, where it has any, and the seed."""
+    images, threat = _images(entry, document), document.get("threat")
+    if isinstance(threat, dict):
+        threat = _threat_text(str(threat.get("norm", "")), number(threat, "eps"))
+    named = [threat] if images and isinstance(threat, str) and threat not in settings else []
+    return _joined(settings, *named, *images, *_seed(number(document, "seed")))
+
+
+def _images(entry: Mapping[str, Any], document: Mapping[str, Any]) -> list[str]:
+    error, num = number(document, "target_relative_error"), number({**document, **entry}, "num_examples")
+    if math.isfinite(error):  # as many as it took
+        return [f"to a relative error of {error:g}"]
+    return [f"{num:.0f} examples"] if math.isfinite(num) else []
+
+
+def _seed(seed: float) -> list[str]:
+    return [f"seed {seed:.0f}"] if math.isfinite(seed) and seed else []
+
+
+def _joined(*parts: Any) -> str:
+    return ", ".join(str(part) for part in parts if part)
 
 
 def _settings_text(settings: Any) -> str:

@@ -122,6 +122,11 @@ def group_rows(runs: Sequence[Run]) -> list[Row]:
     """Group the runs, groups in the order in which they are first met."""
     if not runs:
         raise ValueError("report: got no runs; expected at least one. Pass the folders of the runs to compare.")
+    folders = [run.folder.resolve() for run in runs]
+    if twice := [str(run.folder) for i, run in enumerate(runs) if folders[i] in folders[:i]]:
+        raise ValueError(
+            f"report: got {', '.join(twice)} more than once; expected each run once. Leave the repeats out."
+        )
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(run)

@@ -127,23 +127,14 @@ def _grid(keys: Sequence[str], epochs: Sequence[int], values: dict[str, np.ndarr
 
 def evaluations(rows: Sequence[Row], legend: Sequence[Entry]) -> Markup:
     """Return the accuracies of ``wcitrain evaluate``: a line a method, a column an attack; curves against eps."""
-    found: dict[tuple[int, str], list[list[Accuracy]]] = {}  # row and where: one list a run
-    for i, row in enumerate(rows):
-        for run in row.runs:
-            per_where: dict[str, list[Accuracy]] = {}
-            for accuracy in accuracies(run):
-                per_where.setdefault(accuracy.where, []).append(accuracy)
-            for where, entries in per_where.items():
-                found.setdefault((i, where), []).append(entries)
+    found = _per_protocol(rows)
     if not found:
         return Markup("")
-    columns = list(dict.fromkeys(a.name for per_run in found.values() for entries in per_run for a in entries))
+    columns = list(dict.fromkeys(name for per_run in found.values() for entries in per_run for name in entries))
     lines = []
     for (i, where), per_run in found.items():
-        cells = [_accuracy_cell([a for entries in per_run for a in entries if a.name == name]) for name in columns]
-        sizes = sorted({int(a.num_examples) for entries in per_run for a in entries if math.isfinite(a.num_examples)})
-        about = f"{where}{f', {sizes[0]} examples' if len(sizes) == 1 else ''}".strip(", ")
-        lines.append((join([rows[i].label, element("small", about)]), str(len(per_run)), *cells))
+        cells = [_accuracy_cell([entries[n] for entries in per_run if n in entries], len(per_run)) for n in columns]
+        lines.append((join([rows[i].label, element("small", where)]), str(len(per_run)), *cells))
     caption = "Evaluations, accuracy in percent; one run: [95 % interval], several: (min to max)"
     notes = [(run.name, text) for row in rows for run in row.runs for text in findings(run)]
     checks = element("h3", "Checks") + element("ul", join(element("li", f"{name}: {text}") for name, text in notes))
@@ -151,19 +142,44 @@ def evaluations(rows: Sequence[Row], legend: Sequence[Entry]) -> Markup:
     return join([*parts, checks] if notes else parts)
 
 
-def _accuracy_cell(entries: Sequence[Accuracy]) -> str:
-    text = cell([entry.value for entry in entries], percent)
+_Found = dict[tuple[int, str], list[dict[str, Accuracy]]]  # row and protocol: of each run its accuracies by name
+
+
+def _per_protocol(rows: Sequence[Row]) -> _Found:
+    """Return one accuracy a run and name; what was taken of other images, or under another seed, stands apart.
+
+    Where several files of a run hold the same attack or worst case, the least counts: each bounds the robust accuracy above.
+    """
+    taken = [
+        (i, number, a) for i, row in enumerate(rows) for number, run in enumerate(row.runs) for a in accuracies(run)
+    ]
+    digests: dict[str, set[str]] = {}
+    for *_, accuracy in taken:
+        digests.setdefault(accuracy.where, set()).add(accuracy.digest)
+    found: dict[tuple[int, str], dict[int, dict[str, Accuracy]]] = {}
+    for i, number, accuracy in taken:
+        is_several = len(digests[accuracy.where]) > 1
+        where = accuracy.where + f", images {accuracy.digest[:6] or 'unknown'}" * is_several
+        entries = found.setdefault((i, where), {}).setdefault(number, {})
+        former = entries.get(accuracy.name, accuracy)
+        if not former.value < accuracy.value:  # equal, or the former is NaN
+            entries[accuracy.name] = former if math.isnan(accuracy.value) else accuracy
+    return {key: list(per_run.values()) for key, per_run in found.items()}
+
+
+def _accuracy_cell(entries: Sequence[Accuracy], num_runs: int) -> str:
+    text = cell([entry.value for entry in entries] + [math.nan] * (num_runs - len(entries)), percent)
     if len(entries) == 1 and math.isfinite(entries[0].low + entries[0].high):
         text += f" [{percent(entries[0].low)}, {percent(entries[0].high)}]"
     return text
 
 
-def _eps_curves(found: dict[tuple[int, str], list[list[Accuracy]]], legend: Sequence[Entry]) -> list[str]:
-    """Return a chart for each norm, attack and split that was evaluated at several radii."""
+def _eps_curves(found: _Found, legend: Sequence[Entry]) -> list[str]:
+    """Return a chart for each norm, attack and protocol that was evaluated at several radii."""
     lines: dict[tuple[str, str, str], list[Series]] = {}
     for (i, where), per_run in found.items():
         points: dict[tuple[str, str], dict[float, list[Accuracy]]] = {}
-        for accuracy in (a for entries in per_run for a in entries):
+        for accuracy in (a for entries in per_run for a in entries.values()):
             if accuracy.norm and math.isfinite(accuracy.eps):
                 points.setdefault((accuracy.norm, accuracy.attack), {}).setdefault(accuracy.eps, []).append(accuracy)
         for (norm, attack), at_eps in points.items():

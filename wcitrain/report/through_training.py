@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from wcitrain.report.axes import INK, empty_figure, styled
 from wcitrain.report.runs import COLOURS, MARKERS
+from wcitrain.report.series import spans_decades
 
-DPI = 130
-INK = "#333333"
 COLUMNS = 2
-LOG_DECADES = 1.5
 LOSS = "robust_loss"
 
 
@@ -30,13 +27,16 @@ class Point:
     measures: Mapping[str, float]
 
 
-def measures_through_training(points: Sequence[Point]) -> Figure:
+def measures_through_training(points: Sequence[Point]) -> Figure | None:
     """Return a figure with one panel a measure: curves over epochs, one a run, a ring at the epoch best by validation.
 
     The ring is where early stopping would have stopped, where that epoch was kept; else at the kept epoch before it.
+    None without measures.
     """
     names = _names(points)
     runs = _runs(points)
+    if not names:
+        return None
     figure, axes = _page(len(names), len(runs))
     for ax, name in zip(axes, names, strict=False):
         for k, (run, members) in enumerate(runs.items()):
@@ -58,13 +58,20 @@ def measures_through_training(points: Sequence[Point]) -> Figure:
                 )
         _finish(ax, name, [p.measures.get(name, math.nan) for p in points], vertical=True)
         ax.set_xlabel("epoch", fontsize=9, color=INK)
-    return _with_legend(figure, len(names), "Rings: the epoch best by robust validation accuracy")
+    return _with_legend(
+        figure, len(names), "Rings: the epoch best by robust validation accuracy (or the kept epoch before it)"
+    )
 
 
-def measures_against_loss(points: Sequence[Point]) -> Figure:
-    """Return a figure with one panel a measure: robust loss against it at all epochs, the last epoch of each run large."""
+def measures_against_loss(points: Sequence[Point]) -> Figure | None:
+    """Return a figure with one panel a measure: robust loss against it at all epochs, the last epoch of each run large.
+
+    None without the robust loss, or without another measure.
+    """
     names = [name for name in _names(points) if name != LOSS]
     runs = _runs(points)
+    if not names or LOSS not in _names(points):
+        return None
     figure, axes = _page(len(names), len(runs))
     for ax, name in zip(axes, names, strict=False):
         for k, (run, members) in enumerate(runs.items()):
@@ -115,24 +122,17 @@ def _style(k: int) -> dict[str, Any]:
 
 
 def _page(num_panels: int, num_runs: int) -> tuple[Figure, Sequence[Axes]]:
-    rows = math.ceil(num_panels / COLUMNS)
-    figure = Figure(
-        figsize=(5.4 * COLUMNS, 3.4 * rows + 0.25 * math.ceil(num_runs / 4) + 0.5), dpi=DPI, layout="constrained"
-    )
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    columns = min(COLUMNS, num_panels)
+    rows = math.ceil(num_panels / columns)
+    figure = empty_figure(5.4 * columns, 3.4 * rows + 0.25 * math.ceil(num_runs / (2 * columns)) + 0.5)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _finish(ax: Axes, name: str, values: Sequence[float], *, vertical: bool) -> None:
-    finite = np.array([value for value in values if math.isfinite(value)])
-    if len(finite) and finite.min() > 0 and math.log10(finite.max() / finite.min()) > LOG_DECADES:
+    if spans_decades(values):
         (ax.set_yscale if vertical else ax.set_xscale)("log")
     (ax.set_ylabel if vertical else ax.set_xlabel)(name.replace("_", " "), fontsize=9, color=INK)
-    ax.tick_params(labelsize=8, colors=INK)
-    ax.grid(color="#E6E6E6", linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color("#BBBBBB")
+    styled(ax, 8)
 
 
 def _with_legend(figure: Figure, num_panels: int, title: str) -> Figure:
@@ -140,6 +140,13 @@ def _with_legend(figure: Figure, num_panels: int, title: str) -> Figure:
         ax.set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False, title=title, title_fontsize=8
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=2 * min(COLUMNS, num_panels),
+        fontsize=8,
+        frameon=False,
+        title=title,
+        title_fontsize=8,
     )
     return figure
