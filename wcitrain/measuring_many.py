@@ -130,10 +130,12 @@ def measure_many(
 
 
 def table(models: Sequence[MeasuredModel]) -> str:
-    """Return aligned text: a line a measure, a column a model."""
+    """Return aligned text: a line a measure and a column a model, the other way round where that is narrower."""
     names = list(dict.fromkeys(name for model in models for name in model.measures))
-    header = ["measure", *(f"{(m.run or m.target).name} {m.at}" for m in models)]
+    header = ["", *(f"{(m.run or m.target).name} {m.at}" for m in models)]
     rows = [[name, *(_cell(m.measures.get(name)) for m in models)] for name in names]
+    if len(models) > len(names):
+        (header, *rows) = map(list, zip(header, *rows, strict=True))
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])

@@ -166,5 +166,7 @@ def _many(options: argparse.Namespace) -> int:
         print(found.text())
     else:
         print(table(models))
-    print(f"Written: {', '.join(map(str, dict.fromkeys(written)))}")
+    files = list(dict.fromkeys(written))
+    shown = ", ".join(map(str, files[:6])) + (f" and {len(files) - 6} more" if len(files) > 6 else "")
+    print(f"Written: {shown}")
     return 0

@@ -282,7 +282,8 @@ class Checkpoint(Section):
 
     every: PositiveCount = Field(default=1, description="Epochs between checkpoints.")
     keep_every: PositiveCount | None = Field(
-        default=None, description="Epochs between weights kept for good in model/epoch-N, first and last included; null: none."
+        default=None,
+        description="Epochs between weights kept for good in model/epoch-N, first and last included; null: none.",
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from wcitrain.report.axes import INK, empty_figure, styled
 from wcitrain.report.runs import COLOURS, MARKERS
@@ -45,6 +46,9 @@ def scatter_page(
             ax.scatter(x[which == k], y[which == k], s=22, alpha=0.85, linewidths=0, label=kind, **style)
         if spans_decades(values):
             ax.set_xscale("log")
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(5))
+            ax.ticklabel_format(axis="x", scilimits=(-3, 4))
         ax.set_title(f"{name.replace('_', ' ')}\n{notes.get(name, '')}", fontsize=9, color=INK)
         styled(ax, 8)
     for ax in figure.axes[len(panels) :]:
