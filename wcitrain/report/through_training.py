@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def measures_through_training(points: Sequence[Point]) -> Figure | None:
     """
     names = _names(points)
     runs = _runs(points)
+    labels = _labels(runs)
     if not names:
         return None
     figure, axes = _page(len(names), len(runs))
@@ -42,7 +43,7 @@ def measures_through_training(points: Sequence[Point]) -> Figure | None:
         for k, (run, members) in enumerate(runs.items()):
             style = _style(k)
             epochs, values = [p.epoch for p in members], [p.measures.get(name, math.nan) for p in members]
-            ax.plot(epochs, values, label=_label(run), linewidth=1.6, markersize=4, **style)
+            ax.plot(epochs, values, label=labels[run], linewidth=1.6, markersize=4, **style)
             best = _best_epoch(run)
             before = [p for p in members if best is not None and p.epoch <= best]
             if before:
@@ -70,6 +71,7 @@ def measures_against_loss(points: Sequence[Point]) -> Figure | None:
     """
     names = [name for name in _names(points) if name != LOSS]
     runs = _runs(points)
+    labels = _labels(runs)
     if not names or LOSS not in _names(points):
         return None
     figure, axes = _page(len(names), len(runs))
@@ -78,7 +80,7 @@ def measures_against_loss(points: Sequence[Point]) -> Figure | None:
             style = _style(k)
             x, y = ([p.measures.get(key, math.nan) for p in members] for key in (name, LOSS))
             ax.plot(x, y, linewidth=0.8, alpha=0.5, markersize=3, **style)
-            ax.plot(x[-1], y[-1], markersize=9, label=_label(run), **(style | {"linestyle": "none"}))
+            ax.plot(x[-1], y[-1], markersize=9, label=labels[run], **(style | {"linestyle": "none"}))
         _finish(ax, name, [p.measures.get(name, math.nan) for p in points], vertical=False)
         ax.set_ylabel("robust loss", fontsize=9, color=INK)
     return _with_legend(figure, len(names), "Lines: through training; large: the last epoch")
@@ -97,13 +99,18 @@ def _runs(points: Sequence[Point]) -> dict[Path, list[Point]]:
     return {run: runs[run] for run in order}
 
 
-def _label(run: Path) -> str:
-    """Return "AT, seed 0"; the folder's name without a summary."""
-    try:
-        summary = json.loads((run / "summary.json").read_text("utf-8"))
-        return f"{summary['method']}, seed {summary['seed']}"
-    except (OSError, ValueError, KeyError):
-        return run.name
+def _labels(runs: Iterable[Path]) -> dict[Path, str]:
+    """Return "AT, seed 0" for each run; with the recipe's name where that is not unique, the folder's without a summary."""
+    short, long = {}, {}
+    for run in runs:
+        try:
+            summary = json.loads((run / "summary.json").read_text("utf-8"))
+            short[run] = f"{summary['method']}, seed {summary['seed']}"
+            long[run] = f"{summary['method']} ({summary['group']}), seed {summary['seed']}"
+        except (OSError, ValueError, KeyError):
+            short[run] = long[run] = run.name
+    known = list(short.values())
+    return {run: long[run] if known.count(label) > 1 else label for run, label in short.items()}
 
 
 def _best_epoch(run: Path) -> int | None:
