@@ -230,6 +230,7 @@ def test_a_figure_of_an_earlier_report_warns(tmp_path):
     assert (tmp_path / "out" / "tradeoff.png").read_bytes() == b"old"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [(None, float("nan"), float("inf")), (-1.0, 0.0, -1.0)])
 def test_figures_survive_values_that_are_not_numbers(tmp_path, values):
     """A diverged run is exactly the one whose report somebody wants to see."""
@@ -248,6 +249,7 @@ def test_layer_names_lose_only_what_all_of_them_share():
     assert short_names(["wci/head.weight", "wci/head.norm.weight"]) == ["head", "head.norm"]
 
 
+@pytest.mark.slow
 def test_many_methods_and_layers_make_a_taller_figure(tmp_path):
     """Forty layers in the height of three would overprint their names; ten methods exhaust the palette."""
     extra = {f"wci/backbone.block{i}.weight": 1.0 + i for i in range(37)}

@@ -49,6 +49,18 @@ def test_curves_run_over_the_epochs_and_rings_are_at_the_best_kept_epoch(points)
     assert "(or the kept epoch before it)" in legend.get_title().get_text()
 
 
+def test_two_recipes_of_one_method_keep_their_names_apart(tmp_path):
+    """Plain AT and AT with more weight decay are both "AT": two curves under one name."""
+    points = []
+    for name in ("at", "weight-decay"):
+        (tmp_path / name).mkdir()
+        summary = {"method": "AT", "group": name, "seed": 0}
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+        points.append(Point(tmp_path / name, 1, {"wci": 2.0}))
+    labels = [line.get_label() for line in measures_through_training(points).axes[0].lines]
+    assert labels == ["AT (at), seed 0", "AT (weight-decay), seed 0"]
+
+
 def test_a_run_without_a_summary_has_its_folders_name_and_no_ring(tmp_path):
     """An unfinished run has no best epoch yet."""
     figure = measures_through_training([Point(tmp_path / "new", 3, {"wci": 2.0}), Point(tmp_path / "new", 1, {})])

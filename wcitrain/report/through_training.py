@@ -106,7 +106,7 @@ def _labels(runs: Iterable[Path]) -> dict[Path, str]:
         try:
             summary = json.loads((run / "summary.json").read_text("utf-8"))
             short[run] = f"{summary['method']}, seed {summary['seed']}"
-            long[run] = f"{summary['method']} ({summary['group']}), seed {summary['seed']}"
+            long[run] = f"{summary['method']} ({summary.get('group', run.name)}), seed {summary['seed']}"
         except (OSError, ValueError, KeyError):
             short[run] = long[run] = run.name
     known = list(short.values())
