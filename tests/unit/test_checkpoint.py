@@ -401,6 +401,7 @@ for count in range(1, 100):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:load_checkpoint")
 def test_a_process_killed_at_any_step_leaves_a_checkpoint_and_the_next_save_cleans_up(tmp_path):
     """Clusters kill jobs at any instant; the instant between two steps of a save must not be the fatal one."""
