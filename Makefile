@@ -1,10 +1,12 @@
-# Everything runs in a virtual environment of its own; `make quickstart` and `make test` set it up on a fresh machine.
+# Everything runs in a virtual environment of its own, which `make quickstart` and `make test` set up.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
+PINS := tools/constraints.txt
+NEW := $(VENV)-upgrade/bin
 RUN_ENV := OMP_NUM_THREADS=1 WANDB_SILENT=true
 
-.PHONY: help install quickstart fmt lint types test check
+.PHONY: help install upgrade quickstart fmt lint types test check
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -12,11 +14,20 @@ help:  ## list the targets
 install: $(VENV)/.installed  ## create .venv and install the package with its development tools
 
 # uv is bootstrapped with pip: it installs torch's large wheels several times faster.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(PINS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints $(PINS) --build-constraints $(PINS) \
+		-e '.[dev]'
 	touch $@
+
+upgrade:  ## raise the versions that the tests run on to the newest ones (then: make check)
+	$(PYTHON) -m venv --clear $(VENV)-upgrade
+	$(NEW)/python -m pip install --quiet --disable-pip-version-check uv
+	$(NEW)/uv pip install --quiet --python $(NEW)/python hatchling editables -e '.[dev]'
+	echo '# The versions that the tests run on; `make upgrade` writes them.' > $(PINS)
+	$(NEW)/uv pip freeze --python $(NEW)/python --exclude-editable --exclude pip >> $(PINS)
+	rm -r $(VENV)-upgrade
 
 quickstart: install  ## train digits with AT, AWP and WCI, print one table, draw figures
 	$(BIN)/wcitrain sweep recipes/sweeps/digits.yaml

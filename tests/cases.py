@@ -1,4 +1,4 @@
-"""The table of what shares claims: a new rule, base optimizer or objective is a new row here and all claims then run on it."""
+"""The table of what shares claims: a new rule or base optimizer is a row here, and all claims run on it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,19 +6,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from wcitrain.curvature import cross_entropy
+from wcitrain.curvature import ESTIMATORS, GaussNewton, Hutchinson, TwoPoint, cross_entropy
 from wcitrain.optim import (
     ASAM,
     AWP,
     CRSAM,
     GSAM,
+    PENALTIES,
+    PERTURBATIONS,
     RWP,
     SAM,
+    FrobeniusPenalty,
     FrobeniusTracePenalty,
     GradientNorm,
     NoiseStability,
     RegularizedOptimizer,
     StrengthSchedule,
+    TracePenalty,
     UniformNoise,
     VaSSO,
     WCIAdversary,
@@ -36,10 +40,10 @@ LATER = StrengthSchedule(start=10**6)
 
 @dataclass(frozen=True)
 class Rule:
-    """Constructor arguments of the wrapper and the documented cost of one step beyond a plain one (BatchNorm model).
+    """Constructor arguments of the wrapper, and the documented cost of a step beyond a plain one (BatchNorm).
 
-    ``gradients``: how often a leaf's gradient is computed beyond once; a differentiated backward counts double in
-    ``backwards`` but shows once at the leaf. ``is_random``: whether the seed matters.
+    ``gradients``: how often a leaf's gradient is computed beyond once; a differentiated backward counts
+    double in ``backwards`` but shows once at the leaf. ``is_random``: whether the seed matters.
     """
 
     kwargs: dict
@@ -50,6 +54,12 @@ class Rule:
 
 
 GAUSS_NEWTON = WCIPenalty(1e-3, estimator="gauss_newton")
+FROBENIUS = FrobeniusPenalty(1e-3)
+TABLES: dict[str, dict[str, type]] = {
+    "perturbation": PERTURBATIONS,
+    "penalty": PENALTIES,
+    "estimator": ESTIMATORS,
+}
 
 RULES: dict[str, Rule] = {
     "none": Rule({}, 0, 0, is_random=False),
@@ -70,22 +80,26 @@ RULES: dict[str, Rule] = {
     "wci with frobenius": Rule({"perturbation": WCIPosterior(0.5, frobenius=True)}, 1, 1),
     "wci, clean statistics": Rule({"perturbation": WCIPosterior(0.5, statistics="clean")}, 2, 1),
     "noise": Rule({"perturbation": UniformNoise(0.5)}, 1, 1),
-    "wci penalty": Rule({"penalty": WCIPenalty(1e-3, radius=0.05, estimator="two_point")}, 2, 2),
+    "wci penalty": Rule({"penalty": WCIPenalty(1e-3, estimator=TwoPoint(radius=0.05))}, 2, 2),
     "wci penalty, gauss_newton": Rule({"penalty": WCIPenalty(1e-3, estimator="gauss_newton")}, 0, 3, 1),
     "wci penalty, hutchinson": Rule({"penalty": WCIPenalty(1e-4, estimator="hutchinson")}, 2, 6, 4),
-    "wci penalty, 2 probes": Rule({"penalty": WCIPenalty(1e-3, estimator="gauss_newton", num_probes=2)}, 0, 6, 2),
+    "wci penalty, auto": Rule({"penalty": WCIPenalty(1e-3)}, 0, 3, 1),
+    "wci penalty, 2 probes": Rule({"penalty": WCIPenalty(1e-3, estimator=GaussNewton(2))}, 0, 6, 2),
     "top layer penalty": Rule({"penalty": WCIPenalty(1e-3, estimator="top_layer")}, 0, 0, is_random=False),
-    "frobenius penalty": Rule({"penalty": FrobeniusTracePenalty(1e-3, None)}, 0, 0, is_random=False),
-    "trace penalty": Rule({"penalty": FrobeniusTracePenalty(0.0, 1e-4, radius=0.05, estimator="two_point")}, 2, 2),
+    "frobenius penalty": Rule({"penalty": FROBENIUS}, 0, 0, is_random=False),
+    "trace penalty": Rule({"penalty": TracePenalty(1e-4, estimator=TwoPoint(radius=0.05))}, 2, 2),
     "trace penalty, 2 probes": Rule(
-        {"penalty": FrobeniusTracePenalty(0.0, 1e-4, radius=0.05, estimator="two_point", num_probes=2)}, 4, 4
+        {"penalty": TracePenalty(1e-4, estimator=TwoPoint(num_probes=2, radius=0.05))}, 4, 4
     ),
-    "awp and frobenius": Rule(
-        {"perturbation": AWP(0.02), "penalty": FrobeniusTracePenalty(1e-3, None)}, 1, 1, is_random=False
+    "frobenius and trace penalty": Rule(
+        {"penalty": FrobeniusTracePenalty(1e-3, 1e-4, estimator="gauss_newton")}, 0, 3, 1
     ),
-    "wci and frobenius": Rule({"perturbation": WCIPosterior(0.5), "penalty": FrobeniusTracePenalty(1e-3, None)}, 1, 1),
+    "awp and frobenius": Rule({"perturbation": AWP(0.02), "penalty": FROBENIUS}, 1, 1, is_random=False),
+    "wci and frobenius": Rule({"perturbation": WCIPosterior(0.5), "penalty": FROBENIUS}, 1, 1),
     "awp and wci penalty": Rule({"perturbation": AWP(0.02), "penalty": GAUSS_NEWTON}, 1, 4, 2),
-    "sam and wci penalty": Rule({"perturbation": SAM(0.05), "penalty": GAUSS_NEWTON, "layers": "weights"}, 1, 4, 2),
+    "sam and wci penalty": Rule(
+        {"perturbation": SAM(0.05), "penalty": GAUSS_NEWTON, "layers": "weights"}, 1, 4, 2
+    ),
     "rwp and wci penalty": Rule(
         {"perturbation": RWP(0.05, mixing=1.0), "penalty": GAUSS_NEWTON, "layers": "weights"}, 0, 3, 1
     ),
@@ -96,10 +110,11 @@ IDLE: dict[str, dict] = {
     "no rule": {},
     "monitor wci": {"penalty": WCIPenalty(0.0)},
     "monitor by two_point": {"penalty": WCIPenalty(0.0, estimator="two_point")},
-    "monitor by hutchinson": {"penalty": WCIPenalty(0.0, estimator="hutchinson", num_probes=2)},
+    "monitor by hutchinson": {"penalty": WCIPenalty(0.0, estimator=Hutchinson(2))},
     "monitor by top_layer": {"penalty": WCIPenalty(0.0, estimator="top_layer")},
-    "monitor trace": {"penalty": FrobeniusTracePenalty(0.0, 0.0)},
-    "frobenius 0": {"penalty": FrobeniusTracePenalty(0.0, None)},
+    "monitor trace": {"penalty": TracePenalty()},
+    "monitor both": {"penalty": FrobeniusTracePenalty()},
+    "frobenius 0": {"penalty": FrobeniusPenalty()},
     "awp later": {"perturbation": AWP(0.01, LATER)},
     "vasso later": {"perturbation": VaSSO(schedule=LATER)},
     "gsam later": {"perturbation": GSAM(schedule=LATER)},
@@ -111,7 +126,7 @@ IDLE: dict[str, dict] = {
 
 
 class BatchNormNet(nn.Module):
-    """Small, with everything that has hidden state: BatchNorm (running statistics), dropout (random numbers)."""
+    """Small, with everything that has hidden state: BatchNorm (statistics) and dropout (random numbers)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +162,9 @@ def make(rule: dict, base: str = "sgd", seed: int = 0, **kwargs) -> tuple[nn.Mod
     torch.manual_seed(seed)
     model = BatchNormNet()
     base_kwargs = {"lr": kwargs.pop("lr")} if "lr" in kwargs else {}
-    return model, RegularizedOptimizer(BASES[base](model.parameters(), **base_kwargs), model, **rule, **kwargs)
+    return model, RegularizedOptimizer(
+        BASES[base](model.parameters(), **base_kwargs), model, **rule, **kwargs
+    )
 
 
 def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5, start: int = 0) -> list[float]:

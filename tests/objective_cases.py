@@ -21,11 +21,12 @@ from wcitrain.objectives import (
     RotationAT,
     Standard,
     UnionAT,
+    UnionThreat,
     WithInputRegularizer,
 )
 
 LINF = ThreatModel("linf", 0.1)
-BALLS = ((LINF, None), (ThreatModel("l2", 0.5), 0.2), (ThreatModel("l1", 2.0), None))
+BALLS = (UnionThreat("linf", 0.1), UnionThreat("l2", 0.5, 0.2), UnionThreat("l1", 2.0))
 FEW = {"threat": LINF, "num_steps": 3, "step_size": 0.05}
 
 
@@ -33,8 +34,9 @@ FEW = {"threat": LINF, "num_steps": 3, "step_size": 0.05}
 class Case:
     """How to make an objective, and its documented cost in forward and backward passes over B images.
 
-    ``is_exact``: its Gauss–Newton trace is that of the Hessian for a network that is piecewise linear in each layer.
-    ``is_gradient``: the gradient of the loss is that of its value (nothing is detached that depends on the weights).
+    ``is_exact``: its Gauss–Newton trace is that of the Hessian for a network that is piecewise linear in each
+    layer. ``is_gradient``: the gradient of the loss is that of its value (nothing is detached that depends on
+    the weights).
     """
 
     make: Callable
@@ -52,7 +54,8 @@ OBJECTIVE_CASES: dict[str, Case] = {
         lambda: PGDAT(**FEW, num_restarts=2, attack_loss="margin"), (8, 6), (1, 1), True
     ),
     "pgd_at, l1, train mode": Case(
-        lambda: PGDAT(ThreatModel("l1", 2.0), 3, 1.0, attack_bn="train", attack_loss="dlr"), (3, 3), (1, 1), True
+        lambda: PGDAT(ThreatModel("l1", 2.0), 3, 1.0, attack_bn="train", attack_loss="dlr"),
+        (3, 3), (1, 1), True
     ),
     "trades": Case(lambda: TRADES(**FEW), (4, 3), (2, 2)),
     "trades, l2, ce": Case(lambda: TRADES(ThreatModel("l2", 0.5), 3, 0.2, attack_loss="ce"), (3, 3), (2, 2)),
@@ -66,7 +69,9 @@ OBJECTIVE_CASES: dict[str, Case] = {
     "union, average": Case(lambda: UnionAT(BALLS, "average", 3), (9, 9), (3, 3), True),
     "union, msd": Case(lambda: UnionAT(BALLS, "msd", 3), (12, 3), (1, 1), True),
     "pgd_at with cure": Case(lambda: WithInputRegularizer(PGDAT(**FEW), CURE()), (3, 3), (3, 5)),
-    "standard with input gradient": Case(lambda: WithInputRegularizer(Standard(), InputGradient()), (0, 0), (2, 3)),
+    "standard with input gradient": Case(
+        lambda: WithInputRegularizer(Standard(), InputGradient()), (0, 0), (2, 3)
+    ),
     "standard with l1 input gradient": Case(
         lambda: WithInputRegularizer(Standard(), InputGradient(norm="l1")), (0, 0), (2, 3)
     ),
@@ -87,7 +92,7 @@ ZERO_STRENGTH: dict[str, tuple[Callable, Callable]] = {
     ),
     "alp": (
         lambda: ALP(**FEW, weight=0.0),
-        lambda model, x, x_adv, y: nn.functional.cross_entropy(torch.cat([model(x), model(x_adv)]), y.repeat(2)),
+        lambda model, x, x_adv, y: nn.functional.cross_entropy(model(torch.cat([x, x_adv])), y.repeat(2)),
     ),
     "grad_align": (
         lambda: GradAlign(LINF, weight=0.0),
@@ -121,7 +126,7 @@ class TwoHeads(BatchNormNet):
 
 
 class SmallNet(nn.Module):
-    """Two layers and two heads without hidden state: smooth with ``tanh``, piecewise linear in each layer with ``relu``."""
+    """Two layers and heads without hidden state: smooth with ``tanh``, piecewise linear with ``relu``."""
 
     def __init__(self, activation: Callable = torch.tanh, scale: float = 1.0) -> None:
         super().__init__()
@@ -145,7 +150,7 @@ def boosted_cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor
 def balls_of(objective: object) -> list[ThreatModel]:
     """The threat models one of which every perturbation must obey."""
     if isinstance(objective, UnionAT):
-        return [threat for threat, _ in objective.threats]
+        return list(objective.threats)
     threat = getattr(objective, "threat", None)
     return [ThreatModel("linf", 0.0) if threat is None else threat]
 

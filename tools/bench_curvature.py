@@ -1,18 +1,20 @@
-"""What the layer-wise trace costs: time and peak memory to a given standard error, beside PyHessian and curvlinops.
+"""Time and peak memory of the layer-wise trace to a given standard error, beside PyHessian and curvlinops.
 
-    python tools/bench_curvature.py [--examples 512] [--width 64] [--target 0.05] [--probes 6] [--threads 1] [--device cpu]
-    python tools/bench_curvature.py --steps          # one penalty step of every estimator as a multiple of a plain step
+    python tools/bench_curvature.py [--examples 512] [--width 64] [--target 0.05] [--probes 6] [--threads 1]
+    python tools/bench_curvature.py --steps    # a penalty step by every estimator over a plain step
 
-ResNet-18 with the stem for small images, trained for 60 steps on scikit-learn's digits (enlarged to 32 px), mean cross-entropy,
-eval mode. All methods run in one invocation, each in a process of its own (for its memory: the highest resident set, less the one
-before; CUDA: the allocator's peak). Errors are those of the probes, for the given examples. A probe is timed, its variance is
-estimated from a few of them, and the time to the target is
+ResNet-18 with the stem for small images, trained for 60 steps on scikit-learn's digits (enlarged to 32 px),
+mean cross-entropy, eval mode. All methods run in one invocation, each in a process of its own (for its
+memory: the highest resident set, less the one before; CUDA: the allocator's peak). Errors are those of the
+probes, for the given examples. A probe is timed, its variance is estimated from a few of them, and the time
+to the target is
 
-    time of a probe × Var / (target · t)²,   at least one probe, t the sign trick's estimate from a pass over all examples;
+    time of a probe × Var / (target · t)²,   at least one probe,
 
-for the per-layer table summed over layers where a layer needs probes of its own (PyHessian, curvlinops: one operator a layer),
-or with the worst layer's number where one probe serves all layers (ours). ``gauss_newton`` equals the Hessian's trace here
-(ReLU, eval mode), layer by layer.
+t the sign trick's estimate from a pass over all examples; for the per-layer table summed over layers where a
+layer needs probes of its own (PyHessian, curvlinops: one operator a layer), or with the worst layer's number
+where one probe serves all layers (ours). ``gauss_newton`` equals the Hessian's trace here (ReLU, eval mode),
+layer by layer.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench_step import resident_mb
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -64,7 +67,7 @@ def main() -> None:
         )
 
 
-# ---- traces ----------------------------------------------------------------------------------------------------------
+# Traces ---------------------------------------------------------------------------------------------------
 
 
 def comparison(options: argparse.Namespace) -> dict:
@@ -80,8 +83,8 @@ def comparison(options: argparse.Namespace) -> dict:
         print(f"{method}: done", file=sys.stderr, flush=True)
     ours = results.get("ours: gauss_newton") or next(iter(results.values()))
     print(
-        f"ResNet-18, width {options.width}, {options.examples} examples of 32 px, {options.device}, {options.threads} thread(s); "
-        f"to a standard error of {100 * options.target:g} %\n"
+        f"ResNet-18, width {options.width}, {options.examples} examples of 32 px, {options.device}, "
+        f"{options.threads} thread(s); to a standard error of {100 * options.target:g} %\n"
     )
     print("| method | per layer: time | ratio | whole: time | ratio | peak memory | whole trace |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -89,7 +92,8 @@ def comparison(options: argparse.Namespace) -> dict:
         layer, whole = r["layer_seconds"], r["whole_seconds"]
         print(
             f"| {method} | {layer:.1f} s | {layer / ours['layer_seconds']:.1f}x | {whole:.1f} s | "
-            f"{whole / ours['whole_seconds']:.1f}x | {r['memory_mb']:.0f} MB | {r['trace']:.4g} ± {r['stderr']:.2g} |"
+            f"{whole / ours['whole_seconds']:.1f}x | {r['memory_mb']:.0f} MB | "
+            f"{r['trace']:.4g} ± {r['stderr']:.2g} |"
         )
     return results
 
@@ -101,7 +105,8 @@ def measured(method: str, options: argparse.Namespace) -> dict:
         torch.cuda.reset_peak_memory_stats()
     before = resident_mb("VmRSS")
     numbers = METHODS[method](work, options)
-    peak = torch.cuda.max_memory_allocated() / 1e6 if options.device == "cuda" else resident_mb("VmHWM") - before
+    is_cuda = options.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() / 1e6 if is_cuda else resident_mb("VmHWM") - before
     return numbers | {"memory_mb": peak}
 
 
@@ -110,16 +115,16 @@ class Workload:
 
     def __init__(self, options: argparse.Namespace, num_steps: int = 60) -> None:
         torch.manual_seed(0)
-        channels = tuple(options.width * factor for factor in (1, 2, 4, 8))
-        model = create_model("resnet18", num_classes=10, stem="cifar", channels=channels, stem_width=options.width)
-        self.model: nn.Module = model.to(options.device)
-        images = torch.tensor(load_digits().images[: options.examples] / 16, dtype=torch.float32, device=options.device)
+        self.device, digits, width = options.device, load_digits(), options.width
+        channels = tuple(width * factor for factor in (1, 2, 4, 8))
+        model = create_model("resnet18", num_classes=10, stem="cifar", channels=channels, stem_width=width)
+        self.model: nn.Module = model.to(self.device)
+        images = torch.tensor(digits.images[: options.examples] / 16, dtype=torch.float32, device=self.device)
         self.x = F.interpolate(images[:, None], 32).expand(-1, 3, -1, -1).contiguous()
-        self.y = torch.tensor(load_digits().target[: options.examples], device=options.device)
+        self.y = torch.tensor(digits.target[: options.examples], device=self.device)
         self._train(num_steps)
         self.model.eval()
         self.layers = select_layers(self.model)
-        self.device = options.device
 
     def _train(self, steps: int) -> None:
         """Leave the initialisation, where curvatures are unlike those of any model one would measure."""
@@ -136,12 +141,19 @@ class Workload:
         return list(zip(self.x.split(size), self.y.split(size), strict=True))
 
     def reference(self) -> Tensor:
-        """Return t_l [L] by the sign trick, one pass over all examples: what relative errors are relative to."""
+        """Return t_l [L] by the sign trick, one pass over all examples, for relative errors."""
         generator = torch.Generator(self.device).manual_seed(1)
         for p in self.model.parameters():
             p.requires_grad_()
-        draws = [gauss_newton_samples(self.model(x), self.layers, generator=generator) for x, _ in self.batches(8)]
-        return torch.cat(draws).mean(0).cpu()
+        return self.sign_draws(8, generator).mean(0).cpu()
+
+    def sign_draws(self, size: int, generator: torch.Generator) -> Tensor:
+        """Return draws [chunks, L] of the sign trick, one a chunk of ``size`` examples."""
+        draws = [
+            gauss_newton_samples(self.model(x), self.layers, generator=generator)
+            for x, _ in self.batches(size)
+        ]
+        return torch.cat(draws)
 
     def timed(self, function: Callable[[], Tensor]) -> tuple[Tensor, float]:
         """Return what a function gives, and the seconds it took."""
@@ -155,9 +167,10 @@ class Workload:
 
 
 def to_target(samples: Tensor, mean: Tensor, seconds: float, target: float, *, is_shared: bool) -> float:
-    """Return the seconds to the target for every column of samples [K, L] with known ``mean`` [L], ``seconds`` a row.
+    """Return the seconds to the target for the columns of samples [K, L] with known ``mean`` [L].
 
-    ``is_shared``: one row serves all columns, so the worst decides; otherwise each column pays for its own rows.
+    A row takes ``seconds``. ``is_shared``: one row serves all columns, so the worst decides; otherwise each
+    column pays for its own rows.
     """
     needed = (samples.var(0) / (target * mean).square()).clamp_min(1)
     return seconds * float(needed.max() if is_shared else needed.sum())
@@ -178,23 +191,16 @@ def summary(whole: Tensor, layer_seconds: float, whole_seconds: float) -> dict:
 def ours_gauss_newton(work: Workload, options: argparse.Namespace) -> dict:
     """The sign trick, one draw a chunk of examples; a row is a pass over all chunks."""
     generator = torch.Generator(work.device).manual_seed(0)
-
-    def draw() -> Tensor:
-        return torch.cat(
-            [
-                gauss_newton_samples(work.model(x), work.layers, generator=generator)
-                for x, _ in work.batches(options.chunk)
-            ]
-        )
-
-    draw()  # warm-up
-    passes, times = zip(*[work.timed(draw) for _ in range(PASSES)], strict=True)
+    work.sign_draws(options.chunk, generator)  # warm-up
+    passes, times = zip(
+        *[work.timed(lambda: work.sign_draws(options.chunk, generator)) for _ in range(PASSES)], strict=True
+    )
     samples, seconds = torch.stack(passes), sorted(times)[PASSES // 2]  # [passes, chunks, L]
     num_chunks = samples.shape[1]
 
     def needed(columns: Tensor) -> float:
-        """Passes to the target for the worst column; the variance is pooled over chunks, whose signs are independent."""
-        variance = columns.var(0).mean(0) / num_chunks
+        """Return the passes to the target for the worst column."""
+        variance = columns.var(0).mean(0) / num_chunks  # pooled over chunks, whose signs are independent
         return max(1.0, float((variance / (options.target * columns.mean((0, 1))).square()).max()))
 
     whole = samples.sum(2, keepdim=True)
@@ -225,22 +231,20 @@ def ours_hutchinson(work: Workload, options: argparse.Namespace) -> dict:
 def one_operator_each(
     work: Workload, options: argparse.Namespace, probe: Callable[[Layers], Callable[[], float]]
 ) -> dict:
-    """Peers: an operator for every layer and one for all; ``probe(layers)`` returns a function that gives one sample."""
+    """Measure a peer by an operator for every layer and one for all.
+
+    ``probe(layers)`` returns a function that gives one sample.
+    """
 
     def run(layers: Layers) -> tuple[Tensor, float]:
-        sample, setup = None, time.perf_counter()
+        setup = time.perf_counter()
         sample = probe(layers)
         setup = time.perf_counter() - setup
-        values, times = [], []
-        for _ in range(options.probes):
-            value, seconds = work.timed(sample)
-            values.append(float(value))
-            times.append(seconds)
-        samples = torch.tensor(values, dtype=torch.float64)[:, None]
+        values, times = zip(*[work.timed(sample) for _ in range(options.probes)], strict=True)
+        samples = torch.tensor([float(value) for value in values], dtype=torch.float64)[:, None]
         mean = sum(reference[name] for name in layers)[None]
-        return samples, setup + to_target(
-            samples, mean, sorted(times)[len(times) // 2], options.target, is_shared=False
-        )
+        seconds = sorted(times)[len(times) // 2]
+        return samples, setup + to_target(samples, mean, seconds, options.target, is_shared=False)
 
     reference = dict(zip(work.layers, work.reference(), strict=True))
     whole, whole_seconds = run(work.layers)
@@ -255,7 +259,8 @@ def pyhessian(work: Workload, options: argparse.Namespace) -> dict:
     def probe(layers: Layers) -> Callable[[], float]:
         for p in work.model.parameters():
             p.requires_grad_(any(p is t for t in layers.tensors))
-        operator = hessian(work.model, nn.CrossEntropyLoss(), data=(work.x, work.y), cuda=work.device == "cuda")
+        data = (work.x, work.y)
+        operator = hessian(work.model, nn.CrossEntropyLoss(), data=data, cuda=work.device == "cuda")
         return lambda: operator.trace(maxIter=1, tol=0)[0]
 
     return one_operator_each(work, options, probe)
@@ -283,7 +288,7 @@ METHODS: dict[str, Callable[[Workload, argparse.Namespace], dict]] = {
 }
 
 
-# ---- penalty steps ---------------------------------------------------------------------------------------------------
+# Penalty steps --------------------------------------------------------------------------------------------
 
 PENALTIES = {
     "plain": None,
@@ -296,7 +301,7 @@ PENALTIES = {
 
 
 def penalty_steps(options: argparse.Namespace) -> dict:
-    """Time one step of every estimator in turn, in several rounds; print the median ratio to the plain step."""
+    """Time a step of every estimator in turn, in several rounds; print median ratios to the plain step."""
     steps = {name: penalty_step(penalty, options) for name, penalty in PENALTIES.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(options.rounds * (10 if options.device == "cuda" else 1)):
@@ -307,9 +312,9 @@ def penalty_steps(options: argparse.Namespace) -> dict:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     print(
-        f"ResNet-18, width {options.width}, batch {options.batch} of 32 px, train mode, {options.device}, {options.threads} "
-        f"thread(s), {len(seconds['plain'])} rounds; plain: one forward and backward pass, no attack; trace alone: no gradient of "
-        "the loss\n"
+        f"ResNet-18, width {options.width}, batch {options.batch} of 32 px, train mode, {options.device}, "
+        f"{options.threads} thread(s), {len(seconds['plain'])} rounds; plain: one forward and backward "
+        "pass, no attack; trace alone: no gradient of the loss\n"
     )
     print("| step | time | range |\n| --- | ---: | ---: |")
     results = {}
@@ -330,12 +335,6 @@ def penalty_step(penalty: WCIPenalty | str | None, options: argparse.Namespace) 
     for _ in range(2):
         optimizer.step(lambda: cross_entropy(model(x), y))
     return lambda: optimizer.step(lambda: cross_entropy(model(x), y))
-
-
-def resident_mb(key: str) -> float:
-    """Return this process's resident set (VmRSS) or its highest so far (VmHWM) in MB; Linux only."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What one optimizer step costs: time and peak memory of every rule as a multiple of plain PGD-10 adversarial training.
+"""Time and peak memory of one step by every rule, as multiples of plain PGD-10 adversarial training.
 
     python tools/bench_step.py [--model preact_resnet18] [--batch 32] [--size 32] [--rounds 5] [--device cpu]
 
-All rules are timed in one process, in turn within every round (machines are noisy: only ratios of the same round count), and
-the median of the ratios is printed with its range, beside the multiple that counting passes predicts (a forward counts 1, a
-backward to the input 1, a backward to the weights 2). Memory is measured in a fresh process a rule: the highest resident
-set during the steps less the resident set before them (CUDA: the allocator's peak).
+All rules are timed in one process, in turn within every round (machines are noisy: only ratios of the same
+round count), and the median of the ratios is printed with its range, beside the multiple that counting passes
+predicts (a forward counts 1, a backward to the input 1, a backward to the weights 2). Memory is measured in a
+fresh process a rule: the highest resident set during the steps less the resident set before them (CUDA: the
+allocator's peak).
 """
 
 import argparse
@@ -63,7 +64,7 @@ RULES = {  # what the wrapper is given; "objective" replaces PGD-10 adversarial 
     "WCI penalty (two_point)": {"penalty": WCIPenalty(1e-4, estimator="two_point")},
     "WCI penalty (gauss_newton)": {"penalty": GAUSS_NEWTON},
     "WCI penalty (gauss_newton every 10)": {
-        "penalty": WCIPenalty(1e-4, schedule=StrengthSchedule(every=10), estimator="gauss_newton"),
+        "penalty": WCIPenalty(1e-4, schedule=StrengthSchedule(every=10), estimator="gauss_newton")
     },
     "AWP and WCI penalty": {"perturbation": AWP(0.01), "penalty": GAUSS_NEWTON},
     "TRADES": {"objective": TRADES(THREAT, num_steps=10)},
@@ -99,10 +100,12 @@ class Workload:
             torch.cuda.synchronize()
 
     def predicted(self) -> float:
-        """The multiple of PGD-10 adversarial training that counting passes predicts: 10 + 10 + 1 + 2 of its own."""
-        attack, (loss_forward, loss_backward) = sum(self.objective.attack_passes()), self.objective.loss_passes()
+        """Return the multiple of PGD-10 adversarial training that counting passes predicts."""
+        attack = sum(self.objective.attack_passes())
+        loss_forward, loss_backward = self.objective.loss_passes()
         forward, backward = self.optimizer.extra_passes()
-        return (attack + loss_forward * (1 + forward) + 2 * loss_backward * (1 + backward)) / 23
+        passes = attack + loss_forward * (1 + forward) + 2 * loss_backward * (1 + backward)
+        return passes / (10 + 10 + 1 + 2)
 
 
 def measure_memory(rule: str, options: argparse.Namespace) -> float:
@@ -135,9 +138,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--rules", default=",".join(RULES), help="comma-separated; AT is the reference and is always run"
-    )
+    parser.add_argument("--rules", default=",".join(RULES), help="comma-separated; AT is always run")
     parser.add_argument("--no-memory", action="store_true", help="times only: a process a rule less")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -156,24 +157,23 @@ def main() -> None:
             start = time.perf_counter()
             work[rule].step()
             seconds[rule].append(time.perf_counter() - start)
-    arguments = [a for a in sys.argv[1:] if a != "--memory-of"]
-    memory = {} if options.no_memory else {rule: memory_in_a_fresh_process(rule, arguments) for rule in rules}
-    print(
-        f"{options.model}, batch {options.batch}, {options.size} px, PGD-10, {options.device}, {options.threads} thread(s)"
-    )
-    print(f"plain step: {sorted(seconds['AT'])[len(seconds['AT']) // 2]:.2f} s, {memory.get('AT', 0):.0f} MB\n")
+    memory = {} if options.no_memory else {rule: memory_in_a_fresh_process(rule) for rule in rules}
+    size = f"batch {options.batch}, {options.size} px"
+    print(f"{options.model}, {size}, PGD-10, {options.device}, {options.threads} thread(s)")
+    plain = sorted(seconds["AT"])[len(seconds["AT"]) // 2]
+    print(f"plain step: {plain:.2f} s, {memory.get('AT', 0):.0f} MB\n")
     print("| rule | time | range | predicted | memory |\n| --- | ---: | ---: | ---: | ---: |")
     for rule in rules:
-        ratios = sorted(s / plain for s, plain in zip(seconds[rule], seconds["AT"], strict=True))
+        ratios = sorted(own / plain for own, plain in zip(seconds[rule], seconds["AT"], strict=True))
         print(
             f"| {rule} | {ratios[len(ratios) // 2]:.2f}x | {ratios[0]:.2f} to {ratios[-1]:.2f} | "
             f"{work[rule].predicted():.2f}x | " + (f"{memory[rule] / memory['AT']:.2f}x |" if memory else "|")
         )
 
 
-def memory_in_a_fresh_process(rule: str, arguments: list[str]) -> float:
+def memory_in_a_fresh_process(rule: str) -> float:
     """Return ``measure_memory`` of a process that made no other steps."""
-    command = [sys.executable, __file__, *arguments, "--memory-of", rule]
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", rule]
     return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 

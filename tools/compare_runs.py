@@ -2,8 +2,8 @@
 
     python tools/compare_runs.py runs/before-s0 runs/after-s0
 
-Compares metrics.jsonl line by line, times left out; prints the largest relative difference of every metric that differs and
-exits with 1 if there is one.
+Compares metrics.jsonl line by line, times left out; prints the largest relative difference of every metric
+that differs and exits with 1 if there is one.
 """
 
 import json
@@ -15,9 +15,8 @@ TIMES = {"seconds", "train_seconds", "images_per_second"}
 
 def main(left: str, right: str) -> int:
     """Compare two run folders; return the exit status."""
-    logs = [
-        [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()] for run in (left, right)
-    ]
+    texts = [(Path(run) / "metrics.jsonl").read_text() for run in (left, right)]
+    logs = [[json.loads(line) for line in text.splitlines()] for text in texts]
     worst: dict[str, float] = {}
     for a, b in zip(*logs, strict=False):
         for key in (a.keys() | b.keys()) - TIMES:

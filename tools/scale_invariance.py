@@ -2,8 +2,9 @@
 
     python tools/scale_invariance.py RUN [--factors 0.5 1 2] [--at EPOCH] [--examples 100]
 
-The network stays the same function, so a measure of how it generalises should stay the same (Stutz, Hein & Schiele, ICCV 2021,
-section 4, scale 0.5 and 2). Relative measures do; the largest eigenvalue and the trace of the Hessian do not.
+The network stays the same function, so a measure of how it generalises should stay the same (Stutz, Hein &
+Schiele, ICCV 2021, section 4, scale 0.5 and 2). Relative measures do; the largest eigenvalue and the trace of
+the Hessian do not.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from wcitrain.data import load_splits
+from wcitrain.images import open_splits
 from wcitrain.measures import MEASURES, Shared, measure
 from wcitrain.measuring_many import settings_by_measure
 from wcitrain.targets import attack_of, find_target, load_model, recipe_of
@@ -23,18 +24,14 @@ NAMES = ["average_flatness", "worst_flatness", "wci", "hessian_trace", "lambda_m
 
 
 def scaled(model: nn.Module, factor: float) -> nn.Module:
-    """Return a copy whose convolutions are ``factor`` times as long where a BatchNorm undoes it.
-
-    Raises:
-        ValueError: The copy is another function: a convolution that another module than the next BatchNorm reads.
-    """
+    """Return a copy whose convolutions are ``factor`` times as long where a BatchNorm undoes it."""
     twin = copy.deepcopy(model)
     conv = None
     with torch.no_grad():
         for module in twin.modules():
             if isinstance(module, nn.Conv2d):
                 conv = module
-            elif isinstance(module, nn.BatchNorm2d) and conv is not None and conv.out_channels == module.num_features:
+            elif isinstance(module, nn.BatchNorm2d) and conv and conv.out_channels == module.num_features:
                 conv.weight.mul_(factor)
                 if conv.bias is not None:
                     conv.bias.mul_(factor)
@@ -57,7 +54,7 @@ def main() -> int:
     options = parser.parse_args()
     target = find_target(Path(options.run), options.at)
     recipe = recipe_of(target, None, [])
-    splits = load_splits(**recipe.data.model_dump(exclude={"crop_padding", "flip"}))
+    splits = open_splits(recipe)
     model = load_model(target, recipe, splits)
     threat, attack = attack_of(recipe, False, None, None, None)
     num = min(options.examples, len(splits.test))
@@ -68,8 +65,8 @@ def main() -> int:
     with torch.no_grad():
         for factor, twin in models.items():
             change = float((twin.eval()(data[0][0]) - model.eval()(data[0][0])).abs().max())
-            if change > 1e-3:
-                raise ValueError(f"factor {factor:g}: logits change by {change:.2g}; expected the same function.")
+            if change > 1e-3:  # another module than the next BatchNorm reads a convolution
+                raise ValueError(f"factor {factor:g}: logits change by {change:.2g}; expected no change.")
     print("| measure | " + " | ".join(f"x{factor:g}" for factor in models) + " |")
     print("| --- |" + " ---: |" * len(models))
     for name in options.measures:

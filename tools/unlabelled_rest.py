@@ -1,8 +1,9 @@
-"""Write the images of a training set that a recipe does *not* use as an unlabelled ``.npz``, for its ``extra.path``.
+"""Write the training images that a recipe does *not* use as an unlabelled ``.npz``, for its ``extra.path``.
 
-    python tools/unlabelled_rest.py recipes/small/at.yaml data/extra/small.npz --images 6000 [key=value ...]
+    python tools/unlabelled_rest.py recipes/bases/cifar10_tiny.yaml data/extra/tiny.npz --images 6000
 
-The usual semi-supervised protocol: labels of the rest are not written, and neither validation nor test images are among them.
+Settings ``key=value`` after the two files override the recipe's. The usual semi-supervised protocol: labels
+of the rest are not written, and neither validation nor test images are among them.
 """
 
 import argparse
@@ -23,21 +24,19 @@ def main() -> None:
     parser.add_argument("output")
     parser.add_argument("--images", type=int, required=True, help="how many to write")
     parser.add_argument("settings", nargs="*", help="key=value overrides of the recipe")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     splits = open_splits(load_recipe(options.recipe, options.settings))
     train, val = splits.train, splits.val
-    if (
-        not isinstance(train, ImageSet)
-        or not isinstance(val, ImageSet)
-        or train.decoder.source is not val.decoder.source
-    ):
+    are_sets = isinstance(train, ImageSet) and isinstance(val, ImageSet)
+    if not are_sets or train.decoder.source is not val.decoder.source:
         parser.error("expected a recipe whose validation images are cut from its training images")
     is_free = torch.ones(len(train.decoder.source.labels), dtype=torch.bool)
     is_free[train.positions] = is_free[val.positions] = False
     positions = is_free.nonzero().flatten()
     if not 0 < options.images <= len(positions):
-        parser.error(f"--images: got {options.images}; expected 1 to {len(positions)}, the images the recipe leaves")
-    chosen = positions[torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))[: options.images]]
+        parser.error(f"--images: got {options.images}; expected 1 to {len(positions)}, those that are left")
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
+    chosen = positions[order[: options.images]]
     images = ImageSet.load(train.decoder, chosen.sort().values, in_memory=True)
     assert images.pixels is not None
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
-"""Adversarial training sharpens the loss landscape: Yamada et al. 2021 (arXiv 2102.02950) in linear logistic regression.
+"""Adversarial training sharpens the loss landscape, in linear logistic regression.
 
-    python tools/yamada_logistic.py recipes/yamada_logistic.yaml [--out FOLDER]     # writes results.json and .png, under a minute
+    python tools/yamada_logistic.py recipes/yamada_logistic.yaml [--out FOLDER]
 
-For every data set, norm and radius eps, weights are trained to the end on the closed-form robust loss, and as a control on random
-noise of the same norm. Measured at the end, on the training loss: the largest eigenvalue and the trace of the Hessian, WCI =
-sqrt(‖w‖² Tr H), the rise of the loss at the normalised distance ‖w‖; and the clean and robust test error. Images are centred
-between the class means, so that no bias is needed; the attack ignores the pixels' range.
+Writes results.json and results.png, in under a minute. After Yamada et al. 2021 (arXiv 2102.02950): for every
+data set, norm and radius eps, weights are trained to the end on the closed-form robust loss, and as a control
+on random noise of the same norm. Measured at the end, on the training loss: the largest eigenvalue and the
+trace of the Hessian, WCI = sqrt(‖w‖² Tr H), the rise of the loss at the normalised distance ‖w‖; and the
+clean and robust test error. Images are centred between the class means, so that no bias is needed; the attack
+ignores the pixels' range.
 """
 
 import argparse
@@ -36,10 +38,9 @@ from wcitrain.measures.logistic import (
     normalised_rise,
     random_noise,
 )
-from wcitrain.recipe.base import Section
-from wcitrain.recipe.errors import build
-from wcitrain.recipe.reading import Layer, RecipeError, read_files
-from wcitrain.recipe.values import NonNegative, Positive, PositiveCount, Text
+from wcitrain.method import NonNegative, Positive, PositiveCount, Text
+from wcitrain.recipe.reading import read_yaml
+from wcitrain.recipe.sections import Section
 from wcitrain.report.runs import COLOURS, MARKERS
 from wcitrain.seeding import generator_from
 
@@ -77,7 +78,7 @@ class DataSet(Section):
 class Gaussian(DataSet):
     """Two Gaussian classes with means ±mu e_1."""
 
-    kind: Literal["gaussian"] = "gaussian"
+    kind: Literal["gaussian"]
     mu: Positive = Field(3.0, description="Half the distance of the means.")
     sd: Positive = Field(0.8, description="Standard deviation in every direction.")
     d: PositiveCount = Field(20, description="Dimensions.")
@@ -87,7 +88,7 @@ class Gaussian(DataSet):
 class Digits(DataSet):
     """Two classes of scikit-learn's digits, 8x8 pixels in [0, 1]."""
 
-    kind: Literal["digits"] = "digits"
+    kind: Literal["digits"]
     classes: Classes = Field([3, 8], description="The two digits; the first is +1.")
     num_train: PositiveCount = Field(200, description="Training examples.")
 
@@ -95,22 +96,19 @@ class Digits(DataSet):
 class Idx(DataSet):
     """Two classes of MNIST or Fashion-MNIST from its idx.gz files, averaged to 14x14 pixels in [0, 1]."""
 
-    kind: Literal["idx"] = "idx"
+    kind: Literal["idx"]
     classes: Classes = Field([5, 7], description="The two classes; the first is +1.")
     folder: Text = Field("data", description="Where train-images-idx3-ubyte.gz and its like are.")
 
 
-KINDS: dict[str, type[DataSet]] = {"gaussian": Gaussian, "digits": Digits, "idx": Idx}
-
-
 class Study(Section):
-    """The whole study."""
+    """The whole study; data sets stand under the name they are drawn by."""
 
     weight_decay: Positive = Field(1e-3, description="λ of (λ/2) ‖w‖².")
     seeds: Annotated[list[int], Field(min_length=1)] = Field([0, 1, 2], description="Of everything random.")
     noise_draws: PositiveCount = Field(10, description="Copies of every example in the control.")
     directions: PositiveCount = Field(100, description="Of the normalised rise.")
-    datasets: dict[str, Any] = Field({}, description="Data sets by the name they are drawn under.")
+    datasets: dict[str, Annotated[Gaussian | Digits | Idx, Field(discriminator="kind")]] = Field(min_length=1)
 
 
 class Examples(NamedTuple):
@@ -122,38 +120,7 @@ class Examples(NamedTuple):
     y_test: Tensor
 
 
-def read_study(path: Path) -> tuple[Study, dict[str, DataSet]]:
-    """Return the settings and the data sets in them.
-
-    Raises:
-        RecipeError: A line for each thing that is wrong.
-    """
-    problems: list[str] = []
-    layers = read_files(path, problems)
-    study = build(Study, layers, problems, {})
-    places = {key: place for layer in layers for key, place in layer.places.items()}
-    found: dict[str, DataSet] = {}
-    for name, content in study.datasets.items():
-        here = places.get(("datasets", name), str(path))
-        kind = content.get("kind") if isinstance(content, dict) else None
-        if kind not in KINDS:
-            problems.append(
-                f"{here}: {name}: got kind {kind!r}; expected one of {', '.join(KINDS)}. Write kind: gaussian."
-            )
-            continue
-        own = {key[2:]: place for key, place in places.items() if key[:2] == ("datasets", name)}
-        try:
-            found[name] = build(KINDS[kind], [Layer(content, own)], [], {})
-        except RecipeError as error:
-            problems += str(error).splitlines()
-    if not study.datasets:
-        problems.append(f"{path}: datasets: got none; expected at least one. Write a name: {{kind: digits}}.")
-    if problems:
-        raise RecipeError("\n".join(problems))
-    return study, found
-
-
-def load(data: DataSet, seed: int) -> Examples:
+def load(data: Gaussian | Digits | Idx, seed: int) -> Examples:
     """Return the examples of one seed, float64, centred between the class means of the training set."""
     generator = generator_from("cpu", seed, "examples")
     if isinstance(data, Gaussian):
@@ -165,7 +132,6 @@ def load(data: DataSet, seed: int) -> Examples:
             x[:, 0] += data.mu * y
             parts += [x, y]
         return Examples(*parts)
-    assert isinstance(data, Digits | Idx)
     if isinstance(data, Digits):
         x, labels = load_digits(return_X_y=True)
         sets = [(torch.from_numpy(x) / 16, torch.from_numpy(labels))]
@@ -182,8 +148,8 @@ def load(data: DataSet, seed: int) -> Examples:
     x, y = x[:n], y[:n]
     if len(y) < n or not len(test[1]) or not ((y > 0).any() and (y < 0).any()):
         raise ValueError(
-            f"num_train: got {n} of {len(pools[0][1])} images of classes {data.classes}; expected both classes and some "
-            "images left to test on. Lower it."
+            f"num_train: got {n} of {len(pools[0][1])} images of classes {data.classes}; expected both "
+            "classes and some images left to test on. Lower it."
         )
     centre = (x[y > 0].mean(0) + x[y < 0].mean(0)) / 2
     return Examples(x - centre, y, test[0][: data.num_test] - centre, test[1][: data.num_test])
@@ -200,7 +166,9 @@ def _read_idx(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pooled), torch.from_numpy(labels.astype(np.int64))
 
 
-def measure(found: Examples, eps: float, norm: Any, training: str, study: Study, seed: int) -> dict[str, float]:
+def measure(
+    found: Examples, eps: float, norm: Any, training: str, study: Study, seed: int
+) -> dict[str, float]:
     """Train and measure once."""
     x, y, x_test, y_test = found
     radius = eps
@@ -228,10 +196,10 @@ def measure(found: Examples, eps: float, norm: Any, training: str, study: Study,
     }
 
 
-def run(study: Study, datasets: dict[str, DataSet]) -> list[dict[str, Any]]:
-    """Return one row for each data set, norm, training, eps and seed; all examples are loaded and radii checked first."""
+def run(study: Study) -> list[dict[str, Any]]:
+    """Return one row for each data set, norm, training, eps and seed; all radii are checked first."""
     loaded: dict[str, list[Examples]] = {}
-    for name, data in datasets.items():
+    for name, data in study.datasets.items():
         if isinstance(data, Idx) and not (Path(data.folder) / "train-images-idx3-ubyte.gz").is_file():
             print(f"{name}: left out, no idx files in {data.folder}")
             continue
@@ -240,15 +208,15 @@ def run(study: Study, datasets: dict[str, DataSet]) -> list[dict[str, Any]]:
             limit = min(largest_eps(found.x, found.y, norm) for found in loaded[name])  # type: ignore[arg-type]
             if getattr(data, norm)[-1] >= limit:
                 raise ValueError(
-                    f"{name}.{norm}: got eps={getattr(data, norm)[-1]:g}; expected less than {limit:.4g}, from where on "
-                    "w = 0 is best. Shorten the grid."
+                    f"{name}.{norm}: got eps={getattr(data, norm)[-1]:g}; expected less than {limit:.4g}, "
+                    "from where on w = 0 is best. Shorten the grid."
                 )
     rows = []
     for name, examples in loaded.items():
         for norm in NORMS:
             for found, seed in zip(examples, study.seeds, strict=True):
                 limit = largest_eps(found.x, found.y, norm)  # type: ignore[arg-type]
-                for eps in getattr(datasets[name], norm):
+                for eps in getattr(study.datasets[name], norm):
                     for training in ("adversarial", "noise"):
                         if eps == 0 and training == "noise":  # the same problem
                             numbers = rows[-1]["numbers"]
@@ -264,7 +232,10 @@ def select(rows: Sequence[dict[str, Any]], key: str, **wanted: Any) -> np.ndarra
     chosen = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
     grid = sorted({row["eps"] for row in chosen})
     return np.array(
-        [[row[key] if key in row else row["numbers"][key] for row in chosen if row["eps"] == eps] for eps in grid]
+        [
+            [row[key] if key in row else row["numbers"][key] for row in chosen if row["eps"] == eps]
+            for eps in grid
+        ]
     )
 
 
@@ -309,11 +280,9 @@ def draw(rows: Sequence[dict[str, Any]], num_seeds: int) -> Figure:
                 ax.yaxis.set_minor_formatter(NullFormatter())
             ax.set_xlabel("eps / largest useful eps", fontsize=11, color=INK)
         line[0].set_ylabel(f"{NORMS[norm]} threat", fontsize=13, color=INK)
+    styles = [(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], name) for i, name in enumerate(names)]
     handles = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], label=name, linewidth=1.8)
-        for i, name in enumerate(names)
-    ]
-    handles += [
+        *(Line2D([], [], color=c, marker=m, label=name, linewidth=1.8) for c, m, name in styles),
         Line2D([], [], color=INK, label=f"adversarial training (mean and range of {num_seeds} seeds)"),
         Line2D([], [], color=INK, linestyle="--", label="random noise of the same norm"),
     ]
@@ -335,38 +304,41 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                     if training == "noise" and grid[place] == 0:
                         continue
                     where = {"dataset": name, "norm": norm, "training": training}
-                    mean = {key: float(select(rows, key, **where)[place].mean()) for key in next(iter(rows))["numbers"]}
+                    mean = {
+                        key: float(select(rows, key, **where)[place].mean()) for key in rows[0]["numbers"]
+                    }
                     lines.append(
                         f"| {name} | {label} | {training if grid[place] else 'plain'} | {grid[place]:g} | "
-                        f"{mean['lambda_max']:.3g} | {mean['trace']:.3g} ({mean['fixed_trace']:.3g}) | {mean['wci']:.3g} | "
-                        f"{mean['rise']:.3g} | {100 * mean['test_error']:.2f} | {100 * mean['robust_test_error']:.2f} |"
+                        f"{mean['lambda_max']:.3g} | {mean['trace']:.3g} ({mean['fixed_trace']:.3g}) | "
+                        f"{mean['wci']:.3g} | {mean['rise']:.3g} | {100 * mean['test_error']:.2f} | "
+                        f"{100 * mean['robust_test_error']:.2f} |"
                     )
     return "\n".join(lines)
 
 
 def main() -> int:
     """Run the study; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path, metavar="RECIPE")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("runs/yamada_logistic"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
     try:
-        study, datasets = read_study(options.recipe)
-        rows = run(study, datasets)
-    except ValueError as error:
+        study = Study.model_validate(read_yaml(options.recipe.read_text("utf-8")))
+        rows = run(study)
+    except (OSError, ValueError) as error:
         print(f"yamada_logistic: {error}", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = study.model_dump() | {"datasets": {name: data.model_dump() for name, data in datasets.items()}}
-    document = {"settings": settings, "rows": rows}
+    document = {"settings": study.model_dump(), "rows": rows}
     (options.out / "results.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", "utf-8")
     draw(rows, len(study.seeds)).savefig(options.out / "results.png")
     print(table(rows))
-    print(
-        f"\n{len(rows)} rows in {time.perf_counter() - began:.0f} s. Written: {options.out}/results.json, results.png"
-    )
+    seconds = time.perf_counter() - began
+    print(f"\n{len(rows)} rows in {seconds:.0f} s. Written: {options.out}/results.json, results.png")
     return 0
 
 

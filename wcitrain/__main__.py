@@ -1,4 +1,4 @@
-"""``wcitrain`` = ``python -m wcitrain`` = ``accelerate launch -m wcitrain``: train, sweep, evaluate, measure, landscape, report."""
+"""The command ``wcitrain``, which is ``python -m wcitrain`` and ``accelerate launch -m wcitrain`` too."""
 
 import argparse
 import sys
@@ -7,11 +7,12 @@ from importlib.metadata import version
 
 from wcitrain.checkpoint import CheckpointError
 from wcitrain.commands import COMMANDS
-from wcitrain.train import Interrupted, NonFiniteLossError
+from wcitrain.monitoring import NonFiniteLossError
+from wcitrain.train import Interrupted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0 done, 1 stopped by an error, 2 wrong input, 130 interrupted."""
+    """Run one command and return 0 (done), 1 (stopped by an error), 2 (wrong input) or 130 (interrupted)."""
     parser = argparse.ArgumentParser(
         prog="wcitrain", description="Robust training with the Weight-Curvature Index as a training knob."
     )
@@ -24,17 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[options.command].run(options)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"wcitrain {options.command}: {error}", file=sys.stderr)
-        return 2
+        status, text = 2, str(error)
     except (CheckpointError, NonFiniteLossError) as error:
-        print(f"wcitrain {options.command}: {error}", file=sys.stderr)
-        return 1
+        status, text = 1, str(error)
     except Interrupted as stop:
-        print(f"wcitrain {options.command}: {stop}", file=sys.stderr)
-        return 130
+        status, text = 130, str(stop)
     except KeyboardInterrupt:
-        print(f"wcitrain {options.command}: stopped at once; what was saved before stays.", file=sys.stderr)
-        return 130
+        status, text = 130, "stopped at once; what was saved before stays."
+    print(f"wcitrain {options.command}: {text}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ FORMAT = 1  # raised when a reader of the old format would misread the new one
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
 
-# Every checkpoint by name, and where the one it replaces stands meanwhile. Only `previous` is kept afterwards.
+# Every checkpoint by name, and where the one it replaces stands meanwhile. Only `previous` is kept.
 OLDER = {"last": "previous", "best": ".best.replaced"}
 
 # The dtypes that safetensors writes and torch copies, whatever their versions.
@@ -47,17 +47,19 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], name: str = "last") -> None:
-    """Write ``state`` to ``folder/name``; a crash or a full disk at any instant costs at most this one checkpoint.
+    """Write ``state`` to ``folder/name``; a crash or a full disk costs at most this one checkpoint.
 
-    The new checkpoint is written and synced beside the old one, then takes its place by renames. An intact ``last``
-    becomes ``previous``; a damaged one is dropped, so that it never pushes out an intact ``previous``. ``best``
-    replaces the former ``best``. One process writes; needs about twice the size of the tensors in host memory.
+    The new checkpoint is written and synced beside the old one, then takes its place by renames. An intact
+    ``last`` becomes ``previous``; a damaged one is dropped, so that it never pushes out an intact
+    ``previous``. ``best`` replaces the former ``best``. One process writes; needs about twice the size of the
+    tensors in host memory.
 
     Args:
         folder: Where a run keeps its checkpoints, e.g. ``runs/x/checkpoints``; made when missing.
-        state: Any tree of dict (str or int keys), list, tuple, None, bool, int, float, str and dense tensors. Types,
-            dtypes and bits come back exactly, except that tensors come back on the CPU, contiguous and without a
-            gradient, tensors that shared memory come back as copies, and an ``OrderedDict`` comes back as a ``dict``.
+        state: Any tree of dict (str or int keys), list, tuple, None, bool, int, float, str and dense tensors.
+            Types, dtypes and bits come back exactly, except that tensors come back on the CPU, contiguous and
+            without a gradient, tensors that shared memory come back as copies, and an ``OrderedDict`` comes
+            back as a ``dict``.
         name: ``"last"`` or ``"best"``.
 
     Raises:
@@ -98,8 +100,8 @@ def load_checkpoint(folder: Path, name: str = "last") -> tuple[dict[str, Any], P
         The state, with all tensors on the CPU, and the folder it was read from.
 
     Warns:
-        UserWarning: The newest checkpoint is missing or damaged and an older one is used; says why and its epoch
-            (the value of ``state["epoch"]``).
+        UserWarning: The newest checkpoint is missing or damaged and an older one is used; says why and its
+            epoch (the value of ``state["epoch"]``).
 
     Raises:
         CheckpointError: Neither is intact; gives both reasons.
@@ -125,19 +127,18 @@ def load_checkpoint(folder: Path, name: str = "last") -> tuple[dict[str, Any], P
     return state, older
 
 
-def save_exported_model(folder: Path, state_dict: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> Path:
+def save_exported_model(
+    folder: Path, state_dict: Mapping[str, torch.Tensor], metadata: dict[str, str]
+) -> Path:
     """Write weights that ``timm.create_model(..., checkpoint_path=...)`` loads, and what is known about them.
 
-    ``model.safetensors`` carries the metadata in its header too, so each file is replaced atomically on its own and a
-    crash between the two leaves nothing that misleads.
+    ``model.safetensors`` carries the metadata in its header too, so each file is replaced atomically on its
+    own and a crash between the two leaves nothing that misleads. Its path is returned.
 
     Args:
         folder: e.g. ``runs/x/model``; made when missing.
         state_dict: The weights, under the names the timm model gives them.
-        metadata: Plain text by name, e.g. the architecture and its accuracies; also written to ``metadata.json``.
-
-    Returns:
-        The path of ``model.safetensors``.
+        metadata: Plain text by name, e.g. architecture and accuracies; also written to ``metadata.json``.
 
     Raises:
         TypeError: A value cannot be saved; the message names its place. Nothing has been written.
@@ -145,7 +146,9 @@ def save_exported_model(folder: Path, state_dict: Mapping[str, torch.Tensor], me
     """
     for key, value in metadata.items():
         if type(value) is not str:
-            raise TypeError(f"metadata{_step(key)}: got a {_type_name(value)}; expected a str. Convert it with str().")
+            raise TypeError(
+                f"metadata{_step(key)}: got a {_type_name(value)}; expected a str. Convert it with str()."
+            )
     tensors = {key: _copy(value, f"state_dict{_step(key)}") for key, value in state_dict.items()}
     files = {
         "model.safetensors": safetensors.torch.save(tensors, {"format": "pt", **metadata}),
@@ -171,7 +174,7 @@ def save_exported_model(folder: Path, state_dict: Mapping[str, torch.Tensor], me
 
 
 def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return the JSON form of ``value`` and collect its tensors. A subclass would come back changed: refused."""
+    """Return the JSON form of ``value``, collect its tensors. A subclass would come back changed: refused."""
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
@@ -189,15 +192,19 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         for key in value:
             if type(key) not in (str, int):
                 raise TypeError(
-                    f"{place or 'state'}: got the key {key!r}, a {_type_name(key)}; expected str or int keys. "
-                    "Rename the key before saving."
+                    f"{place or 'state'}: got the key {key!r}, a {_type_name(key)}; expected str or int "
+                    "keys. Rename the key before saving."
                 )
-        pairs = [(key, _encode(item, (place + _step(key)).removeprefix("."), tensors)) for key, item in value.items()]
+        pairs = [
+            (key, _encode(item, (place + _step(key)).removeprefix("."), tensors))
+            for key, item in value.items()
+        ]
         is_plain = all(type(key) is str and not key.startswith("$") for key, _ in pairs)
         return dict(pairs) if is_plain else {"$dict": [list(pair) for pair in pairs]}
     raise TypeError(
-        f"{place or 'state'}: got a {_type_name(value)}; expected None, bool, int, float, str, a tensor, or a dict, "
-        "list or tuple of these. Convert it before saving, e.g. with float(), .tolist() or torch.from_numpy()."
+        f"{place or 'state'}: got a {_type_name(value)}; expected None, bool, int, float, str, a tensor, or "
+        "a dict, list or tuple of these. Convert it before saving, e.g. with float(), .tolist() or "
+        "torch.from_numpy()."
     )
 
 
@@ -223,20 +230,25 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _step(key: str | int) -> str:
-    """Return how ``key`` continues a place: ``.name`` or ``[...]``, so that two places never share a spelling."""
+    """Return how ``key`` continues a place: ``.name`` or ``[...]``; two places never share a spelling."""
     # safetensors keeps the tensor name "__metadata__" for itself.
-    return f".{key}" if isinstance(key, str) and key.isidentifier() and key != "__metadata__" else f"[{key!r}]"
+    return (
+        f".{key}" if isinstance(key, str) and key.isidentifier() and key != "__metadata__" else f"[{key!r}]"
+    )
 
 
 def _copy(tensor: Any, place: str) -> torch.Tensor:
     """Return an independent, contiguous copy on the CPU; refuse what a safetensors file cannot hold."""
     # Subclasses (DTensor, fake tensors, ...) are more than their numbers; a Parameter is not.
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        raise TypeError(f"{place}: got a {_type_name(tensor)}; expected a plain tensor. Convert it before saving.")
+        raise TypeError(
+            f"{place}: got a {_type_name(tensor)}; expected a plain tensor. Convert it before saving."
+        )
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
         raise TypeError(
-            f"{place}: got a {tensor.dtype} tensor ({tensor.layout}, on {tensor.device}); expected a dense tensor of a "
-            "real dtype that safetensors can hold. Convert it before saving, e.g. with torch.view_as_real()."
+            f"{place}: got a {tensor.dtype} tensor ({tensor.layout}, on {tensor.device}); expected a dense "
+            "tensor of a real dtype that safetensors can hold. Convert it before saving, e.g. with "
+            "torch.view_as_real()."
         )
     return tensor.detach().resolve_neg().to("cpu", memory_format=torch.contiguous_format, copy=True)
 
@@ -251,7 +263,7 @@ def _type_name(value: object) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the state in the checkpoint folder ``path``, or raise ``CheckpointError`` with what is wrong with it."""
+    """Return the state in the checkpoint folder ``path``; ``CheckpointError`` says what is wrong with it."""
     if not path.is_dir():
         raise CheckpointError(f"{path.name}: missing")
     content = {}
@@ -264,20 +276,24 @@ def _read(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path.name}/{filename}: unreadable ({error})") from error
     try:
         document = json.loads(content[STATE])
-        is_intact = isinstance(document, dict) and document.pop("digest", None) == _digest(_canonical(document))
+        is_intact = isinstance(document, dict) and document.pop("digest", None) == _digest(
+            _canonical(document)
+        )
     except ValueError:
         raise CheckpointError(f"{path.name}/{STATE}: damaged: not JSON") from None
     if not is_intact:
         raise CheckpointError(f"{path.name}/{STATE}: damaged: digest differs")
     if (version := document["format"]) != FORMAT:
-        raise CheckpointError(f"{path.name}/{STATE}: written in format {version}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path.name}/{STATE}: written in format {version}, this version reads {FORMAT}"
+        )
     if document["tensors_digest"] != _digest(content[TENSORS]):
         raise CheckpointError(f"{path.name}/{TENSORS}: damaged: digest differs")
     return _decode(document["state"], safetensors.torch.load(content[TENSORS]))
 
 
 def _swap_in(partial: Path, newest: Path, older: Path) -> None:
-    """Rename ``partial`` to ``newest`` and keep the former as ``older`` meanwhile; one of the two is always intact."""
+    """Rename ``partial`` to ``newest``, the former to ``older``; one of the two is always intact."""
     folder = newest.parent
     if newest.exists():
         try:
@@ -328,7 +344,9 @@ def _disk_error(target: Path, error: OSError, num_bytes: int) -> CheckpointError
 def _check_name(name: str) -> None:
     """Refuse a name that is not in ``OLDER``."""
     if name not in OLDER:
-        raise ValueError(f"name: got {name!r}; expected one of {', '.join(map(repr, OLDER))}. Choose one of these.")
+        raise ValueError(
+            f"name: got {name!r}; expected one of {', '.join(map(repr, OLDER))}. Choose one of these."
+        )
 
 
 def _digest(content: bytes) -> str:

@@ -1,7 +1,8 @@
-"""``wcitrain measure --correlate``: does a measure go with the robust gap over runs? A table, JSON and scatter plots.
+"""``wcitrain measure --correlate``: does a measure go with the robust gap over runs?
 
-The models are those of ``measuring_many``; hyper-parameters are what differs between the recipes of their runs. Sections that
-choose a method (objective, perturbation, ...) are one hyper-parameter each, elsewhere every key is one.
+The answer is a table, JSON and scatter plots. The models are those of ``measuring_many``; hyper-parameters
+are what differs between the recipes of their runs. Sections that choose a method (objective, perturbation,
+...) are one hyper-parameter each, elsewhere every key is one.
 """
 
 import json
@@ -11,10 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from wcitrain.measures.correlation import Correlation, correlate
 from wcitrain.measuring_many import GAP, MeasuredModel
+from wcitrain.recipe.reading import read_yaml
 
 TARGETS = {  # name: (part of the gap's measurement, None for its value)
     "robust gap (loss)": None,
@@ -38,7 +38,7 @@ CANNOT_DIFFER = ("num_threads", "device")
 
 @dataclass(frozen=True)
 class Study:
-    """Correlations by target and measure, the hyper-parameters they are conditioned on, and the models behind them."""
+    """Correlations by target and measure, the hyper-parameters they are conditioned on, and the models."""
 
     models: Sequence[MeasuredModel]
     axes: Mapping[str, Sequence[Any]]
@@ -48,16 +48,18 @@ class Study:
         """Return a markdown table for each target, the strongest rank correlation first."""
         first = next(iter(next(iter(self.correlations.values())).values()))
         lines = [
-            f"{first.num_models} models of {first.num_runs} runs; hyper-parameters that differ: {', '.join(self.axes) or 'none'}.",
+            f"{first.num_models} models of {first.num_runs} runs; hyper-parameters that differ: "
+            f"{', '.join(self.axes) or 'none'}."
         ]
         for target, rows in self.correlations.items():
             lines += ["", f"### {target}", "", *_table(rows)]
         lines += [
             "",
-            "Brackets: 95 % bootstrap intervals over runs. Ψ: Kendall's τ among models that differ in one hyper-parameter, "
-            "averaged over hyper-parameters (granulated). within: τ among the epochs of a run. information: conditional "
-            "mutual information, the least over conditions on at most two hyper-parameters; in brackets what a shuffled "
-            "measure reaches one time in twenty. –: not defined.",
+            "Brackets: 95 % bootstrap intervals over runs. Ψ: Kendall's τ among models that differ in one "
+            "hyper-parameter, averaged over hyper-parameters (granulated). within: τ among the epochs of a "
+            "run. information: conditional mutual information, the least over conditions on at most two "
+            "hyper-parameters; in brackets what a shuffled measure reaches one time in twenty. –: not "
+            "defined.",
         ]
         return "\n".join(lines)
 
@@ -86,8 +88,8 @@ def study(models: Sequence[MeasuredModel], *, num_bootstrap: int = 1000, seed: i
     without = [str(m.path) for m in models if GAP not in m.measures]
     if len(models) < 3 or without:
         raise ValueError(
-            f"correlate: got {len(models)} models, {len(without)} of them without {GAP}; expected at least three with it. "
-            f"Name more runs, and {GAP} among the measures."
+            f"correlate: got {len(models)} models, {len(without)} of them without {GAP}; expected at least "
+            f"three with it. Name more runs, and {GAP} among the measures."
         )
     runs = [str(m.run or m.target) for m in models]
     axes = _axes([_hyper_parameters(m) for m in models])
@@ -105,7 +107,7 @@ def study(models: Sequence[MeasuredModel], *, num_bootstrap: int = 1000, seed: i
 
 
 def write_study(found: Study, folder: Path) -> tuple[Path, ...]:
-    """Write ``correlation.{md,json}`` and a page of scatter plots for each target; files there are replaced."""
+    """Write ``correlation.{md,json}`` and scatter plots for each target, in place of those that are there."""
     from wcitrain.report.scatter import scatter_page  # matplotlib takes a second to import
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,14 +141,16 @@ def _hyper_parameters(model: MeasuredModel) -> dict[str, str]:
     if path is None or not path.is_file():
         return {}
     found: dict[str, str] = {}
-    for section, content in yaml.safe_load(path.read_text("utf-8")).items():
+    for section, content in read_yaml(path.read_text("utf-8")).items():
         if section in WITHOUT_MEANING:
             continue
         if section in WHOLE or not isinstance(content, dict):
             found[section] = json.dumps(content, sort_keys=True)
         else:
             found |= {
-                f"{section}.{k}": json.dumps(v, sort_keys=True) for k, v in content.items() if k not in CANNOT_DIFFER
+                f"{section}.{k}": json.dumps(v, sort_keys=True)
+                for k, v in content.items()
+                if k not in CANNOT_DIFFER
             }
     return found
 
@@ -169,8 +173,19 @@ def _table(rows: Mapping[str, Correlation]) -> list[str]:
     header = ["measure", "Kendall τ", "Spearman ρ", "Pearson r", "Ψ", "within", "information", "models"]
     lines = ["| " + " | ".join(header) + " |", "| --- | " + " | ".join(["---:"] * (len(header) - 1)) + " |"]
     for name, row in rows.items():
-        information = "–" if math.isnan(row.information) else f"{row.information:.3f} ({row.information_chance:.3f})"
-        cells = [name, row.kendall, row.spearman, row.pearson, row.granulated, row.within, information, row.num_models]
+        information = (
+            "–" if math.isnan(row.information) else f"{row.information:.3f} ({row.information_chance:.3f})"
+        )
+        cells = [
+            name,
+            row.kendall,
+            row.spearman,
+            row.pearson,
+            row.granulated,
+            row.within,
+            information,
+            row.num_models,
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 

@@ -1,4 +1,4 @@
-"""``wcitrain evaluate``: robust accuracy of a run, of an exported model or of a file of weights, as a table, files and a curve.
+"""``wcitrain evaluate``: robust accuracy of a run, an export or a file of weights: table, files and a curve.
 
 Data, model and threat come from a recipe: the run's own, or one that is given. One process only.
 """
@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +16,11 @@ from typing import Any, cast
 import torch
 
 from wcitrain.attacks import ThreatModel
-from wcitrain.data import ImageSet, StreamSet, load_splits
+from wcitrain.data import ImageSet, StreamSet
+from wcitrain.digest import digest
 from wcitrain.evaluation import Evaluation, PreflightWarning, compare, evaluate, parse_attack
 from wcitrain.evaluation.corruptions import chosen_corruptions
-from wcitrain.evaluation.state import digest
+from wcitrain.images import images_of, open_splits
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import generator_from
 from wcitrain.targets import Target, device_of, find_target, load_model, recipe_of
@@ -56,7 +57,7 @@ def evaluate_run(
     num_examples: int | None = None,
     corruptions: Sequence[str] = (),
     seed: int = 0,
-    recipe: str | Path | None = None,
+    recipe: str | Path | Sequence[str | Path] | None = None,
     settings: Sequence[str] = (),
     out: str | Path | None = None,
     batch_size: int = BATCH_SIZE,
@@ -65,18 +66,18 @@ def evaluate_run(
 ) -> Evaluated:
     """Evaluate one model on images of a split without augmentation, and write the result.
 
-    Fewer than all are chosen at random, the same for every model and seed: splits are often sorted by class. A stream cannot be
-    shuffled: its first images are taken, and the title says so.
+    Fewer than all are chosen at random, the same for every model and seed: splits are often sorted by class.
+    A stream cannot be shuffled: its first images are taken, and the title says so.
 
-    The state of every attack is kept in ``state/`` beside the results, under a digest of weights, images and settings: the same
-    call goes on where a killed one was, and takes what is finished from there.
+    The state of every attack is kept in ``state/`` beside the results, under a digest of weights, images and
+    settings: the same call goes on where a killed one was, and takes what is finished from there.
 
     Args:
         target: ``targets.KINDS``.
         attacks, num_examples, corruptions, seed, batch_size, preflight: See ``evaluation.evaluate``.
-        norm: ``"linf"``, ``"l2"`` or ``"l1"``; by default the recipe's. Another norm than the recipe's needs ``eps``.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``; by default the recipe's. Another than that needs ``eps``.
         eps: Radii such as ``"8/255"``, or with a norm of their own ``"l2:0.5"``; by default the recipe's.
-        at: ``"last"`` (default) or ``"best"``, for a run.
+        at: ``"last"`` (default), ``"best"`` or the number of an epoch that was kept, for a run.
         split: ``"test"``, ``"val"`` or ``"train"``.
         recipe: YAML that says data, model and threat; by default the run's own.
         settings: Settings such as ``"data.root=/data"`` that override the recipe's.
@@ -84,13 +85,15 @@ def evaluate_run(
         device: ``"auto"``, or a device of torch.
 
     Raises:
-        ValueError: The target is none of ``targets.KINDS``, weights and model differ, an argument is wrong, or a check fails.
+        ValueError: The target is none of ``targets.KINDS``, weights do not fit, an argument or a check fails.
         OSError: The files cannot be written; the message has the table.
         CheckpointError: The run's checkpoint is missing or damaged.
         ModuleNotFoundError: AutoAttack without the package pyautoattack.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; expected one. Start it without a launcher.")
+        raise ValueError(
+            f"got {os.environ['WORLD_SIZE']} processes; expected one. Start it without a launcher."
+        )
     plans = [parse_attack(name).name for name in attacks]
     found = find_target(Path(target), at)
     settled = recipe_of(found, recipe, settings)
@@ -99,12 +102,12 @@ def evaluate_run(
         chosen_corruptions(corruptions, 3)  # says what there is, before anything is loaded
     if batch_size < 1 or (num_examples is not None and num_examples < 1):
         raise ValueError(
-            f"evaluate: got num_examples={num_examples}, batch_size={batch_size}; expected at least 1. Raise it."
+            f"evaluate: got num_examples={num_examples}, batch_size={batch_size}; expected at least 1."
         )
     place = device_of(device, settled)
-    splits = load_splits(**settled.data.model_dump(exclude={"crop_padding", "flip"}))
+    splits = open_splits(settled)
     model = load_model(found, settled, splits)
-    whole = {"train": lambda: splits.train, "val": lambda: splits.val, "test": lambda: splits.test}[split]()
+    whole = images_of(splits, split)
     images, index = _chosen(whole, num_examples)
     folder = Path(out) if out else (found.run or found.path.parent) / "evaluations"
     folder.mkdir(parents=True, exist_ok=True)  # where that fails, it does so before the attacks
@@ -130,7 +133,11 @@ def evaluate_run(
             *([] if plans == list(ATTACKS) else ["+".join(plans) or "clean"]),
             *([str(t) for t in threats] if norm or eps else []),
             *([f"n{num}"] if num < len(whole) else []),
-            *(["corruptions" if list(corruptions) == ["all"] else "+".join(corruptions)] if corruptions else []),
+            *(
+                ["corruptions" if list(corruptions) == ["all"] else "+".join(corruptions)]
+                if corruptions
+                else []
+            ),
             *([f"b{batch_size}"] if batch_size != BATCH_SIZE else []),
             *([f"s{seed}"] if seed else []),
             *([f"r{digest([settled.model_dump_json()])[:8]}"] if recipe or settings else []),
@@ -138,16 +145,20 @@ def evaluate_run(
     )
     name = re.sub(r"[^\w+.]+", "-", name.replace("/", "_"))
     name = name if len(name) <= LONGEST else f"{name[: LONGEST - 17]}-{digest([name])}"
-    order = "" if num == len(whole) else ", in random order" if index is not None else ", the first of a stream"
+    order = (
+        "" if num == len(whole) else ", in random order" if index is not None else ", the first of a stream"
+    )
     title = f"{_name(found)}, {num} images of {split}{order}"
     document = {
         "target": str(found.path),
         "at": found.at,
         "split": split,
-        "recipe": None if recipe is None else str(recipe),
+        "recipe": None
+        if recipe is None
+        else " ".join(map(str, [recipe] if isinstance(recipe, str | Path) else recipe)),
         "overrides": list(settings),
         "data": settled.data.model_dump(mode="json"),
-        "threat": settled.threat.model_dump(mode="json"),
+        "threat": asdict(settled.threat),
         **evaluation.as_dict(),
     }
     try:
@@ -169,8 +180,10 @@ def compare_files(a: str | Path, b: str | Path) -> str:
     return f"A = {a}\nB = {b}\n{result.num_examples} images\n\n{result.table()}"
 
 
-def _chosen(images: ImageSet | StreamSet, num: int | None) -> tuple[ImageSet | StreamSet, torch.Tensor | None]:
-    """Return ``num`` images in an order that depends on nothing but the size of the split, and their places in it.
+def _chosen(
+    images: ImageSet | StreamSet, num: int | None
+) -> tuple[ImageSet | StreamSet, torch.Tensor | None]:
+    """Return ``num`` images, in an order that depends on the size of the split alone, and their places.
 
     All of them, and those of a stream, keep their order: places are None.
     """
@@ -182,13 +195,9 @@ def _chosen(images: ImageSet | StreamSet, num: int | None) -> tuple[ImageSet | S
 
 def _name(found: Target) -> str:
     """Return the name of the run, or of the file, and the epoch as far as it is known."""
-    folder = found.path / "model" / found.at if found.kind == "run" else found.path
-    try:
-        epoch = f"epoch-{json.loads((folder / 'metadata.json').read_text('utf-8'))['epoch']}"
-    except (OSError, ValueError, KeyError):
-        epoch = found.at
     name = (found.run or found.path).resolve().name
-    return f"{name} ({found.at}{'' if epoch == found.at else f', {epoch}'})".replace(", epoch-", ", epoch ")
+    epoch = "" if found.epoch is None or found.at == f"epoch-{found.epoch}" else f", epoch {found.epoch}"
+    return f"{name} ({found.at}{epoch})"
 
 
 def _write(evaluation: Evaluation, document: dict[str, Any], path: Path, title: str) -> tuple[Path, ...]:
@@ -211,8 +220,8 @@ def _threats(recipe: Recipe, norm: str | None, eps: Sequence[str | float]) -> li
     kind: str = norm or recipe.threat.norm
     if not eps and kind != recipe.threat.norm:
         raise ValueError(
-            f"--norm: got {norm} without --eps, and a recipe whose radius {recipe.threat.eps:g} is for {recipe.threat.norm}; "
-            "expected a radius for it. Give --eps."
+            f"--norm: got {norm} without --eps, and a recipe whose radius {recipe.threat.eps:g} is for "
+            f"{recipe.threat.norm}; expected a radius for it. Give --eps."
         )
     pairs = []
     for text in map(str, eps or [recipe.threat.eps]):
@@ -221,6 +230,6 @@ def _threats(recipe: Recipe, norm: str | None, eps: Sequence[str | float]) -> li
             pairs.append((own or kind, float(Fraction(radius)) if "/" in radius else float(radius)))
         except (ValueError, ZeroDivisionError, OverflowError):
             raise ValueError(
-                f"--eps: got {text}; expected a radius such as 8/255 or 0.03, or with its norm l2:0.5. Give it in pixel units."
+                f"--eps: got {text}; expected a radius in pixel units such as 8/255, or with its norm l2:0.5."
             ) from None
     return list(dict.fromkeys(ThreatModel(cast(Any, own), radius) for own, radius in pairs))

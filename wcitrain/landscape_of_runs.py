@@ -1,4 +1,4 @@
-"""``wcitrain landscape``: sections through the loss of a run, of an exported model or of a file of weights, drawn and stored.
+"""``wcitrain landscape``: sections through the loss of a run, an export or a file, drawn and stored.
 
 Data, model and threat come from a recipe: the run's own, or one that is given. One process only.
 """
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
-from wcitrain.data import ImageSet, load_splits
+from wcitrain.data import ImageSet
+from wcitrain.images import images_of, open_splits
 from wcitrain.measures.landscape import Landscape, landscape_1d, landscape_2d
+from wcitrain.measures.landscape_drawing import draw
 from wcitrain.seeding import seed_from
 from wcitrain.targets import attack_of, device_of, find_target, load_model, recipe_of
 
@@ -41,7 +43,7 @@ def landscape_of_run(
     num_directions: int | None = None,
     at: str | None = None,
     split: str = "test",
-    recipe: str | Path | None = None,
+    recipe: str | Path | Sequence[str | Path] | None = None,
     settings: Sequence[str] = (),
     num_examples: int = NUM_EXAMPLES,
     clean: bool = False,
@@ -52,44 +54,51 @@ def landscape_of_run(
     out: str | Path | None = None,
     device: str = "auto",
 ) -> Drawn:
-    """Draw the landscape of one model on images of its recipe's data, in random order and without augmentation.
+    """Draw the landscape of one model on images of its recipe's data, shuffled and not augmented.
 
     Args:
         target: ``targets.KINDS``.
-        directions, radius, num_points, num_directions, num_examples, seed: See ``measures.landscape_1d``; 21 points by default, 11
-            to a side of a plane, and 3 directions.
+        directions, radius, num_points, num_directions, num_examples, seed: See ``measures.landscape_1d``; 21
+            points by default, 11 to a side of a plane, and 3 directions.
         two_d: A plane of two directions instead of sections along several.
         at: ``"last"`` (default), ``"best"`` or the number of an epoch that was kept, for a run.
         split: ``"test"``, ``"val"`` or ``"train"``.
         recipe: YAML that says data, model and threat; by default the run's own.
         settings: Settings such as ``"data.root=/data"`` that override the recipe's.
         clean: The clean loss alone.
-        norm, eps, num_steps: Of the attack; by default the recipe's evaluation attack. With any of them the step is
-            2.5 eps / num_steps.
+        norm, eps, num_steps: Of the attack; by default the recipe's evaluation attack. With any of them the
+            step is 2.5 eps / num_steps.
         out: Folder of the two files; by default ``landscapes/`` of the run, or beside the file or export.
         device: ``"auto"``, or a device of torch.
 
     Returns:
-        The landscape; ``<name>.npz`` and ``<name>.png`` are written, and replaced where they were. The name says what differs from
-        the default.
+        The landscape; ``<name>.npz`` and ``<name>.png`` are written, and replaced where they were. The name
+        says what differs from the default.
 
     Raises:
-        ValueError: The target is none of ``targets.KINDS``, weights and model differ, or an argument is wrong.
+        ValueError: The target is none of ``targets.KINDS``, weights do not fit, or an argument is wrong.
         CheckpointError: The run's checkpoint is missing or damaged.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; expected one. Start it without a launcher.")
+        raise ValueError(
+            f"got {os.environ['WORLD_SIZE']} processes; expected one. Start it without a launcher."
+        )
     if two_d and num_directions is not None:
-        raise ValueError(f"--num-directions: got {num_directions} with --two-d; expected two, always. Leave it out.")
+        raise ValueError(
+            f"--num-directions: got {num_directions} with --two-d; expected two, always. Leave it out."
+        )
     found = find_target(Path(target), at)
     settled = recipe_of(found, recipe, settings)
     threat, attack = attack_of(settled, clean, norm, eps, num_steps)
     place = torch.device(device_of(device, settled))
-    splits = load_splits(**settled.data.model_dump(exclude={"crop_padding", "flip"}))
+    splits = open_splits(settled)
     model = load_model(found, settled, splits).to(place)
-    images = {"train": lambda: splits.train, "val": lambda: splits.val, "test": lambda: splits.test}[split]()
+    images = images_of(splits, split)
     batches = images.batches(
-        min(100, len(images)), shuffle=isinstance(images, ImageSet), seed=seed_from(seed, "measure"), device=place
+        min(100, len(images)),
+        shuffle=isinstance(images, ImageSet),
+        seed=seed_from(seed, "measure"),
+        device=place,
     )
     usual = PLANE_POINTS if two_d else POINTS
     points = usual if num_points is None else num_points
@@ -128,5 +137,5 @@ def landscape_of_run(
     folder.mkdir(parents=True, exist_ok=True)
     written = (folder / f"{name}.npz", folder / f"{name}.png")
     landscape.save(written[0])
-    landscape.figure(f"{found.path.name}, {found.at}, {split}").savefig(written[1])
+    draw(landscape, f"{found.path.name}, {found.at}, {split}").savefig(written[1])
     return Drawn(landscape, split, written)

@@ -1,10 +1,9 @@
 """``wcitrain measure`` with several measures, models or epochs: a table, and one JSON beside each run.
 
-Data, model and threat come from a recipe: the run's own, or one that is given. One process only. What a file holds already,
-taken of the same weights in the same way, is not taken again, so an interrupted study goes on where it was.
+Data, model and threat come from a recipe: the run's own, or one that is given. One process only. What a file
+holds already, taken of the same weights in the same way, is not taken again: an interrupted study goes on.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,9 @@ from tqdm import tqdm
 
 from wcitrain.attacks import ThreatModel
 from wcitrain.build import initial_model
-from wcitrain.data import ImageSet, Splits, load_splits
+from wcitrain.data import ImageSet, Splits
+from wcitrain.digest import digest
+from wcitrain.images import images_of, open_splits
 from wcitrain.measures.adversarial import reused_attacks
 from wcitrain.measures.by_name import MEASURES, NEED_INITIAL, OWN_PROTOCOL, Shared, check_settings, measure
 from wcitrain.measures.losses import robust_gap
@@ -29,7 +30,7 @@ from wcitrain.measures.wci import with_error
 from wcitrain.models import Classifier
 from wcitrain.preserve import kept_random_state
 from wcitrain.recipe import Recipe
-from wcitrain.recipe.reading import yaml_value
+from wcitrain.recipe.reading import read_yaml
 from wcitrain.seeding import seed_from
 from wcitrain.targets import Target, attack_of, device_of, find_target, kept_epochs, load_model, recipe_of
 
@@ -69,8 +70,8 @@ class How:
         check_settings([name for name in self.names if name != GAP], self.settings)
         if min(self.num_examples, self.gap_examples) < 1 or self.split not in ("train", "val", "test"):
             raise ValueError(
-                f"measure: got split={self.split!r}, {self.num_examples} and {self.gap_examples} examples; expected train, val or "
-                "test and at least one example."
+                f"measure: got split={self.split!r}, {self.num_examples} and {self.gap_examples} examples; "
+                "expected train, val or test and at least one example."
             )
 
 
@@ -97,7 +98,7 @@ def measure_many(
     how: How,
     *,
     at: str | None = None,
-    recipe: str | Path | None = None,
+    recipe: str | Path | Sequence[str | Path] | None = None,
     settings: Sequence[str] = (),
     out: str | Path | None = None,
     progress: bool = True,
@@ -107,30 +108,37 @@ def measure_many(
     Args:
         targets: ``targets.KINDS``.
         how: What and how.
-        at: ``"last"`` (default), ``"best"``, the number of an epoch that the run kept, or ``"all"``: every kept epoch.
+        at: ``"last"`` (default), ``"best"``, the number of a kept epoch, or ``"all"``: every kept epoch.
         recipe, settings: See ``measuring_runs.measure_run``.
-        out: Folder of the files, one folder a model in it; by default ``measures/`` of the run, or beside the file or export.
+        out: Folder of the files, one folder a model; by default ``measures/`` of the run, or beside the file.
         progress: Show a bar, on a terminal.
 
     Raises:
-        ValueError: A target is none of ``KINDS``, an epoch was not kept, an argument is wrong; before anything is measured.
+        ValueError: A target is none of ``KINDS``, an epoch was not kept, an argument is wrong; before
+            anything is measured.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; expected one. Start it without a launcher.")
+        raise ValueError(
+            f"got {os.environ['WORLD_SIZE']} processes; expected one. Start it without a launcher."
+        )
     found = [target for path in targets for target in _targets(Path(path), at)]
     recipes = [recipe_of(target, recipe, settings) for target in found]
     for settled in recipes:
         attack_of(settled, how.clean, how.norm, how.eps, how.num_steps)
-    results, splits = [], _Splits()
+    places = [device_of(how.device, settled) for settled in recipes]
+    results: list[MeasuredModel] = []
+    data, splits = None, None
     bar = tqdm(found, unit="model", disable=not (progress and sys.stderr.isatty()))
-    for target, settled in zip(bar, recipes, strict=True):
+    for target, settled, place in zip(bar, recipes, places, strict=True):
         bar.set_postfix_str(f"{(target.run or target.path).name} {target.at}")
-        results.append(_measure_one(target, settled, splits.of(settled), how, out))
+        if splits is None or settled.data != data:  # runs of one study share their images
+            data, splits = settled.data, open_splits(settled)
+        results.append(_measure_one(target, settled, splits, how, place, out))
     return results
 
 
 def table(models: Sequence[MeasuredModel]) -> str:
-    """Return aligned text: a line a measure and a column a model, the other way round where that is narrower."""
+    """Return aligned text: a line a measure and a column a model, or the other way if that is narrower."""
     names = list(dict.fromkeys(name for model in models for name in model.measures))
     header = ["", *(f"{(m.run or m.target).name} {m.at}" for m in models)]
     rows = [[name, *(_cell(m.measures.get(name)) for m in models)] for name in names]
@@ -138,7 +146,9 @@ def table(models: Sequence[MeasuredModel]) -> str:
         (header, *rows) = map(list, zip(header, *rows, strict=True))
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
         for row in (header, *rows)
     )
 
@@ -155,39 +165,28 @@ def _targets(path: Path, at: str | None) -> list[Target]:
         return [find_target(path, at)]
     epochs = kept_epochs(path)
     if not epochs:
-        raise ValueError(f"--at: got all with {path}, which kept no epoch; expected a run with checkpoint.keep_every.")
+        raise ValueError(
+            f"--at: got all with {path}, which kept no epoch; expected a run with checkpoint.keep_every."
+        )
     return [find_target(path, str(epoch)) for epoch in epochs]
 
 
-class _Splits:
-    """The splits of the last recipe that asked: runs of one study share them."""
-
-    def __init__(self) -> None:
-        self._key: dict[str, Any] = {}
-        self._splits: Splits | None = None
-
-    def of(self, recipe: Recipe) -> Splits:
-        key = recipe.data.model_dump(exclude={"crop_padding", "flip"})
-        if self._splits is None or key != self._key:
-            self._key, self._splits = key, load_splits(**key)
-        return self._splits
-
-
-def _measure_one(target: Target, recipe: Recipe, splits: Splits, how: How, out: str | Path | None) -> MeasuredModel:
+def _measure_one(
+    target: Target, recipe: Recipe, splits: Splits, how: How, device: str, out: str | Path | None
+) -> MeasuredModel:
     """Take the measures that are not there yet, saving after each."""
     model = load_model(target, recipe, splits)
     threat, attack = attack_of(recipe, how.clean, how.norm, how.eps, how.num_steps)
-    epoch = _epoch(target)
     header: dict[str, Any] = {
         "at": target.at,
-        "epoch": epoch,
+        "epoch": target.epoch,
         "split": how.split,
         "seed": how.seed,
         "num_examples": how.num_examples,
         "data": recipe.data.model_dump(mode="json", exclude={"crop_padding", "flip", "num_workers"}),
         "threat": None if threat is None else str(threat),
         "attack": attack,
-        "weights": _digest(model),
+        "weights": digest(part for item in model.state_dict().items() for part in item),
     }
     folder = (
         Path(out) / (target.run or target.path).resolve().name
@@ -198,7 +197,8 @@ def _measure_one(target: Target, recipe: Recipe, splits: Splits, how: How, out: 
     header = json.loads(json.dumps(header))
     document: dict[str, Any] = {"target": str(target.path), **header, "measures": {}}
     if (before := _document(path)) and {key: before.get(key) for key in header} != header:
-        path = path.with_name(f"{path.stem}-{_short(header)}.json")  # other weights or data: that file stays
+        # Other weights or data: that file stays.
+        path = path.with_name(f"{path.stem}-{digest([header])[:8]}.json")
         before = _document(path)
     document |= before
     taken: dict[str, Any] = document["measures"]
@@ -207,7 +207,7 @@ def _measure_one(target: Target, recipe: Recipe, splits: Splits, how: How, out: 
         given[GAP] = {"num_examples": how.gap_examples}
     missing = [n for n in how.names if n not in taken or taken[n].get("given") != given[n]]
     if missing:
-        model = model.to(device_of(how.device, recipe))
+        model = model.to(device)
         with reused_attacks(model):
             for name in missing:
                 taken[name] = {
@@ -216,16 +216,12 @@ def _measure_one(target: Target, recipe: Recipe, splits: Splits, how: How, out: 
                 }
                 _write(path, document)
     measures = {name: taken[name] for name in how.names}
-    return MeasuredModel(target.path, target.run, target.at, epoch, measures, path)
+    return MeasuredModel(target.path, target.run, target.at, target.epoch, measures, path)
 
 
 def _document(path: Path) -> dict[str, Any]:
     """Return what a file of measures holds; nothing where there is none."""
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-
-
-def _short(header: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 def _take(
@@ -239,7 +235,9 @@ def _take(
 ) -> Measurement:
     """Take one measure."""
     if name == GAP:
-        train, test = (_batches(splits, split, how.gap_examples, how.seed, model) for split in ("train", "test"))
+        train, test = (
+            _batches(splits, split, how.gap_examples, how.seed, model) for split in ("train", "test")
+        )
         return robust_gap(model, train, test, threat, **attack, seed=how.seed)
     initial = None
     if name in NEED_INITIAL:
@@ -258,8 +256,8 @@ def _take(
 def _batches(
     splits: Splits, split: str, num: int, seed: int, model: nn.Module
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the first images of a split in an order that depends on the seed alone, on the model's device."""
-    images: Any = {"train": lambda: splits.train, "val": lambda: splits.val, "test": lambda: splits.test}[split]()
+    """Return the first images of a split, shuffled by the seed alone, on the model's device."""
+    images = images_of(splits, split)
     device = next(model.parameters()).device
     batches, left = [], num
     order = seed_from(seed, "measure")
@@ -271,15 +269,6 @@ def _batches(
         if left <= 0:
             break
     return batches
-
-
-def _epoch(target: Target) -> int | None:
-    """Return the epoch of the weights, where it is written beside them."""
-    folder = target.path / "model" / target.at if target.kind == "run" else target.path
-    try:
-        return int(json.loads((folder / "metadata.json").read_text())["epoch"])
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _file_name(target: Target, how: How, threat: ThreatModel | None) -> str:
@@ -294,14 +283,6 @@ def _file_name(target: Target, how: How, threat: ThreatModel | None) -> str:
         *([f"s{how.seed}"] if how.seed else []),
     ]
     return re.sub(r"[^\w.+-]", "_", "-".join(parts))
-
-
-def _digest(model: nn.Module) -> str:
-    """Return a digest of the weights: measures of other weights are not reused."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:
@@ -323,6 +304,8 @@ def settings_by_measure(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         place, equals, value = text.partition("=")
         name, dot, key = place.partition(".")
         if not (equals and dot and key):
-            raise ValueError(f"--set: got {text!r}; expected measure.setting=value, such as average_flatness.xi=0.25.")
-        settings.setdefault(name, {})[key] = yaml_value(value)
+            raise ValueError(
+                f"--set: got {text!r}; expected measure.setting=value, such as average_flatness.xi=0.25."
+            )
+        settings.setdefault(name, {})[key] = read_yaml(value)
     return settings

@@ -1,4 +1,4 @@
-"""``wcitrain measure``: the WCI of a run, of an exported model or of a checkpoint file, as a table, JSON and a figure.
+"""``wcitrain measure``: the WCI of a run, an export or a checkpoint file, as a table, JSON and a figure.
 
 Data, model and threat come from a recipe: the run's own, or one that is given. One process only.
 """
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from wcitrain.data import ImageSet, load_splits
+from wcitrain.data import ImageSet
+from wcitrain.images import images_of, open_splits
 from wcitrain.measures import PACBayesBound, WCIMeasurement, measure_wci, pac_bayes_bound
 from wcitrain.seeding import seed_from
 from wcitrain.targets import attack_of, device_of, find_target, load_model, recipe_of
@@ -42,7 +43,7 @@ def measure_run(
     *,
     at: str | None = None,
     split: str = "train",
-    recipe: str | Path | None = None,
+    recipe: str | Path | Sequence[str | Path] | None = None,
     settings: Sequence[str] = (),
     estimator: str = "auto",
     layers: str = "weights",
@@ -57,42 +58,47 @@ def measure_run(
     out: str | Path | None = None,
     device: str = "auto",
 ) -> Measured:
-    """Measure one model on images of its recipe's data, in random order and without augmentation, and write the result.
+    """Measure one model on images of its recipe's data, shuffled and not augmented, and write the result.
 
     Args:
         target: ``targets.KINDS``.
-        at: ``"last"`` (default) or ``"best"``, for a run.
+        at: ``"last"`` (default), ``"best"`` or the number of an epoch that was kept, for a run.
         split: ``"train"`` (what the index is defined on), ``"val"`` or ``"test"``.
         recipe: YAML that says data, model and threat; by default the run's own.
         settings: Settings such as ``"data.root=/data"`` that override the recipe's.
         estimator, layers, split_qkv, num_examples, target_relative_error, seed: See ``measure_wci``.
         clean: Measure the clean loss instead of the robust one.
-        norm, eps, num_steps: Of the attack; by default the recipe's evaluation attack. With any of them the step is
-            2.5 eps / num_steps.
+        norm, eps, num_steps: Of the attack; by default the recipe's evaluation attack. With any of them the
+            step is 2.5 eps / num_steps.
         out: Folder of the two files; by default ``measures/`` of the run, or beside the file or export.
         device: ``"auto"``, or a device of torch.
 
     Returns:
-        The measurement. For the training split of a loss >= 0 also the PAC-Bayes surrogate with the mean loss over the measured
-        examples as its risk and the size of the training set as N.
+        The measurement. For the training split of a loss >= 0 also the PAC-Bayes surrogate with the mean loss
+        over the measured examples as its risk and the size of the training set as N.
 
     Raises:
-        ValueError: The target is none of ``targets.KINDS``, weights and model differ, or an argument is wrong.
+        ValueError: The target is none of ``targets.KINDS``, weights do not fit, or an argument is wrong.
         CheckpointError: The run's checkpoint is missing or damaged.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; expected one. Start it without a launcher.")
+        raise ValueError(
+            f"got {os.environ['WORLD_SIZE']} processes; expected one. Start it without a launcher."
+        )
     found = find_target(Path(target), at)
     settled = recipe_of(found, recipe, settings)
-    splits = load_splits(**settled.data.model_dump(exclude={"crop_padding", "flip"}))
-    model = load_model(found, settled, splits)
-    place = torch.device(device_of(device, settled))
-    images = {"train": lambda: splits.train, "val": lambda: splits.val, "test": lambda: splits.test}[split]()
     threat, attack = attack_of(settled, clean, norm, eps, num_steps)
+    place = torch.device(device_of(device, settled))
+    splits = open_splits(settled)
+    model = load_model(found, settled, splits)
+    images = images_of(splits, split)
     measurement = measure_wci(
         model.to(place),
         images.batches(
-            min(100, len(images)), shuffle=isinstance(images, ImageSet), seed=seed_from(seed, "measure"), device=place
+            min(100, len(images)),
+            shuffle=isinstance(images, ImageSet),
+            seed=seed_from(seed, "measure"),
+            device=place,
         ),
         threat,
         estimator=estimator,
@@ -121,7 +127,7 @@ def measure_run(
                 if changed and threat
                 else []
             ),
-            *([measurement.estimator] if estimator not in ("auto", "gauss_newton") else []),
+            *([measurement.estimator] if measurement.estimator != "gauss_newton" else []),
             *([re.sub(r"[^\w+.]+", "_", layers).strip("_")] if layers != "weights" else []),
             *(["qkv"] if split_qkv else []),
             *([f"s{seed}"] if seed else []),

@@ -1,6 +1,6 @@
 """Backbones: any timm model, with its input normalisation inside, so that every attack lives in [0, 1].
 
-PreActResNet-18 in its CIFAR form is registered with timm under ``preact_resnet18`` when this module is imported.
+Importing this module registers PreActResNet-18 in its CIFAR form with timm, as ``preact_resnet18``.
 """
 
 import difflib
@@ -17,17 +17,17 @@ from timm.models import register_model
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from wcitrain.preserve import undisturbed
+from wcitrain.preserve import kept_random_state, undisturbed
 
 
 class Classifier(nn.Module):
-    """A backbone with its input normalisation in front: ``backbone((x − mean) / std)`` for images in [0, 1].
+    """A backbone behind its input normalisation: ``backbone((x − mean) / std)`` for images in [0, 1].
 
     Args:
         backbone: Maps normalised images [B, C, H, W] to logits [B, num_classes].
         mean, std: Per channel, in [0, 1] units; std > 0.
-        rotation_head: Add a second head, four logits from the backbone's last features: the quarter turns of the image. The
-            backbone must have timm's ``forward_features`` and ``forward_head``. It is not exported.
+        rotation_head: Add a second head, four logits from the backbone's last features: the quarter turns of
+            the image. The backbone needs timm's ``forward_features`` and ``forward_head``. Not exported.
     """
 
     mean: Tensor
@@ -45,15 +45,15 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, head: Literal["classes", "rotation"] = "classes") -> Tensor:
         """Return logits [B, num_classes] for images [B, C, H, W] in [0, 1], or [B, 4] of the rotation head.
 
-        Both heads are reached through ``forward``, so that wrappers (DDP, ``torch.compile``) have one entry point.
+        Both heads are reached through ``forward``, so that DDP and ``torch.compile`` have one entry point.
         """
         x = (x - self.mean) / self.std
         if head == "classes":
             return self.backbone(x)
         if head != "rotation" or self.rotation_head is None:
             raise ValueError(
-                f"Classifier: got head={head!r}, rotation_head={self.rotation_head}; expected 'classes', or 'rotation' where "
-                "there is such a head. create_model(..., rotation_head=True) adds it."
+                f"Classifier: got head={head!r}, rotation_head={self.rotation_head}; expected 'classes', or "
+                "'rotation' where there is such a head. create_model(..., rotation_head=True) adds it."
             )
         backbone = cast(Any, self.backbone)
         return self.rotation_head(backbone.forward_head(backbone.forward_features(x), pre_logits=True))
@@ -79,14 +79,15 @@ def create_model(
         num_classes, in_chans: Of the data.
         pretrained: Let timm download and load its weights.
         checkpoint_path: A state dict to load instead, as timm reads it.
-        stem: ``"cifar"`` replaces the stem of a timm ResNet by one 3x3 convolution of stride 1 without pooling.
-        mean, std: Normalisation; by default the model's ``pretrained_cfg`` (averaged over channels if their number differs).
-        rotation_head: Add a head that tells four rotations apart, ``model(x, head="rotation")``, for ``objectives.RotationAT``.
+        stem: ``"cifar"`` replaces a timm ResNet's stem by one 3x3 convolution of stride 1, without pooling.
+        mean, std: Normalisation; by default of ``pretrained_cfg``, averaged if it has other channels.
+        rotation_head: Add a head that tells four rotations apart, ``model(x, head="rotation")``, for
+            ``objectives.RotationAT``.
         kwargs: For ``timm.create_model``, e.g. ``layers=[1, 1, 1, 1], channels=[16, 32, 64, 128]``.
 
     Raises:
-        ValueError: Unknown name (the nearest are listed), a stem the model does not have, arguments timm refuses,
-            a normalisation that does not fit ``in_chans``, or a backbone without features for a second head.
+        ValueError: Unknown name (the nearest are listed), a stem the model does not have, arguments timm
+            refuses, a normalisation that does not fit ``in_chans``, or a second head without features.
     """
     is_remote = ":" in name or "/" in name  # hf-hub:..., local-dir:...: timm finds out itself
     if not is_remote and name.partition(".")[0] not in _known_names():
@@ -99,7 +100,9 @@ def create_model(
         raise ValueError(f"model.stem: got {stem!r}; expected 'default' or 'cifar'. Choose one of the two.")
     if stem == "cifar" and pretrained:
         warnings.warn(
-            "model.stem: cifar replaces the pretrained stem by a fresh 3x3 convolution", UserWarning, stacklevel=2
+            "model.stem: cifar replaces the pretrained stem by a fresh 3x3 convolution",
+            UserWarning,
+            stacklevel=2,
         )
     try:
         backbone = timm.create_model(
@@ -116,23 +119,27 @@ def create_model(
                 timm.models.load_checkpoint(backbone, checkpoint_path)
     except (TypeError, ValueError, RuntimeError, OSError, KeyError, AssertionError) as error:
         raise ValueError(
-            f"model: timm could not build {name!r} with pretrained={pretrained}, checkpoint_path={checkpoint_path!r}, "
-            f"kwargs={kwargs}: {error}"
+            f"model: timm could not build {name!r} with pretrained={pretrained}, "
+            f"checkpoint_path={checkpoint_path!r}, kwargs={kwargs}: {error}"
         ) from error
     config = getattr(backbone, "pretrained_cfg", None) or {}
     return Classifier(
         backbone,
-        _channels("mean", mean if mean is not None else config.get("mean", (0.5,)), in_chans, given=mean is not None),
-        _channels("std", std if std is not None else config.get("std", (0.5,)), in_chans, given=std is not None),
+        _channels(
+            "mean", mean if mean is not None else config.get("mean", (0.5,)), in_chans, given=mean is not None
+        ),
+        _channels(
+            "std", std if std is not None else config.get("std", (0.5,)), in_chans, given=std is not None
+        ),
         rotation_head=rotation_head,
     )
 
 
 def load_exported(folder: str | Path) -> Classifier:
-    """Return the model that a run exported under ``model/last`` or ``model/best``, normalisation and stem included.
+    """Return the model exported under ``model/last`` or ``model/best``, normalisation and stem included.
 
-    (The weights alone also load with ``timm.create_model(..., checkpoint_path=".../model.safetensors")``, unless the stem is
-    ``cifar``, which timm does not build.)
+    (The weights alone also load with ``timm.create_model(..., checkpoint_path=".../model.safetensors")``,
+    unless the stem is ``cifar``, which timm does not build.)
 
     Raises:
         ValueError: Not a folder that a run exported.
@@ -141,7 +148,9 @@ def load_exported(folder: str | Path) -> Classifier:
     try:
         metadata = json.loads((folder / "metadata.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: got {error}; expected an export such as runs/NAME-s0/model/last.") from error
+        raise ValueError(
+            f"{folder}: got {error}; expected an export such as runs/NAME-s0/model/last."
+        ) from error
     return create_model(
         metadata["architecture"],
         num_classes=int(metadata["num_classes"]),
@@ -154,23 +163,71 @@ def load_exported(folder: str | Path) -> Classifier:
     ).eval()
 
 
-def try_forward(model: Classifier, in_chans: int, image_size: int | tuple[int, int], num_classes: int) -> None:
-    """Let one black image through, so that a model that does not fit the images is refused before anything is written.
+def try_forward(
+    model: Classifier,
+    in_chans: int,
+    image_size: int | tuple[int, int],
+    num_classes: int,
+    *,
+    trains_on_one: bool = False,
+) -> None:
+    """Let one black image through, so that a model that does not fit is refused before anything is written.
+
+    Args:
+        model: In float32, on the CPU.
+        in_chans, image_size, num_classes: Of the data.
+        trains_on_one: Some pass in train mode sees a single image.
 
     Raises:
-        ValueError: The model fails on images of that size, or gives other than [1, num_classes].
+        ValueError: The model fails on images of that size, gives other than [1, num_classes], or has layers
+            that cannot train on one image.
     """
     size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    image = torch.zeros(1, in_chans, *size)
     try:
         with torch.no_grad(), undisturbed(model, training=False):
-            logits = model(torch.zeros(1, in_chans, *size))
+            logits = model(image)
     except Exception as error:
         raise ValueError(
-            f"model.name: the model fails on images of {size[0]}x{size[1]} pixels: {error} Set data.image_size, or the "
-            "model's own size such as model.kwargs.img_size."
+            f"model.name: the model fails on images of {size[0]}x{size[1]} pixels: {error} Set "
+            "data.image_size, or the model's own size such as model.kwargs.img_size."
         ) from error
     if logits.shape != (1, num_classes):
         raise ValueError(f"model: got outputs of shape {tuple(logits.shape)}; expected (1, {num_classes}).")
+    if trains_on_one:
+        try:
+            with torch.no_grad(), undisturbed(model, training=True), kept_random_state(image.device):
+                model(image)
+        except ValueError as error:
+            rule = "larger micro-batches, and evaluation.train_size above 1 with averaging"
+            got = f"got passes over a single image, on which this model cannot train ({error})"
+            raise ValueError(f"train.batch_size: {got}; expected {rule}. Raise it.") from error
+
+
+def check_channels_last(model: nn.Module, device: torch.device) -> None:
+    """Refuse channels-last storage where training would damage memory.
+
+    On processors with AVX2 and without AVX-512, oneDNN's float32 gradient of the weights of a strided 1x1
+    convolution writes past its workspace if there are fewer input channels than a register holds, 8
+    (uxlfoundation/oneDNN#6035): wrong gradients, an endless loop or the end of the process. Other processors
+    are refused too, so that a recipe means the same everywhere.
+
+    Raises:
+        ValueError: The device is a CPU and the model has such a layer; the first one is named.
+    """
+    for name, layer in model.named_modules() if device.type == "cpu" else ():
+        if (
+            isinstance(layer, nn.Conv2d)
+            and layer.kernel_size == (1, 1)
+            and layer.stride != (1, 1)
+            and layer.groups == 1
+            and 1 < layer.in_channels < 8  # one channel has one layout
+        ):
+            raise ValueError(
+                f"train.channels_last: got true on a CPU with {name}, a 1x1 convolution with stride "
+                f"{layer.stride} and {layer.in_channels} input channels; expected at least 8 of them, as its "
+                "gradient would overwrite other memory. Set train.channels_last to false."
+            )
 
 
 def _known_names() -> list[str]:
@@ -181,8 +238,8 @@ def _num_head_features(backbone: nn.Module) -> int:
     """Return how many features ``forward_head(..., pre_logits=True)`` returns."""
     if not (hasattr(backbone, "forward_features") and hasattr(backbone, "forward_head")):
         raise ValueError(
-            f"model.rotation_head: got a {type(backbone).__name__}; expected a model with timm's forward_features and "
-            "forward_head. Choose another, or write forward(x, head=...) yourself."
+            f"model.rotation_head: got a {type(backbone).__name__}; expected a model with timm's "
+            "forward_features and forward_head. Choose another, or write forward(x, head=...) yourself."
         )
     return int(getattr(backbone, "head_hidden_size", None) or cast(int, backbone.num_features))
 
@@ -204,8 +261,8 @@ def _use_cifar_stem(backbone: nn.Module, name: str, in_chans: int) -> None:
     """Keep small images at full resolution: conv 3x3, stride 1, and no max pooling."""
     if not isinstance(backbone, ResNet):
         raise ValueError(
-            f"model.stem: got 'cifar' with {name!r}; expected a timm ResNet. Use stem 'default', or kwargs of that model "
-            "such as img_size and patch_size for transformers."
+            f"model.stem: got 'cifar' with {name!r}; expected a timm ResNet. Use stem 'default', or kwargs "
+            "of that model such as img_size and patch_size for transformers."
         )
     width = cast(nn.BatchNorm2d, backbone.bn1).num_features
     conv = nn.Conv2d(in_chans, width, kernel_size=3, stride=1, padding=1, bias=False)
@@ -215,7 +272,7 @@ def _use_cifar_stem(backbone: nn.Module, name: str, in_chans: int) -> None:
 
 
 class _PreActBlock(nn.Module):
-    """Identity-mapping residual block: BN, ReLU, conv, BN, ReLU, conv; the shortcut branches off after the first ReLU."""
+    """Identity-mapping residual block: BN, ReLU, conv, BN, ReLU, conv; shortcut from the first ReLU."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -234,13 +291,14 @@ class _PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Pre-activation residual network for small images (He et al., arXiv 1603.05027; the CIFAR form robust training uses).
+    """Pre-activation residual network for small images (He et al., arXiv 1603.05027).
 
-    A 3x3 stem, four stages of two blocks each (strides 1, 2, 2, 2), a last BN-ReLU, global average pooling, linear head.
+    The CIFAR form that robust training uses: a 3x3 stem, four stages of two blocks each (strides 1, 2, 2, 2),
+    a last BN-ReLU, global average pooling, linear head.
 
     Args:
         num_classes, in_chans: Of the data.
-        width: Channels of the first stage; doubled at each later one. 64 is PreActResNet-18 (11.2 M parameters).
+        width: Channels of the first stage, doubled at each later one. 64: PreActResNet-18, 11.2 M parameters.
     """
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3, width: int = 64) -> None:
@@ -261,7 +319,7 @@ class PreActResNet(nn.Module):
         return self.fc
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits [B, num_classes] for normalised images [B, in_chans, H, W] (32x32 as published; any size works)."""
+        """Return logits [B, num_classes] for normalised images [B, in_chans, H, W] of any size."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -270,7 +328,7 @@ class PreActResNet(nn.Module):
         return F.relu(self.bn(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits for feature maps, or with ``pre_logits`` their averages [B, num_features], as timm's models do."""
+        """Return the logits for feature maps; with ``pre_logits``, as timm's, averages [B, num_features]."""
         x = x.mean((2, 3))
         return x if pre_logits else self.fc(x)
 
@@ -283,11 +341,14 @@ def preact_resnet18(
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> PreActResNet:
-    """PreActResNet-18 for 32x32 images, as ``timm.create_model("preact_resnet18")``; there are no pretrained weights."""
+    """PreActResNet-18 for 32x32 images, ``timm.create_model("preact_resnet18")``; no pretrained weights."""
     if pretrained:
-        raise ValueError("preact_resnet18: got pretrained=True; expected False: no weights are published. Train it.")
+        raise ValueError(
+            "preact_resnet18: got pretrained=True; expected False: no weights are published. Train it."
+        )
     model = PreActResNet(**kwargs)
-    model.pretrained_cfg = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD, "input_size": (3, 32, 32)}  # type: ignore[assignment]
+    normalisation = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}
+    model.pretrained_cfg = {**normalisation, "input_size": (3, 32, 32)}  # type: ignore[assignment]
     return model
 
 

@@ -1,8 +1,8 @@
 """Which tensors are layers.
 
-The index sums over layers, so what counts as one is part of its definition. The default, ``"weights"``, takes the weight
-tensors of convolutions and linear maps (two or more dimensions); biases, normalisation scales and shifts, embeddings,
-class and position tokens are not layers (Xu & Zhang speak of "weight matrices" only).
+The index sums over layers, so what counts as one is part of its definition. The default, ``"weights"``, takes
+the weight tensors of convolutions and linear maps (two or more dimensions); biases, normalisation scales and
+shifts, embeddings, class and position tokens are not layers (Xu & Zhang speak of "weight matrices" only).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,43 +13,43 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-LAYER_CHOICES = ("weights", "weights+biases", "all")
 QKV = ("q", "k", "v")
 
 
 class Layers(Mapping[str, Tensor]):
     """The tensors that count as layers, by name, and every sum over them.
 
-    A mapping from layer names to tensors. A tensor may be cut into equal parts along its first dimension, each its own
-    layer (``"blocks.0.attn.qkv.weight[q]"``): then ``layers[name]`` is a view, while ``layers.tensors`` holds what autograd
-    knows, the whole tensor once. L counts layers, ``tensors`` may be fewer.
+    A tensor may be cut into equal parts along its first dimension, each its own layer
+    (``"blocks.0.attn.qkv.weight[q]"``): then ``layers[name]`` is a view, while ``layers.tensors`` holds what
+    autograd knows, the whole tensor once. L counts layers, ``tensors`` may be fewer.
 
     Args:
         tensors: Whole tensors by name (usually parameters); another ``Layers`` is taken as it is.
         parts: For the names that are cut, the names of the parts.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]] | None = None) -> None:
-        own_parts: Mapping[str, Sequence[str]] = parts or {}
+    def __init__(
+        self, tensors: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         if isinstance(tensors, Layers):
-            own_parts = tensors._parts if parts is None else parts
+            parts = tensors._parts if parts is None else parts
             tensors = tensors._whole
         self._whole: dict[str, Tensor] = dict(tensors)
         self._parts: dict[str, tuple[str, ...]] = {
-            name: tuple(p) for name, p in own_parts.items() if name in self._whole
+            name: tuple((parts or {}).get(name, ("",))) for name in self._whole
         }
         self.tensors: list[Tensor] = list(self._whole.values())
         self.names = tuple(self._whole)  # of the whole tensors
-        self._counts = [len(self._parts.get(name, ("",))) for name in self._whole]
+        self.num_parts = [len(own) for own in self._parts.values()]
         self._places = {
             (f"{name}[{part}]" if part else name): (name, index)
-            for name in self._whole
-            for index, part in enumerate(self._parts.get(name, ("",)))
+            for name, own in self._parts.items()
+            for index, part in enumerate(own)
         }
 
     def __getitem__(self, name: str) -> Tensor:
         whole, index = self._places[name]
-        count = len(self._parts.get(whole, ("",)))
+        count = len(self._parts[whole])
         return self._whole[whole] if count == 1 else self._whole[whole].chunk(count)[index]
 
     def __iter__(self) -> Iterator[str]:
@@ -62,39 +62,29 @@ class Layers(Mapping[str, Tensor]):
         """Return the layers whose tensors' ``id`` is in ``ids``."""
         return Layers({name: t for name, t in self._whole.items() if id(t) in ids}, self._parts)
 
-    @property
-    def has_parts(self) -> bool:
-        """Whether some tensor is cut into several layers."""
-        return bool(self._parts)
-
     def sum_parts(self, index: int, x: Tensor) -> Tensor:
-        """Return the sums [number of parts] of ``x``, shaped like tensor ``index``, in float64 where the device has it."""
-        if self._counts[index] == 1:
+        """Return the sums [parts] of ``x``, shaped like tensor ``index``, in float64 where possible."""
+        if self.num_parts[index] == 1:
             return x.sum(dtype=_wide_dtype(x)).reshape(1)
-        return rearrange(x, "(part d) ... -> part (d ...)", part=self._counts[index]).sum(1, dtype=_wide_dtype(x))
+        parts = rearrange(x, "(part d) ... -> part (d ...)", part=self.num_parts[index])
+        return parts.sum(1, dtype=_wide_dtype(x))
 
     def dots(self, left: Sequence[Tensor], right: Sequence[Tensor | None]) -> Tensor:
-        """Return the inner products of two lists of tensors, layer by layer [L]; a missing tensor counts as zero."""
-        return torch.cat(
-            [
-                a.new_zeros(self._counts[index], dtype=_wide_dtype(a)) if b is None else self.sum_parts(index, a * b)
-                for index, (a, b) in enumerate(zip(left, right, strict=True))
-            ]
-        )
+        """Return the inner products of two lists of tensors by layer [L]; a missing tensor counts as zero."""
+        sums = [
+            self._zeros(i) if b is None else self.sum_parts(i, a * b)
+            for i, (a, b) in enumerate(zip(left, right, strict=True))
+        ]
+        return torch.cat(sums)
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return the squared Frobenius norms of tensors shaped like the layers [L]; a missing tensor counts as zero."""
-        if not self.has_parts and all(t is not None and not t.requires_grad for t in tensors):
-            norms = torch._foreach_norm([t.float() if t.dtype.itemsize < 4 else t for t in tensors if t is not None])
+        """Return the squared Frobenius norms [L] of tensors like the layers; a missing one counts as zero."""
+        constant = [t for t in tensors if t is not None and not t.requires_grad]
+        if len(self) == len(self.tensors) == len(constant):  # one kernel for all
+            norms = torch._foreach_norm([t.float() if t.dtype.itemsize < 4 else t for t in constant])
             return wide(torch.stack(norms)).square()
-        return torch.cat(
-            [
-                self.tensors[i].new_zeros(self._counts[i], dtype=_wide_dtype(self.tensors[i]))
-                if t is None
-                else self.sum_parts(i, t.square())
-                for i, t in enumerate(tensors)
-            ]
-        )
+        sums = [self._zeros(i) if t is None else self.sum_parts(i, t.square()) for i, t in enumerate(tensors)]
+        return torch.cat(sums)
 
     def squared_norms(self) -> Tensor:
         """Return ``a_l = ||W_l||_F²`` [L], no graph attached."""
@@ -102,13 +92,13 @@ class Layers(Mapping[str, Tensor]):
 
     def sizes(self) -> Tensor:
         """Return ``d_l``, the number of elements of each layer [L], on the layers' device."""
-        numbers = [t.numel() // c for t, c in zip(self.tensors, self._counts, strict=True) for _ in range(c)]
+        numbers = [layer.numel() for layer in self.values()]
         return wide(torch.tensor(numbers, device=self.tensors[0].device, dtype=torch.float32))
 
     def spread(self, values: Tensor) -> list[Tensor]:
-        """Return ``values`` [L] as one factor a tensor: a scalar, or shaped to broadcast where the tensor is cut."""
+        """Return ``values`` [L] as one factor a tensor: a scalar, or shaped to broadcast where it is cut."""
         factors = []
-        for t, chunk in zip(self.tensors, values.split(self._counts), strict=True):
+        for t, chunk in zip(self.tensors, values.split(self.num_parts), strict=True):
             factor = chunk.to(t.dtype)
             if len(factor) > 1:
                 factor = repeat(factor, "part -> (part d)", d=t.shape[0] // len(factor))
@@ -118,12 +108,17 @@ class Layers(Mapping[str, Tensor]):
 
     def missing(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return which layers have no tensor in ``tensors``, booleans [L]."""
-        flags = [t is None for t, c in zip(tensors, self._counts, strict=True) for _ in range(c)]
+        flags = [t is None for t, c in zip(tensors, self.num_parts, strict=True) for _ in range(c)]
         return torch.tensor(flags, device=self.tensors[0].device)
+
+    def _zeros(self, index: int) -> Tensor:
+        """Return the sums [parts] of a missing tensor."""
+        like = self.tensors[index]
+        return like.new_zeros(self.num_parts[index], dtype=_wide_dtype(like))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's own module inside DistributedDataParallel, DataParallel and ``torch.compile`` wrappers."""
+    """Return the user's own module inside DistributedDataParallel, DataParallel and ``torch.compile``."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = cast(nn.Module, model._orig_mod if hasattr(model, "_orig_mod") else model.module)
@@ -135,78 +130,71 @@ def select_layers(model: nn.Module, layers: str = "weights", *, split_qkv: bool 
 
     Args:
         model: Any module. Frozen parameters are left out; a tied tensor appears once, under its first name.
-        layers: ``"weights"`` (default: named ``weight`` or ``*_weight``, two or more dimensions, no embedding; so without LSTM's
-            ``weight_ih_l0`` and parametrised ``parametrizations.weight.original``: name those by a glob);
-            ``"weights+biases"`` (those and every bias of a module that has such a weight, each its own layer);
-            ``"all"`` (every trainable tensor is its own layer); or a glob over parameter names such as ``"*layer4*weight"``.
+        layers: ``"weights"`` (default: named ``weight`` or ``*_weight``, two or more dimensions, no
+            embedding; so without LSTM's ``weight_ih_l0`` and parametrised
+            ``parametrizations.weight.original``: name those by a glob); ``"weights+biases"`` (those and every
+            bias of a module that has such a weight, each its own layer); ``"all"`` (every trainable tensor is
+            its own layer); or a glob over parameter names such as ``"*layer4*weight"``.
         split_qkv: Count the query, key and value maps of a fused attention projection (``*qkv.weight``,
             ``in_proj_weight``: timm and ``nn.MultiheadAttention``) as three layers instead of one.
 
     Raises:
-        ValueError: Nothing was selected (the message lists some names that exist), or ``split_qkv`` finds nothing to split
-            or a projection whose parts are interleaved by head.
+        ValueError: Nothing was selected (the message lists some names that exist), or ``split_qkv`` finds
+            nothing to split or a projection whose parts are interleaved by head.
     """
     model = unwrapped(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if layers == "all":
         chosen = set(trainable)
     elif layers in ("weights", "weights+biases"):
-        embeddings = {
-            id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
-        }
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        embeddings = {id(p) for m in tables for p in m.parameters(recurse=False)}
         chosen = {
             name
             for name, p in trainable.items()
-            if p.ndim >= 2 and name.rpartition(".")[2].endswith("weight") and id(p) not in embeddings
+            if p.ndim >= 2 and name.endswith("weight") and id(p) not in embeddings
         }
         if layers == "weights+biases":
             owners = {name.rpartition(".")[0] for name in chosen}
-            chosen |= {
-                name
-                for name in trainable
-                if name.rpartition(".")[0] in owners and name.rpartition(".")[2].endswith("bias")
-            }
+            chosen |= {n for n in trainable if n.endswith("bias") and n.rpartition(".")[0] in owners}
     else:
         chosen = {name for name in trainable if fnmatchcase(name, layers)}
     selected = {name: p for name, p in trainable.items() if name in chosen}
     if not selected:
         some = ", ".join(list(trainable)[:6]) or "none at all: is everything frozen?"
         raise ValueError(
-            f"layers: got {layers!r}, which selects no trainable tensor; expected one of {', '.join(LAYER_CHOICES)} "
-            f"or a glob over parameter names. Trainable names begin with: {some}."
+            f"layers: got {layers!r}, which selects no trainable tensor; expected one of weights, "
+            f"weights+biases, all or a glob over parameter names. Trainable names begin with: {some}."
         )
     return Layers(selected, _qkv_parts(model, selected) if split_qkv else None)
 
 
 def _qkv_parts(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Return the parts of the fused attention projections among ``selected``: thirds along the output dimension."""
-    fused = [
-        name
-        for name, p in selected.items()
-        if name.endswith(("qkv.weight", "qkv.bias", "in_proj_weight", "in_proj_bias")) and p.shape[0] % 3 == 0
-    ]
+    """Return the parts of fused attention projections among ``selected``: thirds of the output dimension."""
+    ends = ("qkv.weight", "qkv.bias", "in_proj_weight", "in_proj_bias")
+    fused = [name for name, p in selected.items() if name.endswith(ends) and p.shape[0] % 3 == 0]
     if not fused:
         raise ValueError(
-            f"split_qkv: got True, but none of the {len(selected)} layers is a fused projection (*qkv.weight, in_proj_weight). "
-            "Set it to False for this model."
+            f"split_qkv: got True, but none of the {len(selected)} layers is a fused projection "
+            "(*qkv.weight, in_proj_weight). Set it to False for this model."
         )
     for name in fused:
         owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
         if getattr(owner, "head_first", False):
             raise ValueError(
-                f"split_qkv: got True, but the rows of {name} are interleaved by head; expected query, key and value one after "
-                "another. Set it to False for this model."
+                f"split_qkv: got True, but the rows of {name} are interleaved by head; expected query, key "
+                "and value one after another. Set it to False for this model."
             )
     return {name: QKV for name in fused}
 
 
 def squared_norms(layers: Mapping[str, Tensor]) -> Tensor:
-    """Return ``a_l = ||W_l||_F^2`` as a float64 tensor [L] (float32 on devices without float64), no graph attached."""
+    """Return ``a_l = ||W_l||_F^2`` [L] in float64 (float32 on devices without it), no graph attached."""
     return Layers(layers).squared_norms()
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return ``x`` in float64 where the device has it (Apple's MPS does not), for sums that must not lose digits."""
+    """Return ``x`` in float64 where the device has it (Apple's MPS has not): sums must not lose digits."""
     return x if x.device.type == "mps" else x.double()
 
 

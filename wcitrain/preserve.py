@@ -1,7 +1,7 @@
 """Leave the model as it was found: weights, module modes, buffers, random state, numeric precision.
 
-Attacks, measurements and the extra passes of the optimizer wrapper run inside these context managers; each of them
-restores on exceptions too. Gradients need no context: extra passes use ``torch.autograd.grad``, which leaves ``.grad`` alone.
+Attacks, measurements and the extra passes of the optimizer wrapper run inside these context managers, which
+restore on exceptions too. Gradients need none: extra passes use ``torch.autograd.grad``, not ``.grad``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +14,14 @@ from torch import Tensor, nn
 
 @contextmanager
 def module_mode(model: nn.Module, *, training: bool | None) -> Iterator[None]:
-    """Put the model in train or eval mode (None: leave it); on exit every submodule gets its own flag back.
-
-    ``model.train()`` on exit would be wrong: it also switches on layers that the user froze in eval mode.
-    """
+    """Put the model in train or eval mode (None: leave it); on exit every submodule has its own flag back."""
     flags = [(module, module.training) for module in model.modules()]
     if training is not None:
         model.train(training)
     try:
         yield
     finally:
-        for module, flag in flags:
+        for module, flag in flags:  # train() would switch on layers that the user froze in eval mode too
             module.training = flag
 
 
@@ -32,7 +29,7 @@ SavedBuffers = list[tuple[nn.Module, str, Tensor, Tensor]]
 
 
 def saved_buffers(model: nn.Module) -> SavedBuffers:
-    """Return what ``put_back_buffers`` needs: every buffer (running statistics, counters, whatever a norm class keeps there)."""
+    """Return what ``put_back_buffers`` needs: running statistics, counters and any other buffer."""
     return [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -60,7 +57,7 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:
-    """Return the state of the global generators a forward pass on ``device`` may draw from (CPU, and CUDA or MPS if there)."""
+    """Return the states of the generators a pass on ``device`` may draw from: CPU, and CUDA or MPS."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -90,9 +87,9 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def perturbed(layers: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator[Callable[[int], None]]:
-    """Yield ``move(sign)``, which puts the weights at W + sign·u; W comes back bit for bit, also on exceptions.
+    """Yield ``move(sign)``: it puts the weights at W + sign·u; W comes back bit for bit.
 
-    From a clone and by copy: adding and subtracting u would be off by a rounding, rebinding ``.data`` would break views.
+    By copy from a clone: subtracting u would be off by a rounding, rebinding ``.data`` would break views.
     """
     weights = [p.detach() for p in layers]
     saved = [w.clone() for w in weights]
@@ -109,12 +106,11 @@ def perturbed(layers: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator
 
 @contextmanager
 def undisturbed(model: nn.Module, *, training: bool | None) -> Iterator[None]:
-    """Run passes that must leave no trace: chosen mode inside; modes, buffers and random state restored on exit.
+    """Run passes that must leave no trace: chosen mode inside; modes, buffers, random state restored on exit.
 
     Args:
         model: Any module; its parameters decide the device.
-        training: Mode inside (``False``: running statistics and no dropout; ``True``: batch statistics and dropout;
-            ``None``: as the model stands, so layers the user froze in eval mode stay frozen).
+        training: Mode inside; None: as it is, so layers that the user froze in eval mode stay frozen.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with module_mode(model, training=training), kept_buffers(model), kept_random_state(device):
@@ -125,10 +121,8 @@ def undisturbed(model: nn.Module, *, training: bool | None) -> Iterator[None]:
 def full_precision(model: nn.Module) -> Iterator[None]:
     """Run forward passes in float32 although the model was prepared for mixed precision; TF32 is off too.
 
-    Accelerate replaces ``model.forward`` by a version with autocast inside, so switching autocast off outside has no effect
-    there; the original is kept as ``_original_forward`` and is put back for the duration. An autocast around this context is
-    switched off. One inside, in the user's own code, cannot be: it is refused. Differences of gradients need all this: in
-    bfloat16 they are noise.
+    Differences of gradients need this. Accelerate replaces ``model.forward`` by a version with autocast
+    inside; the original, ``_original_forward``, is put back for the duration. Autocast around it is off.
 
     Raises:
         RuntimeError: The model is called under an autocast that was entered inside this context.
@@ -142,8 +136,8 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     def refuse(module: nn.Module, args: object) -> None:
         if torch.is_autocast_enabled(kind):
             raise RuntimeError(
-                "this pass needs float32, but the model is called under autocast. Remove autocast from your loss function "
-                "(accelerator.prepare puts it inside the model, where it can be switched off), or use WCIPosterior."
+                "this pass needs float32, but the model is called under autocast. Remove autocast from your "
+                "loss function (accelerator.prepare's can be switched off), or use WCIPosterior."
             )
 
     hook = model.register_forward_pre_hook(refuse)
@@ -160,21 +154,22 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 def _no_tf32() -> Iterator[None]:
     """Compute float32 products in float32 on CUDA.
 
-    By torch's older switches where they can be read, since mixing them with the newer ones makes every later read of them
-    raise; by the newer ones where somebody has used those already.
+    By torch's older switches where they can be read, since mixing them with the newer ones makes every later
+    read of them raise; by the newer ones where somebody has used those already.
     """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    switches: list[tuple[Any, str, Any]] = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    places, name = [cudnn, matmul], "allow_tf32"
+    off: bool | str = False
     try:
-        former = [getattr(place, name) for place, name, _ in switches]
+        former = [getattr(place, name) for place in places]
     except RuntimeError:
-        newer: Any = cudnn
-        switches = [(newer.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
-        former = [getattr(place, name) for place, name, _ in switches]
-    for place, name, value in switches:
-        setattr(place, name, value)
+        places, name, off = [cudnn.conv, matmul], "fp32_precision", "ieee"
+        former = [getattr(place, name) for place in places]
+    for place in places:
+        setattr(place, name, off)
     try:
         yield
     finally:
-        for (place, name, _), value in zip(switches, former, strict=True):
+        for place, value in zip(places, former, strict=True):
             setattr(place, name, value)

@@ -6,6 +6,9 @@ from typing import Any
 
 from wcitrain.recipe import Recipe
 
+# Settings that say where and how often, not what is computed: a run may go on with others.
+FREE: Any = {"train": {"num_threads", "device"}, "checkpoint": {"every"}, "tracking": True}
+
 
 @dataclass
 class Progress:
@@ -33,25 +36,45 @@ def has_started(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "summary.json"))
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Tell whether a run can be gone on with: the first epoch may end before anything is saved."""
+    return any((folder / "checkpoints" / name).exists() for name in ("last", "previous"))
+
+
+def refuse_another_run(saved: Recipe, asked: Recipe, folder: Path) -> None:
+    """Raise ValueError where the settings of the run in ``folder`` and those asked for differ.
+
+    Not in `FREE` settings. A run that went on with others would not be the one its recipe describes.
+    """
+    own, other = (recipe.model_dump(mode="json", exclude=FREE) for recipe in (saved, asked))
+    for section, value in own.items():
+        if value == other[section]:
+            continue
+        pairs = {section: (value, other[section])}
+        if isinstance(value, dict):
+            keys = [key for key in {**value, **other[section]}]
+            pairs = {f"{section}.{key}": (value.get(key), other[section].get(key)) for key in keys}
+        key, (here, there) = next((key, pair) for key, pair in pairs.items() if pair[0] != pair[1])
+        advice = "Start another run with another name= or output=, or move the folder away."
+        raise ValueError(f"{folder}: got {key}={there!r}; expected {here!r}, as this run has. {advice}")
+
+
 def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
     """Return one epoch as a line of text."""
     parts = [f"epoch {metrics['epoch']}/{epochs}", f"loss {metrics['train/loss']:.3f}"]
     if "val/robust_accuracy" in metrics:
-        parts += [
-            f"{split} {100 * metrics[f'{split}/clean_accuracy']:.1f}/{100 * metrics[f'{split}/robust_accuracy']:.1f} %"
-            for split in ("train", "val")
-        ]
+        for split in ("train", "val"):
+            clean, robust = (100 * metrics[f"{split}/{kind}_accuracy"] for kind in ("clean", "robust"))
+            parts.append(f"{split} {clean:.1f}/{robust:.1f} %")
         parts.append(f"gap {100 * metrics['robust_gap']:.1f}")
     if "wci/total" in metrics:
         parts.append(f"WCI {metrics['wci/total']:.3g}")
-    parts += [f"lr {metrics['lr']:.2g}", f"{metrics['images_per_second']:.0f} img/s", f"{metrics['seconds']:.0f} s"]
-    return "  ".join(parts)
+    parts += [f"lr {metrics['lr']:.2g}", f"{metrics['images_per_second']:.0f} img/s"]
+    return "  ".join([*parts, f"{metrics['seconds']:.0f} s"])
 
 
 def last_line(summary: dict[str, Any], folder: Path) -> str:
     """Return what is printed at the end of a run."""
-    test = summary["last"]["test"]
-    return (
-        f"{folder.name}: {summary['method']}, test clean {100 * test['clean_accuracy']:.1f} %, robust "
-        f"{100 * test['robust_accuracy']:.1f} % ({summary['attack']}, last epoch) -> {folder}"
-    )
+    clean, robust = (100 * summary["last"]["test"][f"{kind}_accuracy"] for kind in ("clean", "robust"))
+    accuracy = f"test clean {clean:.1f} %, robust {robust:.1f} % ({summary['attack']}, last epoch)"
+    return f"{folder.name}: {summary['method']}, {accuracy} -> {folder}"

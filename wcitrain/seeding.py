@@ -1,7 +1,7 @@
 """Randomness without state: every random number is a function of the seed and of where it is used.
 
-Nothing here has to be saved for an exact resume, and two processes can draw the same or different numbers on purpose,
-by naming the same or different places: ``seed_from(seed, "attack", step, rank)``.
+Nothing here has to be saved for an exact resume, and two processes can draw the same or different numbers on
+purpose, by naming the same or different places: ``seed_from(seed, "attack", step, rank)``.
 """
 
 import hashlib

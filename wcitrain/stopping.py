@@ -1,15 +1,37 @@
-"""Ctrl-C and SIGTERM: the first asks for a saved stop after the step under way, the second stops at once."""
+"""What ends a run before its last epoch: no better validation accuracy, Ctrl-C or SIGTERM."""
 
 import signal
 import sys
 import threading
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from wcitrain.method import Method, PositiveCount, method
+
+
+@method
+class EarlyStopping(Method):
+    """Stop once the best epoch by robust validation accuracy lies too far back."""
+
+    patience: PositiveCount | None = Field(
+        default=None,
+        description="Epochs without a better robust validation accuracy before training stops; null: never.",
+    )
+    label: ClassVar[str] = "early stopping"
+
+    def reason(self, epoch: int, best_epoch: int) -> str | None:
+        """Return why training stops after ``epoch`` epochs, None where it goes on."""
+        if self.patience is None or epoch - best_epoch < self.patience:
+            return None
+        return f"no better robust validation accuracy in {self.patience} epochs (early_stopping.patience)"
 
 
 class StopRequest:
-    """``with StopRequest() as stop``: ``stop.is_set`` turns true on the first signal. Handlers are put back on exit.
+    """``with StopRequest() as stop``: ``stop.is_set`` turns true on the first signal.
 
-    Outside the main thread, where Python does not deliver signals, it is never set by itself.
+    The second signal stops at once. Handlers are put back on exit. Outside the main thread, where Python does
+    not deliver signals, it is never set by itself.
     """
 
     def __init__(self) -> None:
@@ -24,7 +46,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -66,7 +66,9 @@ def read_studies(content: Any, where: str) -> list[SweepStudy]:
 
 def _read(item: Mapping[str, Any], where: str) -> SweepStudy:
     if unknown := set(item) - KEYS:
-        raise ValueError(f"{where}: got the keys {sorted(unknown)}; expected some of {', '.join(sorted(KEYS))}.")
+        raise ValueError(
+            f"{where}: got the keys {sorted(unknown)}; expected some of {', '.join(sorted(KEYS))}."
+        )
     names = item.get("measures", ["wci"])
     names = list(NAMES) if names == "all" else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -81,8 +83,8 @@ def _read(item: Mapping[str, Any], where: str) -> SweepStudy:
         raise ValueError(f"{where}.seeds: got {seeds!r}; expected a list of integers such as [0].")
     if not names or type(item.get("correlate", False)) is not bool:
         raise ValueError(
-            f"{where}: got measures={names!r}, correlate={item.get('correlate', False)!r}; expected at least one measure, and "
-            "true or false."
+            f"{where}: got measures={names!r}, correlate={item.get('correlate', False)!r}; expected at least "
+            "one measure, and true or false."
         )
     renamed = {"examples": "num_examples", "steps": "num_steps"}
     arguments = {
@@ -111,22 +113,19 @@ def check_studies(studies: Sequence[SweepStudy], recipes: Sequence[Recipe], wher
         every = [recipe.checkpoint.keep_every for recipe in recipes]
         if asked.at not in ("last", "best") and not all(every):
             raise ValueError(
-                f"{where}[{number}].at: got {asked.at!r}; expected last or best, or checkpoint.keep_every in the settings."
+                f"{where}[{number}].at: got {asked.at!r}; expected last, best, or checkpoint.keep_every set."
             )
         for recipe in recipes:
             attack_of(recipe, asked.how.clean, asked.how.norm, asked.how.eps, asked.how.num_steps)
 
 
 def run_studies(studies: Sequence[SweepStudy], folders: Mapping[Path, int], out: Path) -> list[Path]:
-    """Measure what the studies ask for and draw it.
+    """Measure what the studies ask for, draw it and return the paths written.
 
     Args:
         studies: From ``read_studies``.
         folders: The sweep's run folders with their seeds.
         out: Where figures and tables go; measures lie beside each run.
-
-    Returns:
-        The paths written to ``out``.
     """
     written: list[Path] = []
     for number, asked in enumerate(studies, start=1):
@@ -147,7 +146,9 @@ def _draw_training(models: Sequence[MeasuredModel], out: Path) -> list[Path]:
     """Draw every measure against the epoch, and against the robust loss where that was measured."""
     from wcitrain.report.through_training import Point, measures_against_loss, measures_through_training
 
-    points = [Point(m.run or m.target, m.epoch or 0, {name: m.value(name) for name in m.measures}) for m in models]
+    points = [
+        Point(m.run or m.target, m.epoch or 0, {name: m.value(name) for name in m.measures}) for m in models
+    ]
     out.mkdir(parents=True, exist_ok=True)
     figures = {"measures-through-training": measures_through_training(points)}
     if any("robust_loss" in m.measures for m in models):

@@ -1,4 +1,4 @@
-"""The end of a run: last and best weights measured on every split, exported for timm, and written to ``summary.json``.
+"""The end of a run: last and best weights measured on every split, exported for timm, and summarised.
 
 This is the only place where test images are read.
 """
@@ -9,48 +9,46 @@ import resource
 import sys
 import warnings
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from wcitrain import checkpoint
-from wcitrain.attacks import ThreatModel
 from wcitrain.build import step_size
-from wcitrain.labels import method_label
-from wcitrain.recipe import Recipe, fraction_text
-
-if TYPE_CHECKING:
-    from wcitrain.train import Trainer
-
+from wcitrain.method import fraction_text
+from wcitrain.monitoring import measure
+from wcitrain.recipe import Recipe
+from wcitrain.run import Run
 
 PGD10_AT_COST = 10 + 10 + 3  # as ``cost`` counts
 
 
-def summarize(trainer: "Trainer") -> dict[str, Any]:
-    """Return the summary of a finished run; the trainer's weights stay its last ones."""
-    recipe, progress, measured = trainer.recipe, trainer.progress, trainer.measured
+def summarize(run: Run) -> dict[str, Any]:
+    """Return the summary of a finished run; the run's weights stay its last ones."""
+    recipe, progress, measured = run.recipe, run.progress, run.measured
     last_weights = {name: value.clone() for name, value in measured.state_dict().items()}
-    last = {"epoch": progress.epoch, **measure_everywhere(trainer)}
+    last = {"epoch": progress.epoch, **measure_everywhere(run)}
     best: dict[str, Any] | None = last
     if progress.best_epoch not in (0, progress.epoch):
         try:
-            state, _ = checkpoint.load_checkpoint(trainer.folder / "checkpoints", "best")
+            state, _ = checkpoint.load_checkpoint(run.folder / "checkpoints", "best")
         except checkpoint.CheckpointError as error:
-            warnings.warn(f"the best weights are lost and left out of the summary: {error}", UserWarning, stacklevel=2)
+            text = f"the best weights are lost and left out of the summary: {error}"
+            warnings.warn(text, UserWarning, stacklevel=2)
             best = None
         else:
             measured.load_state_dict(state["model"])
-            best = {"epoch": state["epoch"], **measure_everywhere(trainer)}
+            best = {"epoch": state["epoch"], **measure_everywhere(run)}
     if best is not None:
-        export(trainer, "best", best)
+        export(run, "best", best)
     measured.load_state_dict(last_weights)
-    export(trainer, "last", last)
-    packages = ("torch", "timm", "accelerate")
+    export(run, "last", last)
+    versions = {name: version(name) for name in ("torch", "timm", "accelerate")}
     return {
-        "name": trainer.folder.name,
+        "name": run.folder.name,
         "group": recipe.name,
         "seed": recipe.seed,
-        "method": method_label(recipe),
+        "method": recipe.method,
         "status": "finished",
         "stopped_early": progress.stop_reason or None,
         "attack": attack_label(recipe),
@@ -58,12 +56,12 @@ def summarize(trainer: "Trainer") -> dict[str, Any]:
         "best": best,
         "seconds": progress.seconds,
         "train_seconds": progress.train_seconds,
-        "cost": cost(trainer),
-        "peak_memory_mb": peak_memory_mb(trainer.device),
-        "num_parameters": sum(p.numel() for p in trainer.bare.parameters()),
-        "processes": trainer.world,
-        "device": trainer.device.type,
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "cost": cost(run),
+        "peak_memory_mb": peak_memory_mb(run.device),
+        "num_parameters": sum(p.numel() for p in run.bare.parameters()),
+        "processes": run.world,
+        "device": run.device.type,
+        "versions": versions | {"python": platform.python_version()},
     }
 
 
@@ -73,13 +71,13 @@ def attack_label(recipe: Recipe) -> str:
     restarts = f", {settings.num_restarts} restarts" if settings.num_restarts > 1 else ""
     step = fraction_text(step_size(recipe, settings))
     step = f"{step:.3g}" if isinstance(step, float) else step
-    return f"PGD-{settings.num_steps} {ThreatModel(recipe.threat.norm, recipe.threat.eps)}, step {step}{restarts}"
+    return f"PGD-{settings.num_steps} {recipe.threat}, step {step}{restarts}"
 
 
-def measure_everywhere(trainer: "Trainer") -> dict[str, Any]:
-    """Return the evaluations of the current measured weights on the training subset, validation and test."""
-    train = trainer.measure(trainer.monitored, wci=trainer.recipe.evaluation.wci)
-    val, test = trainer.measure(trainer.splits.val), trainer.measure(trainer.splits.test)
+def measure_everywhere(run: Run) -> dict[str, Any]:
+    """Return how the measured weights do on the training subset, validation and test images."""
+    train = measure(run, run.monitored, wci=run.recipe.evaluation.wci)
+    val, test = measure(run, run.splits.val), measure(run, run.splits.test)
     result: dict[str, Any] = {"train": train.summary(), "val": val.summary(), "test": test.summary()}
     result["robust_gap"] = train.robust_accuracy - test.robust_accuracy
     if train.wci is not None:
@@ -87,16 +85,16 @@ def measure_everywhere(trainer: "Trainer") -> dict[str, Any]:
     return result
 
 
-def cost(trainer: "Trainer") -> dict[str, float]:
-    """Return the passes of one optimizer step, and their cost as a multiple of the same objective without perturbation and
-    penalty, and of adversarial training with PGD-10.
+def cost(run: Run) -> dict[str, float]:
+    """Return the passes of one optimizer step and their relative cost.
 
-    A forward counts 1, a backward to the input alone 1 (attack), a backward to the weights 2. Every pass of a rule evaluates
-    the objective's whole loss.
+    It is a multiple of the same objective without perturbation and penalty, and of adversarial training with
+    PGD-10. A forward counts 1, a backward to the input alone 1 (attack), a backward to the weights 2. Every
+    pass of a rule evaluates the objective's whole loss.
     """
-    attack_forward, attack_backward = trainer.objective.attack_passes()
-    loss_forward, loss_backward = trainer.objective.loss_passes()
-    rule_forward, rule_backward = trainer.regularizer.extra_passes()
+    attack_forward, attack_backward = run.objective.attack_passes()
+    loss_forward, loss_backward = run.objective.loss_passes()
+    rule_forward, rule_backward = run.regularizer.extra_passes()
     forward, backward = loss_forward * (1 + rule_forward), loss_backward * (1 + rule_backward)
     attack = attack_forward + attack_backward
     total = attack + forward + 2 * backward
@@ -108,35 +106,34 @@ def cost(trainer: "Trainer") -> dict[str, float]:
     }
 
 
-def export(trainer: "Trainer", name: str, result: dict[str, Any]) -> None:
+def export(run: Run, name: str, result: dict[str, Any]) -> None:
     """Write the inner timm model and what it needs under ``model/<name>``; ``models.load_exported`` reads it.
 
     ``result`` holds its epoch and, at the end of a run, its evaluation on test images.
     """
-    if not trainer.accelerator.is_main_process:
+    if not run.accelerator.is_main_process:
         return
-    measured, recipe = trainer.measured, trainer.recipe
+    measured, recipe, test = run.measured, run.recipe, result.get("test", {})
     metadata = {
         "architecture": recipe.model.name,
         "kwargs": json.dumps(recipe.model.kwargs),
         "stem": recipe.model.stem,
-        "num_classes": str(trainer.splits.num_classes),
-        "in_chans": str(trainer.splits.in_chans),
+        "num_classes": str(run.splits.num_classes),
+        "in_chans": str(run.splits.in_chans),
         "mean": json.dumps(measured.mean.flatten().tolist()),
         "std": json.dumps(measured.std.flatten().tolist()),
-        "threat": str(ThreatModel(recipe.threat.norm, recipe.threat.eps)),
-        "method": method_label(recipe),
+        "threat": str(recipe.threat),
+        "method": recipe.method,
         "seed": str(recipe.seed),
         "epoch": str(result["epoch"]),
-        **{
-            f"test_{key}": str(result["test"][key]) for key in ("clean_accuracy", "robust_accuracy") if "test" in result
-        },
+        **{f"test_{key}": str(test[key]) for key in ("clean_accuracy", "robust_accuracy") if test},
     }
-    checkpoint.save_exported_model(trainer.folder / "model" / name, measured.backbone.state_dict(), metadata)
+    checkpoint.save_exported_model(run.folder / "model" / name, measured.backbone.state_dict(), metadata)
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the peak of this process in MB: CUDA's allocations, or the resident set (over the process's whole life)."""
+    """Return the peak of this process in MB: CUDA's allocations, or the resident set since it started."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -1,132 +1,149 @@
-"""Several recipes times a grid of settings times several seeds, one after the other; what is finished is not run again.
+"""Methods times bases times a grid of settings times seeds, one run after the other; finished runs are kept.
 
 A sweep file::
 
-    recipes: [cifar10_small.yaml, cifar10_small_wci.yaml]   # relative to the sweep file
+    bases: [cifar10_small]  # ../bases/NAME.yaml, or paths from the sweep file
+    methods: [at, wci, "trades wci", "awp perturbation.gamma=0.01 name=awp-0.01"]  # as for `wcitrain train`
     seeds: [0, 1, 2]
-    settings: [train.epochs=40]                              # optional, for all of them
-    grid: {threat.eps: [4/255, 8/255], optimizer.lr: [0.1]}  # optional: every combination, each under a name of its own
-    measure: [{measures: [wci], at: last}]                   # optional: what is measured then, see ``studying``
+    settings: [train.epochs=40]  # optional, for all of them
+    grid: {threat.eps: [4/255, 8/255], optimizer.lr: [0.1]}  # optional: every combination is a run
+    measure: [{measures: [wci], at: last}]  # optional: what is measured then, see ``studying``
 """
 
 import itertools
 import json
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from wcitrain.method import nearest
+from wcitrain.monitoring import NonFiniteLossError
+from wcitrain.progress import has_started, refuse_another_run, run_folder
+from wcitrain.recipe import Recipe, load_recipe, recipe_from_dict
+from wcitrain.recipe.reading import read_yaml
+from wcitrain.train import fit
 
-from wcitrain.progress import has_started, run_folder
-from wcitrain.recipe import Recipe, load_recipe
-from wcitrain.train import NonFiniteLossError, fit
 
+def run_sweep(recipes: Sequence[Recipe]) -> list[Path]:
+    """Train what is not finished, after all are checked, and return the run folders in order.
 
-def run_sweep(path: str | Path, settings: Sequence[str] = ()) -> list[Path]:
-    """Train every recipe with every seed, resume what was interrupted, and return the run folders in order.
-
-    All recipes are read and checked before the first one is trained.
-
-    A run that diverges is reported and left out; the others go on.
+    A run that was interrupted is resumed; one that diverges is reported and left out, and the others go on.
 
     Raises:
-        ValueError: The file is not a sweep, a recipe is wrong, or a run there used other settings.
+        ValueError: A run there used other settings.
     """
-    recipes = read_sweep(path, settings)
-    for recipe in recipes:
-        folder = run_folder(recipe)
+    runs = {run_folder(recipe): recipe for recipe in recipes}
+    for folder, recipe in runs.items():
         started = folder / "recipe.yaml"
-        if (
-            has_started(folder)
-            and started.exists()
-            and _without_machine(load_recipe(started)) != _without_machine(recipe)
-        ):
-            raise ValueError(
-                f"{folder}: got a run with other settings; expected this sweep's. Choose another name= or output=, or move "
-                "the folder away."
-            )
-    failed = []
-    for recipe in recipes:
-        folder = run_folder(recipe)
+        if has_started(folder) and started.exists():
+            refuse_another_run(load_recipe(started), recipe, folder)
+    folders = []
+    for folder, recipe in runs.items():
         if is_finished(folder):
             print(f"{folder}: finished, kept")
-            continue
-        print(f"\n== {folder} ==", flush=True)
-        try:
-            fit(recipe, resume=has_started(folder))
-        except NonFiniteLossError as error:  # a result too: the other runs go on
-            print(f"{folder}: diverged, {error}", flush=True)
-            failed.append(folder)
-    return [run_folder(recipe) for recipe in recipes if run_folder(recipe) not in failed]
+        else:
+            print(f"\n== {folder} ==", flush=True)
+            try:
+                fit(recipe, resume=has_started(folder))
+            except NonFiniteLossError as error:  # a result too: the other runs go on
+                print(f"{folder}: diverged, {error}", flush=True)
+                continue
+        folders.append(folder)
+    return folders
 
 
-def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> list[Recipe]:
-    """Return the recipes of a sweep: all recipes with the first seed, then with the second, ...
+def read_sweep(
+    path: str | Path, settings: Sequence[str] = (), bases: Sequence[str] | None = None
+) -> list[Recipe]:
+    """Return the recipes of a sweep: all bases and methods with the first seed, then with the second, ...
+
+    Args:
+        path: The sweep file.
+        settings: Settings that win over the file's.
+        bases: Names or files instead of the file's ``bases``.
 
     Raises:
-        ValueError: Unknown keys, no recipes, seeds that are not integers, or two runs that share a folder.
+        ValueError: The file is not a sweep, a recipe is wrong, or two runs share a folder.
     """
     path, content = Path(path), sweep_content(path)
     seeds = content.get("seeds", [0])
-    if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
+    if not (isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)):
         raise ValueError(f"{path}: seeds: got {seeds!r}; expected a list of integers such as [0, 1, 2].")
-    for key in ("recipes", "settings"):
+    for key in ("bases", "methods", "settings"):
         values = content.get(key, [])
         if not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
             raise ValueError(f"{path}: {key}: got {values!r}; expected a list of texts. Write [..].")
     common = [*content.get("settings", []), *settings]
-    if any(setting.startswith("seed=") for setting in common):
-        raise ValueError(f"{path}: got the setting seed=...; expected seeds in the sweep file. Change `seeds` there.")
-    points = _grid_points(content.get("grid", {}), f"{path}: grid")
-    if both := {text.partition("=")[0] for text in common} & set(points[0]):
-        raise ValueError(
-            f"{path}: got {', '.join(sorted(both))} both as a setting and in the grid; expected one of them."
-        )
-    recipes = []
-    for seed, name, point in itertools.product(seeds, content["recipes"], points):
-        here = [*common, *(f"{key}={json.dumps(value)}" for key, value in point.items()), f"seed={seed}"]
-        recipe = load_recipe(path.parent / name, here)
+    given = [*common, *(part for method in content["methods"] for part in shlex.split(method))]
+    set_here = {text.partition("=")[0] for text in given if "=" in text}
+    if "seed" in set_here:
+        rule = "seeds in the sweep file. Change `seeds` there."
+        raise ValueError(f"{path}: got the setting seed=...; expected {rule}")
+    points = _grid_points(content.get("grid") or {}, f"{path}: grid")
+    if both := ", ".join(sorted(key for key in set_here if _meets(key, points[0]))):
+        rule = "one of them. Remove one."
+        raise ValueError(f"{path}: got {both} both as a setting and in the grid; expected {rule}")
+    recipes: dict[Path, Recipe] = {}
+    combinations = itertools.product(seeds, bases or content["bases"], content["methods"], points)
+    for seed, base, method, point in combinations:
+        parts = shlex.split(method)  # values with blanks stand in quotes
+        names = [part for part in parts if "=" not in part]
+        files = [_file(path, "bases", base), *(_file(path, "methods", name) for name in names)]
+        here = [*common, *(part for part in parts if "=" in part), f"seed={seed}"]
+        here += [f"{key}={json.dumps(value)}" for key, value in point.items()]
+        recipe = load_recipe(files, here)
         if point:
-            recipe = load_recipe(path.parent / name, [*here, f"name={recipe.name}{_point_name(point)}"])
-        recipes.append(recipe)
-    folders = [run_folder(recipe) for recipe in recipes]
-    if len(set(folders)) < len(folders):
-        twice = next(folder for folder in folders if folders.count(folder) > 1)
-        raise ValueError(f"{path}: got two runs in {twice}; expected one folder each. Give every recipe its own name.")
-    return recipes
+            name = f"name={recipe.name}{_point_name(point)}"
+            recipe = recipe_from_dict(recipe.model_dump(mode="json"), [name])
+        folder = run_folder(recipe)
+        if folder in recipes:
+            rule = "one folder each. Add name=... to a method."
+            raise ValueError(f"{path}: got two runs in {folder}; expected {rule}")
+        recipes[folder] = recipe
+    return list(recipes.values())
 
 
 def sweep_content(path: str | Path) -> dict[str, Any]:
     """Return the mapping in a sweep file.
 
     Raises:
-        ValueError: No YAML, unknown keys, or no recipes.
+        ValueError: No YAML, unknown keys, no bases or no methods.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: got {error}; expected a sweep file with `recipes` and `seeds`.") from error
-    keys = {"recipes", "seeds", "settings", "grid", "measure"}
-    if not isinstance(content, dict) or set(content) - keys or not content.get("recipes"):
-        raise ValueError(
-            f"{path}: got {sorted(content) if isinstance(content, dict) else type(content).__name__}; expected the keys "
-            "recipes (a list of files), seeds (a list of integers) and optionally settings (a list of key=value), grid (lists of "
-            "values by key) and measure (a list of studies)."
-        )
+        content = read_yaml(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        rule = "a sweep file with `bases`, `methods`, `seeds`."
+        raise ValueError(f"{path}: got {error}; expected {rule}") from error
+    keys = sorted(content) if isinstance(content, dict) else type(content).__name__
+    known = {"bases", "methods", "seeds", "settings", "grid", "measure"}
+    if isinstance(keys, str) or set(keys) - known or not (content.get("bases") and content.get("methods")):
+        rule = "the keys bases and methods, if need be seeds, settings, grid, measure. See wcitrain/sweep.py."
+        raise ValueError(f"{path}: got {keys}; expected {rule}")
     return content
 
 
+def _file(sweep: Path, folder: str, name: str) -> Path:
+    """Return the file of a base or method: a path from the sweep file, or a name in the folder beside it."""
+    is_path = name.endswith((".yaml", ".yml"))
+    file = sweep.parent / (name if is_path else f"../{folder}/{name}.yaml")
+    if not file.exists():
+        near = nearest(name, [other.stem for other in file.parent.glob("*.yaml")])
+        rule = f"a file, or a name in {file.parent}. {f'Did you mean {near}?' if near else 'Correct it.'}"
+        raise ValueError(f"{sweep}: {folder}: got {name!r}; expected {rule}")
+    return file
+
+
 def _grid_points(grid: Any, where: str) -> list[dict[str, Any]]:
-    """Return every combination of a grid's values, the last key changing fastest; one empty point without a grid."""
-    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
-        raise ValueError(
-            f"{where}: got {grid!r}; expected a list of values for each key, such as {{optimizer.lr: [0.1]}}."
-        )
+    """Return every combination of a grid's values, the last key changing fastest; one empty one of none."""
+    is_right = isinstance(grid, dict) and all(isinstance(key, str) for key in grid)
+    if not is_right or not all(isinstance(values, list) and values for values in grid.values()):
+        rule = "a list of values for each key, such as {optimizer.lr: [0.1]}."
+        raise ValueError(f"{where}: got {grid!r}; expected {rule}")
     if {"seed", "name"} & set(grid):
-        raise ValueError(
-            f"{where}: got the key seed or name; expected other settings. Use `seeds`; names are made here."
-        )
+        rule = "other settings. Use `seeds`; names are made here."
+        raise ValueError(f"{where}: got the key seed or name; expected {rule}")
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
@@ -144,9 +161,6 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
-def _without_machine(recipe: Recipe) -> dict:
-    """Return the settings that decide what is computed, without those that say where."""
-    settings = recipe.model_dump()
-    settings["train"].pop("num_threads")
-    settings.pop("tracking")
-    return settings
+def _meets(key: str, others: Iterable[str]) -> bool:
+    """Tell whether a dotted key is one of the others, inside one or around one."""
+    return any(f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.") for other in others)

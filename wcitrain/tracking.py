@@ -1,7 +1,7 @@
-"""What a run writes down: metrics.jsonl and summary.json always; W&B and TensorBoard through Accelerate's trackers.
+"""What a run writes down: metrics.jsonl and summary.json always; W&B and TensorBoard through Accelerate.
 
-The two files are the record that reports are made from; trackers are for watching. W&B and TensorBoard are imported
-only when a run uses them.
+The two files are the record that reports are made from; trackers are for watching. W&B and TensorBoard are
+imported only when a run uses them.
 """
 
 import json
@@ -19,9 +19,9 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 
 class RunLog:
-    """``metrics.jsonl``, one JSON object a line, written as it happens, and ``summary.json``, in a run folder.
+    """``metrics.jsonl``, a JSON object a line, written as it happens, and ``summary.json``, in a run folder.
 
-    JSON has no NaN and no infinity: both are written as null. Other floats come back bit for bit. One process writes.
+    JSON has no NaN and no infinity: both become null. Other floats come back bit for bit. One process writes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,7 +42,8 @@ class RunLog:
         """
         if type(metrics.get("step")) is not int:
             raise ValueError(
-                f'metrics["step"]: got {metrics.get("step")!r}; expected an int. Log the optimizer steps taken.'
+                f'metrics["step"]: got {metrics.get("step")!r}; expected an int. Log '
+                "the optimizer steps taken."
             )
         line = json.dumps(_json_ready(metrics, "metrics"), allow_nan=False)
         with self.metrics_path.open("a", encoding="utf-8") as file:
@@ -69,8 +70,8 @@ class RunLog:
                 if number == len(lines):
                     break
                 raise ValueError(
-                    f"{self.metrics_path}, line {number}: got {line[:40]!r}; expected a JSON object with a step. "
-                    "Repair the line or delete it, then resume."
+                    f"{self.metrics_path}, line {number}: got {line[:40]!r}; expected a JSON object with a "
+                    "step. Repair the line or delete it, then resume."
                 ) from None
             if logged_step <= step:
                 kept.append(line + b"\n")
@@ -89,8 +90,9 @@ class RunLog:
 def wandb_mode(requested: str) -> str:
     """Return the W&B mode of a run: ``"online"``, ``"offline"`` or ``"disabled"``.
 
-    ``"auto"`` follows the environment variable WANDB_MODE; without it, online when there is a key (WANDB_API_KEY, or an
-    entry for api.wandb.ai in the netrc file) and offline otherwise. Nothing is sent before the user asked for it.
+    ``"auto"`` follows the environment variable WANDB_MODE; without it, online when there is a key
+    (WANDB_API_KEY, or an entry for api.wandb.ai in the netrc file) and offline otherwise. Nothing is sent
+    before the user asked for it.
 
     Args:
         requested: ``"auto"``, or the mode itself.
@@ -104,9 +106,14 @@ def wandb_mode(requested: str) -> str:
     """
     where, mode = "tracking.wandb", requested
     if requested == "auto":
-        where, mode = "WANDB_MODE", os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        where, mode = (
+            "WANDB_MODE",
+            os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline"),
+        )
     if mode not in ("online", "offline", "disabled"):
-        rule = 'expected "online", "offline" or "disabled"' + (', or "auto"' if where == "tracking.wandb" else "")
+        rule = 'expected "online", "offline" or "disabled"' + (
+            ', or "auto"' if where == "tracking.wandb" else ""
+        )
         raise ValueError(f"{where}: got {mode!r}; {rule}. Choose one of these.")
     if mode == "disabled" or is_wandb_available():
         return mode
@@ -121,14 +128,14 @@ def wandb_mode(requested: str) -> str:
 
 
 def tracker_names(wandb: str, tensorboard: bool) -> list[str]:
-    """Return what to give ``Accelerator(log_with=...)``, checked: Accelerate drops a missing tracker silently.
+    """Return what to give ``Accelerator(log_with=...)``, checked: it drops a missing tracker silently.
 
     Args:
         wandb: What ``wandb_mode`` returned.
         tensorboard: Whether to write TensorBoard event files.
 
     Returns:
-        Some of ``"wandb"`` and ``"tensorboard"``. Give Accelerate ``names or None``: it warns about an empty list.
+        Some of ``"wandb"`` and ``"tensorboard"``. Accelerate wants ``names or None``, not an empty list.
 
     Raises:
         ModuleNotFoundError: A tracker is wanted and not installed.
@@ -159,9 +166,9 @@ def start_trackers(
 ) -> None:
     """Start the trackers that the accelerator was made with (on the main process; elsewhere nothing happens).
 
-    The W&B id of a run is drawn once and kept in ``folder/wandb/id.txt``, so a run resumed in its folder continues its
-    W&B page, and a new folder is a new page even under the same name. TensorBoard writes below the accelerator's
-    ``logging_dir``.
+    The W&B id of a run is drawn once and kept in ``folder/wandb/id.txt``, so a run resumed in its folder
+    continues its W&B page, and a new folder is a new page even under the same name. TensorBoard writes below
+    the accelerator's ``logging_dir``.
 
     Args:
         accelerator: Made with ``log_with=tracker_names(...) or None``.
@@ -183,7 +190,9 @@ def start_trackers(
             "mode": wandb_mode,
             "settings": {"silent": True},
         }
-        if wandb_mode == "online":  # offline there is nothing to look up; `wandb sync` joins the parts by their id
+        if (
+            wandb_mode == "online"
+        ):  # offline there is nothing to look up; `wandb sync` joins the parts by their id
             wandb_settings["resume"] = "allow"
     accelerator.init_trackers(project, config=_flatten(config), init_kwargs={"wandb": wandb_settings})
 
@@ -199,10 +208,17 @@ def log_epoch(accelerator: Accelerator, metrics: Mapping[str, Any], step: int) -
         metrics: Values by name; what is not a bool, an int or a float (None, text, lists) is skipped.
         step: The number of optimizer steps taken. W&B ignores steps before the last one it has seen.
     """
-    accelerator.log({name: value for name, value in metrics.items() if isinstance(value, (int, float))}, step=step)
+    accelerator.log(
+        {name: value for name, value in metrics.items() if isinstance(value, (int, float))}, step=step
+    )
     names = [name.removeprefix("wci/") for name in metrics if name.startswith("wci/")]
     rows = [
-        [layer, metrics[f"wci/{layer}"], metrics.get(f"curvature/trace/{layer}"), metrics.get(f"frobenius/{layer}")]
+        [
+            layer,
+            metrics[f"wci/{layer}"],
+            metrics.get(f"curvature/trace/{layer}"),
+            metrics.get(f"frobenius/{layer}"),
+        ]
         for layer in names
         if layer not in ("total", "total_stderr")
     ]
@@ -233,12 +249,13 @@ def _has_wandb_key() -> bool:
 def _not_installed(where: str, value: object, package: str, command: str) -> ModuleNotFoundError:
     """Return the error for a tracker that was asked for and is not there."""
     return ModuleNotFoundError(
-        f"{where}: got {value!r}; expected {package} to be installed. Run `{command}`, or switch it off.", name=package
+        f"{where}: got {value!r}; expected {package} to be installed. Run `{command}`, or switch it off.",
+        name=package,
     )
 
 
 def _run_id(folder: Path, resume_id: str | None) -> str:
-    """Return the W&B id of the run in ``folder`` and record it there; drawn apart from all seeded generators."""
+    """Return the W&B id of the run in ``folder``, recorded there; drawn apart from all seeded generators."""
     path = folder / "wandb" / "id.txt"
     recorded = path.read_text().strip() if path.exists() else None
     run_id = resume_id or recorded or secrets.token_hex(4)
@@ -249,7 +266,7 @@ def _run_id(folder: Path, resume_id: str | None) -> str:
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Return ``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists and None as text, since TensorBoard takes scalars only."""
+    """Return ``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists, None as text: TensorBoard takes scalars."""
     flat: dict[str, bool | int | float | str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -269,7 +286,9 @@ def _json_ready(value: Any, place: str) -> Any:
         return {str(key): _json_ready(item, f"{place}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_json_ready(item, f"{place}[{index}]") for index, item in enumerate(value)]
-    raise TypeError(f"{place}: got a {type(value).__name__}; expected a JSON value. Convert it, e.g. with .item().")
+    raise TypeError(
+        f"{place}: got a {type(value).__name__}; expected a JSON value. Convert it, e.g. with .item()."
+    )
 
 
 def _replace(path: Path, content: bytes) -> None:

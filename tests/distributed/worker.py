@@ -1,4 +1,4 @@
-"""One process of the two-process tests; writes what it got to a file (interpreters sometimes abort at exit under gloo)."""
+"""One process of the two-process tests; writes what it got to a file, as gloo may abort at exit."""
 
 import sys
 
@@ -17,7 +17,9 @@ def data(part: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(6, 4, generator=generator).double(), torch.randint(0, 3, (6,), generator=generator)
 
 
-def train(rule: str, rank: int, world: int, steps: int = 4, normalised: nn.Module | None = None) -> tuple[dict, object]:
+def train(
+    rule: str, rank: int, world: int, steps: int = 4, normalised: nn.Module | None = None
+) -> tuple[dict, object]:
     """``world`` processes with one micro-batch each, or one process (world 1) that accumulates two."""
     accumulate = 2 // world
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)

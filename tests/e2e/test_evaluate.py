@@ -2,11 +2,11 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import TINY as BASE
 
 from wcitrain.__main__ import main
 from wcitrain.attacks import ThreatModel
@@ -16,35 +16,16 @@ from wcitrain.evaluating_runs import _chosen, evaluate_run
 from wcitrain.evaluation import Evaluation, evaluate
 from wcitrain.models import Classifier, load_exported
 from wcitrain.recipe import recipe_from_dict
-from wcitrain.train import fit, run_folder
 
-TINY = {
-    "name": "tiny",
+TINY = BASE | {
     "data": {"source": "digits", "val_size": 100, "max_train": 300, "max_test": 50},
-    "model": {"name": "resnet18", "stem": "cifar", "kwargs": {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}},
-    "threat": {"eps": 0.1},
     "objective": {"num_steps": 1, "step_size": 0.1},
     "train": {"epochs": 1, "batch_size": 20, "device": "cpu"},
     "evaluation": {"train_size": 50, "num_steps": 1, "step_size": 0.1},
-    "tracking": {"wandb": "disabled"},
 }
 QUICK = ["--attacks", "pgd-2", "--examples", "20"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::wcitrain.evaluation.findings.PreflightWarning")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """The folder of a finished run."""
-    recipe = recipe_from_dict(TINY | {"output": str(tmp_path_factory.mktemp("runs"))})
-    fit(recipe)
-    return run_folder(recipe)
-
-
-@pytest.fixture
-def run(trained, tmp_path) -> Path:
-    """A copy of it, to write into."""
-    return Path(shutil.copytree(trained, tmp_path / "tiny-s0"))
 
 
 def files(folder: Path) -> list[str]:
@@ -53,8 +34,8 @@ def files(folder: Path) -> list[str]:
 
 def test_a_run_is_evaluated_with_table_files_and_curve(run, capsys):
     """The one command before a number is published; it must be that of the library on the images it names."""
-    arguments = ["evaluate", str(run), "--attacks", "pgd-2", "margin-2", "--eps", "1/255", "0.1", "--examples", "30"]
-    assert main([*arguments, "--corruptions", "fog"]) == 0
+    options = "--attacks pgd-2 margin-2 --eps 1/255 0.1 --examples 30 --corruptions fog"
+    assert main(f"evaluate {run} {options}".split()) == 0
     printed = capsys.readouterr().out
     stem = "last-test-pgd-2+margin-2-linf-1_255-linf-0.1-n30-fog"
     assert files(run / "evaluations") == [f"{stem}.json", f"{stem}.npz", f"{stem}.png"]
@@ -77,14 +58,16 @@ def test_a_run_is_evaluated_with_table_files_and_curve(run, capsys):
         attacks=["pgd-2", "margin-2"],
         corruptions="fog",
     )
-    assert all(torch.equal(a.is_robust, b.is_robust) for a, b in zip(read.attacks, again.attacks, strict=True))
+    assert all(
+        torch.equal(a.is_robust, b.is_robust) for a, b in zip(read.attacks, again.attacks, strict=True)
+    )
     assert torch.equal(read.is_clean, again.is_clean)
     assert torch.equal(read.labels, again.labels)
     assert torch.equal(read.corrupted["fog", 5], again.corrupted["fog", 5])
 
 
 def test_fewer_images_are_a_fixed_random_choice(run):
-    """The first images of a split sorted by class are of one class, and other images for each seed are no comparison."""
+    """The first images of a sorted split are of one class; other images for each seed are no comparison."""
     splits = load_splits(**recipe_from_dict(TINY).data.model_dump(exclude={"crop_padding", "flip"}))
     images = splits.train.take(splits.train.y.argsort())
     few, places = _chosen(images, 60)
@@ -96,7 +79,9 @@ def test_fewer_images_are_a_fixed_random_choice(run):
         assert _chosen(images, num) == (images, None)
     stream = StreamSet(lambda **_: None, 100, 8)
     assert _chosen(stream, 10) == (stream, None)
-    indices = [evaluate_run(run, attacks=["fgsm"], num_examples=20, seed=seed).evaluation.index for seed in (0, 3)]
+    indices = [
+        evaluate_run(run, attacks=["fgsm"], num_examples=20, seed=seed).evaluation.index for seed in (0, 3)
+    ]
     assert torch.equal(indices[0], indices[1])
 
 
@@ -109,30 +94,21 @@ def test_the_whole_split_is_the_whole_split_whatever_number_was_asked_for(run, c
 
 
 def test_overrides_do_not_replace_the_results_of_the_recipe(run):
-    """Fewer classes, another test set or another radius would stand under the name of the run's own evaluation."""
+    """Fewer classes, another test set or radius would stand under the name of the run's own evaluation."""
     own = ["--recipe", str(run / "recipe.yaml")]
-    for recipe in (
-        [],
-        ["--recipe", "threat.eps=0.05"],
-        ["--recipe", "threat.eps=0.08"],
-        [*own, "threat.eps=0.08"],
-        own,
-    ):
+    overrides = (["--recipe", f"threat.eps={eps}"] for eps in (0.05, 0.08))
+    for recipe in ([], *overrides, [*own, "threat.eps=0.08"], own):
         assert main(["evaluate", str(run), *QUICK, *recipe]) == 0
     found = [json.loads(path.read_text()) for path in (run / "evaluations").glob("*.json")]
-    assert sorted((d["threat"]["eps"], d["attacks"][0]["threat"]["eps"]) for d in found) == [
-        (0.05, 0.05),
-        (0.08, 0.08),
-        (0.1, 0.1),
-        (0.1, 0.1),
-    ]
+    radii = sorted((d["threat"]["eps"], d["attacks"][0]["threat"]["eps"]) for d in found)
+    assert radii == [(0.05, 0.05), (0.08, 0.08), (0.1, 0.1), (0.1, 0.1)]
     assert {tuple(d["overrides"]) for d in found} == {(), ("threat.eps=0.05",), ("threat.eps=0.08",)}
 
 
 def test_a_union_of_norms_can_be_asked_for(run):
     """Robust to one norm is not robust to another; the worst of both is a number of its own."""
-    options = ["--attacks", "fgsm", "--examples", "20", "--norm", "l2", "--eps", "linf:8/255", "linf:4/255", "0.5"]
-    assert main(["evaluate", str(run), *options]) == 0
+    options = "--attacks fgsm --examples 20 --norm l2 --eps linf:8/255 linf:4/255 0.5"
+    assert main(f"evaluate {run} {options}".split()) == 0
     stem = "last-test-fgsm-linf-8_255-linf-4_255-l2-0.5-n20"
     assert files(run / "evaluations") == [f"{stem}-linf.png", f"{stem}.json", f"{stem}.npz"]
     threats = Evaluation.load(run / "evaluations" / f"{stem}.npz").threats
@@ -170,7 +146,8 @@ def test_a_folder_that_cannot_be_written_fails_before_the_attacks_and_a_full_dis
 
 def test_a_killed_command_goes_on_when_it_is_given_again(run, monkeypatch):
     """Attacks of hours are killed by time limits; the second run must not begin again, nor end elsewhere."""
-    arguments = ["evaluate", str(run), "--attacks", "autoattack:apgd-ce", "--eps", "1/255", "--batch-size", "2"]
+    options = "--attacks autoattack:apgd-ce --eps 1/255 --batch-size 2 --preflight off"
+    arguments = f"evaluate {run} {options}".split()
     forward, calls, limit = Classifier.forward, 0, None
 
     def counted(self, images):
@@ -181,7 +158,6 @@ def test_a_killed_command_goes_on_when_it_is_given_again(run, monkeypatch):
         return forward(self, images)
 
     monkeypatch.setattr(Classifier, "forward", counted)
-    arguments += ["--preflight", "off"]
     assert main([*arguments, "--out", str(run / "whole")]) == 0
     total, calls, limit = calls, 0, 3 * calls // 4
     assert main([*arguments, "--out", str(run / "killed")]) == 130
@@ -198,9 +174,11 @@ def test_two_models_are_compared_and_other_images_are_refused(run, tmp_path, cap
     """Which of two runs is better is asked on the same images, by a test."""
     state = load_checkpoint(run / "checkpoints")[0]["model"]
     state = {k: v + 0.5 if k.endswith("fc.bias") and v.ndim else v for k, v in state.items()}
-    torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "other.pt")
+    state = {f"module.{k}": v for k, v in state.items()}
+    torch.save({"epoch": 1, "state_dict": state}, tmp_path / "other.pt")
     recipe = ["--recipe", str(run / "recipe.yaml")]
-    for target, out, options in ((run, "a", []), (tmp_path / "other.pt", "b", recipe), (run, "c", ["--split", "val"])):
+    other = tmp_path / "other.pt"
+    for target, out, options in ((run, "a", []), (other, "b", recipe), (run, "c", ["--split", "val"])):
         assert main(["evaluate", str(target), *QUICK, "--out", str(tmp_path / out), *options]) == 0
     capsys.readouterr()
     a, b, c = (str(next((tmp_path / out).glob("*.npz"))) for out in "abc")
@@ -214,8 +192,8 @@ def test_two_models_are_compared_and_other_images_are_refused(run, tmp_path, cap
 
 def test_options_reach_the_evaluation_and_name_the_files(run):
     """An option that is parsed and dropped evaluates something else under the right name."""
-    options = ["--at", "best", "--split", "train", "--norm", "l2", "--eps", "1/2", "--seed", "3", "--batch-size", "9"]
-    assert main(["evaluate", str(run), *QUICK, *options]) == 0
+    options = "--at best --split train --norm l2 --eps 1/2 --seed 3 --batch-size 9"
+    assert main([*f"evaluate {run} {options}".split(), *QUICK]) == 0
     (file,) = (run / "evaluations").glob("*.npz")
     assert file.stem == "best-train-pgd-2-l2-0.5-n20-b9-s3"
     read = Evaluation.load(file)
@@ -229,8 +207,8 @@ def test_options_reach_the_evaluation_and_name_the_files(run):
         (["{run}", "--attacks", "pgd"], "attacks: got 'pgd'; expected fgsm; pgd-STEPS"),
         (["{run}", "--eps", "eight"], "--eps: got eight; expected a radius"),
         (["{run}", "--eps", "8"], "Did you mean 8/255?"),
-        (["{run}", "--eps", "1e400"], "threat.eps: got inf; expected a finite radius"),
-        (["{run}", "--eps", "l3:0.5"], "threat.norm: got 'l3'"),
+        (["{run}", "--eps", "1e400"], "ThreatModel.eps: got inf; expected a finite number"),
+        (["{run}", "--eps", "l3:0.5"], "ThreatModel.norm: got 'l3'"),
         (["{run}", "--eps", "l2:"], "--eps: got l2:; expected a radius"),
         (["{run}", "--eps", "9" * 400 + "/2"], "; expected a radius"),
         (["{run}", "--device", "foo"], "--device: got 'foo'"),
@@ -249,7 +227,7 @@ def test_options_reach_the_evaluation_and_name_the_files(run):
 )
 def test_wrong_input_is_explained(arguments, message, trained, capsys, monkeypatch):
     """A traceback does not say what to do, and nothing may be loaded or written."""
-    monkeypatch.setattr("wcitrain.evaluating_runs.load_splits", lambda **_: pytest.fail("loaded"))
+    monkeypatch.setattr("wcitrain.evaluating_runs.open_splits", lambda _: pytest.fail("loaded"))
     assert main(["evaluate", *(text.format(run=trained) for text in arguments)]) == 2
     assert message in capsys.readouterr().err
     assert not (trained / "evaluations").exists()

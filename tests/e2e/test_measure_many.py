@@ -1,4 +1,4 @@
-"""``wcitrain measure`` over measures, epochs and runs, what it keeps, ``--correlate``, and measures inside training."""
+"""``wcitrain measure`` over measures, epochs and runs, ``--correlate``, and measures inside training."""
 
 import functools
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_run import TINY as BASE
 
 from wcitrain.__main__ import main
 from wcitrain.attacks import ThreatModel
@@ -15,41 +16,18 @@ from wcitrain.data import load_splits
 from wcitrain.measures.by_name import MEASURES, Shared, measure
 from wcitrain.measuring_many import How, measure_many
 from wcitrain.models import load_exported
+from wcitrain.progress import run_folder
 from wcitrain.recipe import load_recipe, recipe_from_dict
+from wcitrain.recipe.reading import to_yaml_text
 from wcitrain.recipe.sections import MeasureName
-from wcitrain.train import fit, run_folder
+from wcitrain.train import fit
 
-TINY = {
-    "name": "tiny",
-    "data": {"source": "digits", "val_size": 100, "max_train": 200, "max_test": 100},
-    "model": {"name": "resnet18", "stem": "cifar", "kwargs": {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}},
-    "threat": {"eps": 0.1},
-    "objective": {"num_steps": 2, "step_size": 0.06},
+TINY = BASE | {
     "train": {"epochs": 2, "batch_size": 50, "device": "cpu"},
-    "evaluation": {"train_size": 50, "num_steps": 2, "step_size": 0.06},
-    "measures": {
-        "names": ["gradient_norm", "distance_from_initialisation"],
-        "every": 2,
-        "num_examples": 20,
-    },
+    "measures": {"names": ["gradient_norm", "distance_from_initialisation"], "every": 2, "num_examples": 20},
     "checkpoint": {"keep_every": 1},
-    "tracking": {"wandb": "disabled"},
 }
 QUICK = ["--examples", "10", "--gap-examples", "20", "--steps", "1"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """The folder of a finished run with every epoch kept."""
-    recipe = recipe_from_dict(TINY | {"output": str(tmp_path_factory.mktemp("runs"))})
-    fit(recipe)
-    return run_folder(recipe)
-
-
-@pytest.fixture
-def run(trained, tmp_path) -> Path:
-    """A copy of it, to write into."""
-    return Path(shutil.copytree(trained, tmp_path / "tiny-s0"))
 
 
 def document(run: Path) -> dict:
@@ -75,8 +53,16 @@ def test_training_measures_what_the_recipe_names_at_the_epochs_it_says(trained):
 
 def test_every_epoch_is_kept_from_the_first_weights_on(trained):
     """Distances and curves through training need epoch 0 too."""
-    assert sorted(p.name for p in (trained / "model").iterdir()) == ["best", "epoch-0", "epoch-1", "epoch-2", "last"]
-    first = measure_many([trained], How(["distance_from_initialisation"], num_examples=10), at="0", progress=False)[0]
+    assert sorted(p.name for p in (trained / "model").iterdir()) == [
+        "best",
+        "epoch-0",
+        "epoch-1",
+        "epoch-2",
+        "last",
+    ]
+    first = measure_many(
+        [trained], How(["distance_from_initialisation"], num_examples=10), at="0", progress=False
+    )[0]
     assert first.value("distance_from_initialisation") == 0.0
     shutil.rmtree(trained / "measures")
 
@@ -116,7 +102,7 @@ def test_measures_of_other_weights_are_not_reused(run):
 
 
 def test_results_of_other_data_are_neither_reused_nor_lost_and_two_models_never_share_a_file(run, tmp_path):
-    """Hours of measures gone because one setting was tried, or a number of other images returned as this one's."""
+    """Hours of measures gone as a setting was tried, or another number of images returned as this one's."""
     how = How(["clean_loss"], num_examples=10)
     first = measure_many([run], how, progress=False)[0]
     other = measure_many([run], how, settings=["data.max_train=150"], progress=False)[0]
@@ -148,7 +134,7 @@ def test_the_correlation_of_all_epochs_is_written_and_readable(run, capsys, tmp_
 
 
 def test_hyper_parameters_are_what_differs_between_recipes(trained, tmp_path):
-    """An axis that is missing makes Ψ too good; one that says nothing (a name, a seed) makes groups of one."""
+    """An axis that is missing makes Ψ too good; one that says nothing (name, seed) makes groups of one."""
     folders = []
     for i, (lr, gamma) in enumerate([(0.1, None), (0.2, None), (0.1, 0.01)]):
         folder = Path(shutil.copytree(trained, tmp_path / f"run{i}"))
@@ -172,7 +158,10 @@ def test_hyper_parameters_are_what_differs_between_recipes(trained, tmp_path):
     ("arguments", "message"),
     [
         (["--measures", "sharpnes"], "expected names of wci, hessian_trace"),
-        (["--measures", "margins", "--set", "margins.quantle=0.5"], "margins: got 'quantle'; expected one of"),
+        (
+            ["--measures", "margins", "--set", "margins.quantle=0.5"],
+            "margins: got 'quantle'; expected one of",
+        ),
         (["--measures", "margins", "--set", "wci.seed=1"], "settings of wci, which is not measured"),
         (["--measures", "margins", "--set", "quantile=0.5"], "expected measure.setting=value"),
         (["--measures", "margins", "--at", "7"], "epoch that"),
@@ -205,7 +194,8 @@ def test_a_run_that_stops_early_measures_and_keeps_its_last_epoch(tmp_path):
     """The epoch that ends the run is the one that everybody asks about."""
     settings = {"name": "stopped", "output": str(tmp_path), "checkpoint": {"keep_every": 10}}
     settings |= {"measures": {"names": ["gradient_norm"], "every": 10, "num_examples": 4}}
-    settings |= {"train": TINY["train"] | {"epochs": 9, "patience": 1}, "optimizer": {"lr": 1e-9}}
+    settings |= {"train": TINY["train"] | {"epochs": 9}, "optimizer": {"lr": 1e-9}}
+    settings |= {"early_stopping": {"patience": 1}}
     recipe = recipe_from_dict(TINY | settings)
     fit(recipe)
     last = json.loads((run_folder(recipe) / "metrics.jsonl").read_text().splitlines()[-1])
@@ -215,26 +205,38 @@ def test_a_run_that_stops_early_measures_and_keeps_its_last_epoch(tmp_path):
 
 
 def test_a_sweep_with_a_grid_trains_every_point_and_its_studies_are_drawn(tmp_path, capsys):
-    """One command from recipes to the figures of a paper."""
+    """One command from a base and methods to the figures of a paper."""
     small = TINY | {"output": str(tmp_path / "runs"), "measures": {}, "train": TINY["train"] | {"epochs": 1}}
-    (tmp_path / "at.yaml").write_text(yaml.safe_dump(small))
+    (tmp_path / "base.yaml").write_text(to_yaml_text(small))
+    (tmp_path / "at.yaml").write_text("")
     sweep = tmp_path / "grid.yaml"
     content = {
-        "recipes": ["at.yaml"],
-        "grid": {"optimizer.lr": ["5e-2", 0.1], "threat.eps": ["8/255"]},
+        "bases": ["base.yaml"],
+        "methods": ["at.yaml"],
+        "grid": {"optimizer.lr": [0.05, 0.1], "threat.eps": ["8/255"]},
         "seeds": [0, 1],
         "measure": [
-            {"at": "all", "split": "test", "seeds": [0], "measures": ["margins", "robust_loss"], "examples": 10},
+            {
+                "at": "all",
+                "split": "test",
+                "seeds": [0],
+                "measures": ["margins", "robust_loss"],
+                "examples": 10,
+            },
             {"at": "last", "measures": ["margins"], "examples": 10, "gap_examples": 20, "correlate": True},
         ],
     }
-    sweep.write_text(yaml.safe_dump(content))
+    sweep.write_text(to_yaml_text(content))
     assert main(["sweep", str(sweep)]) == 0
     names = sorted(p.name for p in (tmp_path / "runs").iterdir() if p.name.startswith("tiny"))
-    assert names == [f"tiny-lr_{lr}-eps_8_255-s{seed}" for lr in ("0.1", "5e_2") for seed in (0, 1)]
-    assert load_recipe(tmp_path / "runs" / names[2] / "recipe.yaml").optimizer.lr == 0.05
+    assert names == [f"tiny-lr_{lr}-eps_8_255-s{seed}" for lr in ("0.05", "0.1") for seed in (0, 1)]
+    assert load_recipe(tmp_path / "runs" / names[0] / "recipe.yaml").optimizer.lr == 0.05
     out = tmp_path / "runs" / "grid-report"
-    for name in ("measures-through-training.png", "measures-against-loss.png", "correlation-last-train/correlation.md"):
+    for name in (
+        "measures-through-training.png",
+        "measures-against-loss.png",
+        "correlation-last-train/correlation.md",
+    ):
         assert (out / name).stat().st_size > 500
     assert "4 models of 4 runs; hyper-parameters that differ: optimizer.lr" in capsys.readouterr().out
     studies = [
@@ -248,7 +250,7 @@ def test_a_sweep_with_a_grid_trains_every_point_and_its_studies_are_drawn(tmp_pa
     wrong = [{"grid": {"optimizer.lr": 0.1}}, {"grid": {"seed": [1]}}, {"settings": ["optimizer.lr=0.3"]}]
     wrong += [{"settings": ["checkpoint.keep_every=null"]}, *({"measure": [study]} for study in studies)]
     for change in wrong:
-        sweep.write_text(yaml.safe_dump(content | change))
+        sweep.write_text(to_yaml_text(content | change))
         assert main(["sweep", str(sweep)]) == 2, change
 
 

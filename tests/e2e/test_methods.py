@@ -1,4 +1,4 @@
-"""What the methods ask of the trainer: replays, warm-up, mixing, extra images, averaging, and reasons to stop early."""
+"""What methods ask of the trainer: replays, warm-up, mixing, extra images, averages, early stopping."""
 
 import json
 from itertools import pairwise
@@ -9,14 +9,16 @@ import torch
 from test_train import final_state, metrics, tiny
 
 from wcitrain.__main__ import main
+from wcitrain.averaging import SWA
 from wcitrain.data import noisy_labels
 from wcitrain.objectives import PGDAT, CatastrophicOverfittingGuard, FreeAT
+from wcitrain.progress import run_folder
 from wcitrain.seeding import seed_from
-from wcitrain.train import Trainer, fit, run_folder
+from wcitrain.train import fit, open_run, train, train_epoch
 
 
 def test_free_training_makes_its_replays_with_the_same_images(tmp_path, monkeypatch):
-    """m optimizer steps a batch, the perturbation moving in between; the schedule counts steps, not batches."""
+    """m optimizer steps a batch, the perturbation moving on; the schedule counts steps, not batches."""
     recipe = tiny(tmp_path, "objective={name: free, num_replays: 3}", "train.epochs=2")
     seen = []
     original = FreeAT.perturb
@@ -27,19 +29,19 @@ def test_free_training_makes_its_replays_with_the_same_images(tmp_path, monkeypa
         return x_adv
 
     monkeypatch.setattr(FreeAT, "perturb", perturb)
-    trainer = Trainer(recipe)
-    trainer._train_epoch()
+    run = open_run(recipe)
+    train_epoch(run)
     assert len(seen) == 3 * 4  # 200 images in batches of 50
     for number, ((x, x_adv), (next_x, next_adv)) in enumerate(pairwise(seen)):
         assert torch.equal(x, next_x) == (number % 3 != 2)
         assert not torch.equal(x_adv, next_adv)
-    assert trainer.progress.step == 12
-    assert trainer.scheduler.last_epoch == 12
+    assert run.progress.step == 12
+    assert run.scheduler.last_epoch == 12
 
 
 def test_the_radius_grows_linearly_and_evaluation_does_not_wait(tmp_path, monkeypatch):
     """A warm-up that never reaches eps, or that weakens the evaluation, flatters the run."""
-    recipe = tiny(tmp_path, "threat.warmup_epochs=1", "train.epochs=2")
+    recipe = tiny(tmp_path, "train.eps_warmup_epochs=1", "train.epochs=2")
     radii = []
     original = PGDAT.perturb
 
@@ -49,10 +51,10 @@ def test_the_radius_grows_linearly_and_evaluation_does_not_wait(tmp_path, monkey
         return x_adv
 
     monkeypatch.setattr(PGDAT, "perturb", perturb)
-    trainer = Trainer(recipe)
-    trainer._train_epoch()
-    trainer.progress.epoch, trainer.progress.update = 1, 0
-    trainer._train_epoch()
+    run = open_run(recipe)
+    train_epoch(run)
+    run.progress.epoch, run.progress.update = 1, 0
+    train_epoch(run)
     expected = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
     assert [eps / 0.1 for eps, _, _ in radii] == pytest.approx(expected)
     assert [step / 0.06 for _, step, _ in radii] == pytest.approx(expected)
@@ -61,8 +63,10 @@ def test_the_radius_grows_linearly_and_evaluation_does_not_wait(tmp_path, monkey
 
 def test_soft_labels_and_noise_reach_the_loss(tmp_path, monkeypatch):
     """Mixing after noise, the mixed images attacked and trained on with the mixed labels."""
-    recipe = tiny(tmp_path, "mixing.mixup_alpha=1", "label_noise={share: 1.0, exclude_true: true}", "train.epochs=1")
-    trainer = Trainer(recipe)
+    recipe = tiny(
+        tmp_path, "mixing.mixup_alpha=1", "label_noise={share: 1.0, exclude_true: true}", "train.epochs=1"
+    )
+    run = open_run(recipe)
     seen = []
     original = PGDAT.loss
 
@@ -71,15 +75,23 @@ def test_soft_labels_and_noise_reach_the_loss(tmp_path, monkeypatch):
         return original(self, model, x, x_adv, y)
 
     monkeypatch.setattr(PGDAT, "loss", loss)
-    clean = trainer.train_set.batches(
-        50, shuffle=True, seed=seed_from(0, "data"), epoch=0, drop_last=True, crop_padding=recipe.data.crop_padding
+    clean = run.train_set.batches(
+        50,
+        shuffle=True,
+        seed=seed_from(0, "data"),
+        epoch=0,
+        drop_last=True,
+        crop_padding=recipe.data.crop_padding,
     )
-    trainer._train_epoch()
+    train_epoch(run)
     assert len(seen) == 4
     for (x, x_adv, y), batch in zip(seen, clean, strict=True):
-        noisy = noisy_labels(batch.y, batch.index, share=1.0, num_classes=10, seed=0, epoch=0, exclude_true=True)
+        noisy = noisy_labels(
+            batch.y, batch.index, share=1.0, num_classes=10, seed=0, epoch=0, exclude_true=True
+        )
         hard = torch.nn.functional.one_hot(noisy, 10).float()
-        share = ((y - hard.roll(1, 0)) / (hard - hard.roll(1, 0))).nanmean()  # y = λ hard + (1 − λ) its neighbour
+        # y = λ hard + (1 − λ) its neighbour
+        share = ((y - hard.roll(1, 0)) / (hard - hard.roll(1, 0))).nanmean()
         assert torch.allclose(y, share * hard + (1 - share) * hard.roll(1, 0), atol=1e-5)
         assert torch.allclose(x, share * batch.x + (1 - share) * batch.x.roll(1, 0), atol=1e-5)
         assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6
@@ -92,52 +104,53 @@ def test_extra_images_take_their_share_and_pseudo_labels_come_from_the_labeler(t
     images = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "extra.npz", image=images)
     export = run_folder(teacher) / "model" / "last"
-    recipe = tiny(
-        tmp_path, f"extra={{path: {tmp_path / 'extra.npz'}, labels: pseudo, labeler: {export}, fraction: 0.4}}",
-        "train.epochs=2", name="student",
-    )  # fmt: skip
-    trainer = Trainer(recipe)
-    assert trainer.updates == 200 // 30  # 30 labelled and 20 extra images a batch
-    assert len(trainer.monitored) == 100
-    batch = next(trainer.train_set.batches(50, shuffle=True, drop_last=True))
+    extra = f"extra={{path: {tmp_path / 'extra.npz'}, labels: pseudo, labeler: {export}, fraction: 0.4}}"
+    recipe = tiny(tmp_path, extra, "train.epochs=2", name="student")
+    run = open_run(recipe)
+    assert run.updates == 200 // 30  # 30 labelled and 20 extra images a batch
+    assert len(run.monitored) == 100
+    batch = next(run.train_set.batches(50, shuffle=True, drop_last=True))
     assert int((batch.index < 0).sum()) == 20
-    trainer.fit()
+    train(run)
     assert "pseudo-labels of 90 extra images" in capsys.readouterr().out
     assert len(metrics(recipe)) == 2
 
 
-def test_swa_measures_the_mean_of_the_epochs_with_statistics_of_its_own(tmp_path):
+def test_swa_measures_the_mean_of_the_epochs_with_statistics_of_its_own(tmp_path, monkeypatch):
     """The exported weights are w̄, and running statistics of w̄ are not those of any epoch."""
-    recipe = tiny(tmp_path, "train.swa_start_epoch=1", "train.epochs=4", "schedule={name: constant}")
-    trainer = Trainer(recipe)
+    recipe = tiny(
+        tmp_path, "averaging={name: swa, start_epoch: 1}", "train.epochs=4", "schedule={name: constant}"
+    )
+    run = open_run(recipe)
     ends = []
-    original = trainer.average.after_epoch
+    original = SWA.after_epoch
 
-    def after_epoch(model, epoch, images):
+    def after_epoch(self, average, model, epoch, passes):
         ends.append({k: v.clone() for k, v in model.state_dict().items()})
-        original(model, epoch, images)
+        original(self, average, model, epoch, passes)
 
-    trainer.average.after_epoch = after_epoch
-    trainer.fit()
+    monkeypatch.setattr(SWA, "after_epoch", after_epoch)
+    train(run)
     saved = final_state(recipe)["average"]
-    assert saved["num_averaged"] == 3
-    names = dict(trainer.bare.named_parameters())
+    names = dict(run.bare.named_parameters())
     for name in names:
         assert torch.allclose(saved["module"][name], sum(end[name] for end in ends[1:]) / 3, atol=1e-6), name
     running = [name for name in ends[0] if name.endswith("running_mean")]
     for other in (*ends, {n: sum(end[n] for end in ends[1:]) / 3 for n in running}):
         assert all(not torch.allclose(saved["module"][n], other[n]) for n in running)
-    exported = trainer.measured.state_dict()
+    exported = run.measured.state_dict()
     assert all(torch.equal(exported[n], saved["module"][n]) for n in names)
 
 
 def test_patience_stops_keeps_the_best_and_stays_stopped(tmp_path, capsys):
     """Early stopping selects by validation, says so, and a resume does not train on."""
-    whole = tiny(tmp_path, "train.patience=2", "train.epochs=3", "optimizer.lr=1e-9", name="whole")
+    whole = tiny(tmp_path, "early_stopping.patience=2", "train.epochs=3", "optimizer.lr=1e-9", name="whole")
     assert fit(whole)["stopped_early"] is None  # all its epochs were run
-    recipe = tiny(tmp_path, "train.patience=2", "train.epochs=30", "optimizer.lr=1e-9")  # nothing improves
+    # nothing improves
+    recipe = tiny(tmp_path, "early_stopping.patience=2", "train.epochs=30", "optimizer.lr=1e-9")
     summary = fit(recipe)
-    assert summary["stopped_early"] == "no better robust validation accuracy in 2 epochs (train.patience)"
+    reason = "no better robust validation accuracy in 2 epochs (early_stopping.patience)"
+    assert summary["stopped_early"] == reason
     assert summary["last"]["epoch"] == 3
     assert summary["best"]["epoch"] == 1
     assert "stopped after epoch 3" in capsys.readouterr().out
@@ -158,7 +171,9 @@ def test_catastrophic_overfitting_is_said_and_may_stop_the_run(action, epochs, t
     recipe = tiny(tmp_path, "objective.name=fgsm_rs", f"train.overfitting_guard={action}", "train.epochs=4")
     summary = fit(recipe)
     assert summary["last"]["epoch"] == epochs
-    said = "catastrophic overfitting: robust accuracy on 100 training images under PGD-5 fell from 50 % to 10 %"
+    said = (
+        "catastrophic overfitting: robust accuracy on 100 training images under PGD-5 fell from 50 % to 10 %"
+    )
     assert (said in capsys.readouterr().out) == (action != "ignore")
     assert ("catastrophic_overfitting" in metrics(recipe)[2]) == (action != "ignore")
     assert json.loads((run_folder(recipe) / "summary.json").read_text())["stopped_early"] == (
@@ -167,7 +182,7 @@ def test_catastrophic_overfitting_is_said_and_may_stop_the_run(action, epochs, t
 
 
 def test_the_guard_measures_the_trained_model_against_the_full_radius(tmp_path, monkeypatch):
-    """The same images, attack and model at every look: otherwise a fall may be another sample's, or the warm-up's."""
+    """The same images, attack and model at every look, or a fall may be the sample's or the warm-up's."""
     seen = []
     original = CatastrophicOverfittingGuard.check
 
@@ -176,29 +191,44 @@ def test_the_guard_measures_the_trained_model_against_the_full_radius(tmp_path, 
         return original(self, model, x, y, threat, generator)
 
     monkeypatch.setattr(CatastrophicOverfittingGuard, "check", check)
-    recipe = tiny(tmp_path, "objective.name=fgsm_rs", "threat.warmup_epochs=2", "train.epochs=2", "train.ema_decay=0.9")
-    trainer = Trainer(recipe)
-    trainer.fit()
-    assert [model is trainer.bare for model, *_ in seen] == [True, True]
+    recipe = tiny(
+        tmp_path,
+        "objective.name=fgsm_rs",
+        "train.eps_warmup_epochs=2",
+        "train.epochs=2",
+        "averaging={name: ema, decay: 0.9}",
+    )
+    run = open_run(recipe)
+    train(run)
+    assert [model is run.bare for model, *_ in seen] == [True, True]
     assert torch.equal(seen[0][1], seen[1][1])
     assert [eps for _, _, eps, _ in seen] == [0.1, 0.1]
     assert seen[0][3] == seen[1][3]
-    assert metrics(recipe)[1]["train/guard_robust_accuracy"] == trainer.guard.last
+    assert metrics(recipe)[1]["train/guard_robust_accuracy"] == run.guard.last
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (["extra.path=nowhere.npz"], "extra.path: got nowhere.npz"),
-        (["objective={name: rotation, attack_loss: kl}"], "objective.attack_loss: got kl with objective rotation"),
-        (["input_regularizer={name: cure}", "train.compile=true"], "train.compile: got true with grad_align or"),
+        (["objective={name: rotation, attack_loss: kl}"], "objective.attack_loss: got \"kl\"; expected 'ce'"),
+        (["input_regularizer={name: cure}", "train.compile=true"], "train.compile: got true with CURE"),
         (["mixing.probability=0.5"], "mixing.probability: got settings that mix nothing"),
         (["objective={name: free, step_size: 1.0}"], "objective.step_size: got 1.0; expected at most twice"),
-        (["objective={name: fgsm_rs, step_factor: 3}"], "objective.step_factor: got 3; expected at most 2"),
-        (["objective={name: free}", "penalty={name: wci}"], "objective.name: got free with a curvature penalty"),
+        (
+            ["objective={name: fgsm_rs, step_factor: 3}"],
+            "objective.step_factor: got 3; expected a number less than or equal to 2",
+        ),
+        (
+            ["objective={name: free}", "penalty={name: wci}"],
+            "objective.name: got free AT m=8 with wci penalty",
+        ),
         (["augment={policy: cutout, cutout_size: 9}"], "augment.cutout_size: got 9"),
         (["threat={norm: l1, eps: 3}", "objective={name: trades, attack_loss: cd}"], "attack_loss: got"),
-        (["objective={name: union, threats: [{norm: linf, eps: 8}, {norm: l2, eps: 0.5}]}"], "objective.threats"),
+        (
+            ["objective={name: union, threats: [{norm: linf, eps: 8}, {norm: l2, eps: 0.5}]}"],
+            "objective.threats",
+        ),
     ],
 )
 def test_wrong_input_is_one_clear_message_before_anything_is_written(settings, message, tmp_path, capsys):

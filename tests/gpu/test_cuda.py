@@ -2,17 +2,20 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import RULES, BatchNormNet, assert_same, image_batch
 
 from wcitrain.attacks import ThreatModel
+from wcitrain.curvature import cross_entropy
 from wcitrain.evaluation import evaluate
 from wcitrain.measures import Shared, measure
 from wcitrain.optim import RegularizedOptimizer
 from wcitrain.recipe import recipe_from_dict
 from wcitrain.train import fit
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -25,7 +28,7 @@ def test_weights_come_back_bit_for_bit_on_the_device(rule):
     before = {k: v.detach().clone() for k, v in model.named_parameters()}
     x, y = (z.cuda() for z in image_batch())
     for _ in range(3):
-        assert torch.isfinite(optimizer.step(lambda: F.cross_entropy(model(x), y)))
+        assert torch.isfinite(optimizer.step(lambda: cross_entropy(model(x), y)))
     assert_same({k: v.detach() for k, v in model.named_parameters()}, before)
 
 
@@ -50,10 +53,18 @@ def test_a_run_on_the_device_learns(precision, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["lambda_max", "gradient_norm", "relative_flatness", "margins", "spectral_norms", "path_norm", "sam_sharpness"],
+    [
+        "lambda_max",
+        "gradient_norm",
+        "relative_flatness",
+        "margins",
+        "spectral_norms",
+        "path_norm",
+        "sam_sharpness",
+    ],
 )
 def test_a_measure_is_the_same_on_the_device(name):
-    """Generators, norms or sums that stay on the CPU; clean images, since random starts differ between devices."""
+    """Generators, norms or sums that stay on the CPU; clean images, as random starts differ by device."""
     torch.manual_seed(0)
     model = BatchNormNet().eval()
     x, y = image_batch()

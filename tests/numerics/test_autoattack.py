@@ -1,4 +1,4 @@
-"""AutoAttack stage by stage against ``pyautoattack`` run directly, example by example; kills, and models of few classes."""
+"""AutoAttack stage by stage against ``pyautoattack`` itself, example by example; kills; few classes."""
 
 import warnings
 from functools import partial
@@ -24,7 +24,7 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
 class Quick(pyautoattack.AutoAttack):
-    """The attack with few iterations and an early first checkpoint of APGD, for both sides of a comparison."""
+    """The attack with few iterations and an early checkpoint of APGD, for both sides of a comparison."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -38,7 +38,9 @@ class Quick(pyautoattack.AutoAttack):
     @staticmethod
     def noted(part, perturb, x, y):
         """Note how a part was set up when its turn came."""
-        Quick.log.append((type(part).__name__, part.seed, part.n_restarts, getattr(part, "targeted", None), len(x)))
+        Quick.log.append(
+            (type(part).__name__, part.seed, part.n_restarts, getattr(part, "targeted", None), len(x))
+        )
         return perturb(x, y)
 
     log: ClassVar[list] = []
@@ -78,7 +80,9 @@ def conv(num_classes: int, channels: int = 3, side: int = 16):
 
 def direct(model, x, y, threat, *, batch_size, seed=0, version="standard", parts=None, num_classes=10):
     """Return the flags of upstream's own loop: right without an attack, and on what it returns."""
-    adversary = pyautoattack.AutoAttack(model, norm=NORMS[threat.norm], eps=threat.eps, seed=seed, version=version)
+    adversary = pyautoattack.AutoAttack(
+        model, norm=NORMS[threat.norm], eps=threat.eps, seed=seed, version=version
+    )
     adversary.verbose = False
     if parts is not None:
         adversary.attacks_to_run = list(parts)
@@ -94,7 +98,14 @@ def direct(model, x, y, threat, *, batch_size, seed=0, version="standard", parts
 
 def ours(model, x, y, threat, name, *, batch_size, **settings):
     result = evaluate(
-        model, [(x, y)], threat, attacks=name, batch_size=batch_size, preflight="off", progress=False, **settings
+        model,
+        [(x, y)],
+        threat,
+        attacks=name,
+        batch_size=batch_size,
+        preflight="off",
+        progress=False,
+        **settings,
     )
     return result.attacks[0]
 
@@ -120,9 +131,8 @@ def test_every_flag_on_digits_is_upstreams(threat, name, version, parts, digits,
     result = ours(model, x, y, threat, name, batch_size=25)
     assert torch.equal(result.is_robust, expected)
     assert Quick.log == theirs  # restarts that change no flag here would change one elsewhere
-    assert (
-        0 < int(expected.sum()) < 0.9 * int((model(x).argmax(1) == y).sum())
-    )  # the attack had something to do and to leave
+    # the attack had something to do and to leave
+    assert 0 < int(expected.sum()) < 0.9 * int((model(x).argmax(1) == y).sum())
     assert result.furthest <= 1.001 * threat.eps
 
 
@@ -143,14 +153,15 @@ def test_the_whole_attack_is_upstreams_too(digits):
     """Fewer iterations could hide a schedule that is set up wrongly."""
     model, x, y = digits[0], digits[1][:24], digits[2][:24]
     assert torch.equal(
-        ours(model, x, y, LINF, "autoattack", batch_size=10).is_robust, direct(model, x, y, LINF, batch_size=10)
+        ours(model, x, y, LINF, "autoattack", batch_size=10).is_robust,
+        direct(model, x, y, LINF, batch_size=10),
     )
 
 
 @pytest.mark.parametrize("name", ["autoattack", "pgd-4x3"])
 @pytest.mark.parametrize("share", [0.4, 0.8])
 def test_a_killed_evaluation_goes_on_to_the_same_flags(name, share, digits, quick, tmp_path, monkeypatch):
-    """Hours of AutoAttack must survive a kill; a stage that is repeated or skipped would change flags in silence."""
+    """Hours of AutoAttack must survive a kill; a stage repeated or skipped would change flags in silence."""
     model, x, y = digits
     calls, limit = 0, None
     forward = type(model).forward
@@ -180,7 +191,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_flags(name, share, digits, quic
 
 
 def test_a_resumed_stage_keeps_the_batches_it_began_with(tmp_path):
-    """Cut anew from what is still robust, the batches after a kill would skip examples, which then count as robust."""
+    """Cut anew from what is still robust, batches after a kill would skip examples, which count as robust."""
 
     def stopped(at):
         seen = []
@@ -203,7 +214,9 @@ def test_a_resumed_stage_keeps_the_batches_it_began_with(tmp_path):
     path = tmp_path / "state.npz"
     seen, stages = stopped(at=3)
     with pytest.raises(KeyboardInterrupt):
-        run_stages(stages, model, x, y, AttackState(torch.ones(12).bool(), path), bar=tqdm(disable=True), **settings)
+        run_stages(
+            stages, model, x, y, AttackState(torch.ones(12).bool(), path), bar=tqdm(disable=True), **settings
+        )
     again, stages = stopped(at=99)
     state = AttackState(torch.ones(12).bool(), path)
     run_stages(stages, model, x, y, state, bar=tqdm(disable=True), **settings)
@@ -245,7 +258,7 @@ class Scaled(nn.Module):
 
 
 def test_another_forward_pass_or_version_starts_anew(digits, tmp_path, monkeypatch):
-    """An edited forward pass has the weights and names of the old one; its attack must not be the old one's."""
+    """An edited forward pass has the old one's weights and names; its attack must not be the old one's."""
     model, x, y = digits
 
     def states(model):
@@ -269,7 +282,15 @@ def test_the_state_is_found_again_with_and_without_checks(digits, tmp_path):
         for preflight in ("warn", "off"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                evaluate(model, [(x, y)], LINF, attacks="pgd-2", folder=tmp_path, progress=False, preflight=preflight)
+                evaluate(
+                    model,
+                    [(x, y)],
+                    LINF,
+                    attacks="pgd-2",
+                    folder=tmp_path,
+                    progress=False,
+                    preflight=preflight,
+                )
             assert len(list(tmp_path.glob("*.npz"))) == 1
     finally:
         model.eval()
@@ -277,13 +298,15 @@ def test_the_state_is_found_again_with_and_without_checks(digits, tmp_path):
 
 @pytest.mark.parametrize(("num_classes", "left_out"), [(2, ["apgd-dlr", "apgd-t"]), (3, ["apgd-t"]), (4, [])])
 def test_models_of_few_classes_are_attacked_by_what_can_run(num_classes, left_out, quick):
-    """Upstream stops with an index error: nine target classes are more than there are, and the DLR needs third logits."""
+    """Upstream stops with an index error: nine target classes are too many, the DLR needs third logits."""
     model, x, y = conv(num_classes, channels=1, side=8)
     threat = ThreatModel("linf", 0.05)
     result = ours(model, x, y, threat, "autoattack-plus", batch_size=24)
     parts = [p for p in ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t") if p not in left_out]
     assert [note.split()[0] for note in result.notes] == left_out
-    expected = direct(model, x, y, threat, batch_size=24, version="plus", parts=parts, num_classes=num_classes)
+    expected = direct(
+        model, x, y, threat, batch_size=24, version="plus", parts=parts, num_classes=num_classes
+    )
     assert torch.equal(result.is_robust, expected)
     assert int(result.is_robust.sum()) < 21
 
@@ -304,14 +327,20 @@ def test_parameters_collect_no_gradients(digits, quick):
 
 
 def test_settings_are_those_of_the_paper():
-    """A custom version with upstream's defaults has five restarts; chosen parts here are parts of the standard attack."""
+    """A custom version with upstream's defaults has five restarts; here parts are the standard one's."""
     model, _, _ = conv(10)
     for name in ("autoattack", "autoattack:apgd-ce+square"):
         plan = parse_attack(name)
-        stages, notes = autoattack_stages(plan, model, LINF, num_classes=10, seed=3, device=torch.device("cpu"))
+        stages, notes = autoattack_stages(
+            plan, model, LINF, num_classes=10, seed=3, device=torch.device("cpu")
+        )
         assert [stage.name for stage in stages] == list(plan.components or STANDARD)
         assert not notes
         closure = dict(zip(stages[0].attack.__code__.co_freevars, stages[0].attack.__closure__, strict=True))
         adversary = closure["adversary"].cell_contents
-        assert (adversary.apgd.n_restarts, adversary.apgd.n_iter, adversary.square.n_queries) == (1, 100, 5000)
+        assert (adversary.apgd.n_restarts, adversary.apgd.n_iter, adversary.square.n_queries) == (
+            1,
+            100,
+            5000,
+        )
         assert np.isclose(adversary.epsilon, 0.08)

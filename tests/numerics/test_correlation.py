@@ -91,11 +91,13 @@ def test_an_exact_copy_of_a_hyper_parameter_has_no_information_beyond_it():
     copied = correlate(lr, gap, range(24), {"lr": lr.tolist()}, num_bootstrap=100)
     assert copied.kendall.value > 0.7
     assert copied.information == pytest.approx(0.0, abs=1e-12)
-    assert correlate(gap, gap, range(24), {"lr": lr.tolist()}, num_bootstrap=0).information == pytest.approx(1.0)
+    assert correlate(gap, gap, range(24), {"lr": lr.tolist()}, num_bootstrap=0).information == pytest.approx(
+        1.0
+    )
 
 
 def test_shuffles_keep_the_checkpoints_of_a_run_together():
-    """Ten copies of each run shuffled one by one would look independent: the level of chance would be far too low."""
+    """Ten copies of each run, shuffled one by one, would look independent: chance would be far too low."""
     generator = np.random.default_rng(4)
     x, y = np.repeat(generator.normal(size=(2, 6)), 10, axis=1)
     together = correlate(x, y, np.repeat(np.arange(6), 10).tolist(), {}, num_bootstrap=300)
@@ -138,7 +140,9 @@ def test_within_runs_is_the_mean_over_runs():
 def test_models_without_numbers_are_left_out_and_too_few_are_refused():
     """A diverged run must not turn every coefficient into NaN."""
     nan = float("nan")
-    assert correlate([1, 2, nan, 4], [1, 2, 3, 5], "abcd", {"lr": [1, 2, 1, 2]}, num_bootstrap=0).num_models == 3
+    assert (
+        correlate([1, 2, nan, 4], [1, 2, 3, 5], "abcd", {"lr": [1, 2, 1, 2]}, num_bootstrap=0).num_models == 3
+    )
     with pytest.raises(ValueError, match="got 2 models with finite"):
         correlate([1, 2, nan, nan], [1, 2, 3, 5], "abcd", {})
     with pytest.raises(ValueError, match="one length"):

@@ -1,4 +1,4 @@
-"""The same numbers from other people's programs: curvlinops (dense operators) and PyHessian (Hutchinson, whole network)."""
+"""The same numbers from curvlinops (dense operators) and PyHessian (Hutchinson, whole network)."""
 
 import pytest
 import torch
@@ -12,15 +12,24 @@ from wcitrain.params import Layers
 from wcitrain.seeding import generator_from
 
 # curvlinops' forward mode compiles its rules with torch.jit.script, which PyTorch warns of.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture
 def problem() -> tuple[nn.Module, Tensor, Tensor, Layers]:
-    """A convolutional GELU network with BatchNorm in eval mode, seven examples; weights and biases are layers."""
+    """A convolutional GELU network with BatchNorm in eval mode, seven examples; biases are layers too."""
     torch.manual_seed(2)
     model = nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.GELU(), nn.Flatten(), nn.Linear(12, 4), nn.GELU(), nn.Linear(4, 3)
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+        nn.GELU(),
+        nn.Linear(4, 3),
     )
     model = model.double().eval()
     with torch.no_grad():
@@ -44,7 +53,7 @@ def test_dense_blocks_are_those_of_curvlinops(problem):
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "squared error"])
 def test_gauss_newton_traces_are_those_of_curvlinops(loss, problem):
-    """Its Gauss–Newton operator knows the reduction of torch's own loss modules; ours must declare the same weight."""
+    """Its Gauss–Newton operator knows torch's reductions; ours must declare the same weight."""
     curvlinops = pytest.importorskip("curvlinops")
     model, x, y, layers = problem
     targets = y if loss == "cross-entropy" else torch.rand(7, 3).double()
@@ -57,7 +66,7 @@ def test_gauss_newton_traces_are_those_of_curvlinops(loss, problem):
         assert float(trace) == pytest.approx(float(theirs.trace()), rel=1e-10), name
 
 
-# PyHessian keeps its gradients by backward(create_graph=True), which PyTorch warns of: the reason why we never do.
+# PyHessian keeps its gradients by backward(create_graph=True), which PyTorch warns of; we never do.
 @pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
 def test_products_and_traces_are_those_of_pyhessian(problem):
     """It sees the network as one block: our layers sum to its trace, within 4 standard errors of both."""
@@ -76,7 +85,11 @@ def test_products_and_traces_are_those_of_pyhessian(problem):
     exact = float(exact_trace(cross_entropy(model(x), y), layers).mean.sum())
     assert abs(float(draws.mean()) - exact) < 4 * float(draws.std()) / 400**0.5
     ours = hutchinson_trace(
-        cross_entropy(model(x), y), layers, num_probes=400, groups="layers", generator=generator_from("cpu", 0)
+        cross_entropy(model(x), y),
+        layers,
+        num_probes=400,
+        use_block_probes=True,
+        generator=generator_from("cpu", 0),
     )
     assert abs(float(ours.mean.sum()) - exact) < 4 * float(ours.stderr.sum())
     # Block probes leave out the variance between layers, which is part of any probe over all of them.

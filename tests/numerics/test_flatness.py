@@ -1,4 +1,4 @@
-"""Average and worst-case flatness against the second-order identity, closed forms of linear models, and their symmetries."""
+"""Average and worst-case flatness against second order, closed forms of linear models, and symmetries."""
 
 import math
 
@@ -21,8 +21,10 @@ from wcitrain.seeding import generator_from
 EPS = ThreatModel("linf", 0.1)
 
 
-def stationary_regression(classes: int = 3, bias: bool = True) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
-    """Softmax regression at the minimum of its clean loss on 90 images with random labels: gradient zero, Hessian known."""
+def stationary_regression(
+    classes: int = 3, bias: bool = True
+) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    """Softmax regression at the minimum of its clean loss on random labels: gradient zero, Hessian known."""
     torch.manual_seed(0)
     model = nn.Linear(4, classes, bias=bias).double()
     x, y = torch.rand(90, 4).double(), torch.randint(0, classes, (90,))
@@ -48,12 +50,12 @@ def binary_model(seed: int = 0) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
 
 
 def robust_losses(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The exact worst-case losses [N] of a binary linear model: softplus(z_other − z_y + eps ||w_other − w_y||_1)."""
+    """The exact worst-case losses [N] of two classes: softplus(z_other − z_y + eps ||w_other − w_y||_1)."""
     w, b = weight[1 - y] - weight[y], bias[1 - y] - bias[y]
     return F.softplus((w * x).sum(1) + b + EPS.eps * w.abs().sum(1))
 
 
-# ---- average flatness ------------------------------------------------------------------------------------------------
+# Average flatness -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def robust_losses(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, y: 
 def test_average_flatness_is_the_sum_of_squared_wci_over_sizes(sampler, k):
     """(ξ²/2) Σ k a t / d ties Stutz's measure to the index; a wrong norm, factor or layer set shows here.
 
-    Odd orders vanish in the mean over ν, so what is left out is of relative order ξ² = 4e-4. Examples are fixed: only draws err.
+    Odd orders vanish in the mean over ν: what is left out is of relative order ξ² = 4e-4. Only draws err.
     """
     model, x, y = stationary_regression()
     layers = select_layers(model, "weights+biases")
@@ -77,9 +79,9 @@ def test_average_flatness_is_the_sum_of_squared_wci_over_sizes(sampler, k):
 
 
 def test_average_flatness_attacks_every_perturbed_model_anew():
-    """With the old adversarial images the rise is underestimated; here the worst case at W + ν is known exactly.
+    """With old adversarial images the rise is underestimated; here the worst case at W + ν is known.
 
-    20 steps of 0.223 eps cross the ball from any start; a linear model's best iterate is then the worst case, to rounding.
+    20 steps of 0.223 eps cross the ball from any start; a linear model's best iterate is then the worst case.
     """
     model, x, y = binary_model()
     layers = select_layers(model, "weights+biases")
@@ -114,7 +116,9 @@ def test_the_protocols_differ_in_sampler_and_sharing_and_options_win():
 def test_one_nu_for_all_examples_does_not_depend_on_the_chunks():
     """Otherwise the number would depend on the memory of the machine. (Under attack the starts do.)"""
     model, x, y = binary_model()
-    values = [average_flatness(model, [(x, y)], None, shared_nu=True, chunk_size=size).value for size in (3, 40)]
+    values = [
+        average_flatness(model, [(x, y)], None, shared_nu=True, chunk_size=size).value for size in (3, 40)
+    ]
     assert values[0] == pytest.approx(values[1], rel=1e-12)  # sums of 40 float64 in another order
 
 
@@ -137,7 +141,7 @@ def test_perturbations_have_the_radius_of_their_layer_and_leave_normalisation_al
 
 
 def test_the_error_covers_examples_and_draws():
-    """An error over one of the two alone is too small by a factor: differences between models would look significant.
+    """An error over one of the two alone is too small: differences between models would look significant.
 
     60 repetitions: the deviation of z is known to 9 %; the interaction counts twice, so it may be below 1.
     """
@@ -159,11 +163,11 @@ def test_the_error_covers_examples_and_draws():
     assert 0.1 < torch.tensor(shares).mean() < 0.99  # both kinds matter in this test
 
 
-# ---- the attack ------------------------------------------------------------------------------------------------------
+# The attack -----------------------------------------------------------------------------------------------
 
 
 def test_the_best_iterate_is_kept():
-    """The last iterate of an attack with large steps is not its worst: the reference would be too low and flatness too high."""
+    """The last iterate of large steps is not the worst: the reference is too low, flatness too high."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3)).double()
     with torch.no_grad():
@@ -202,7 +206,7 @@ def test_the_default_step_is_that_of_the_paper():
     assert attack_step(EPS, 0.02) == 0.02
 
 
-# ---- worst-case flatness ---------------------------------------------------------------------------------------------
+# Worst-case flatness --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threat", [None, EPS], ids=["clean", "linf"])
@@ -210,8 +214,8 @@ def test_the_default_step_is_that_of_the_paper():
 def test_for_small_xi_worst_flatness_is_the_relative_gradient_norm(protocol, threat):
     """ξ Σ_l ||W_l|| ||g_l||: leaving the ball, a wrong radius or a wrong sharing of ν shows as a factor.
 
-    The closed robust loss gives g, of every chunk (paper) or of all examples in one chunk (code). Second order is of relative
-    order ξ.
+    The closed robust loss gives g, of every chunk (paper) or of all examples in one chunk (code). Second
+    order is of relative order ξ.
     """
     model, x, y = binary_model()
     xi = 1e-4
@@ -219,7 +223,9 @@ def test_for_small_xi_worst_flatness_is_the_relative_gradient_norm(protocol, thr
     def slope(rows: slice) -> float:
         W, b = (p.detach().clone().requires_grad_() for p in model.parameters())
         losses = F.cross_entropy(x[rows] @ W.T + b, y[rows], reduction="none")
-        g = torch.autograd.grad((losses if threat is None else robust_losses(W, b, x[rows], y[rows])).mean(), (W, b))
+        g = torch.autograd.grad(
+            (losses if threat is None else robust_losses(W, b, x[rows], y[rows])).mean(), (W, b)
+        )
         return sum(float(w.detach().norm() * v.norm()) for w, v in zip((W, b), g, strict=True))
 
     chunks = [slice(0, 40)] if protocol == "code" else [slice(0, 20), slice(20, 40)]
@@ -227,16 +233,18 @@ def test_for_small_xi_worst_flatness_is_the_relative_gradient_norm(protocol, thr
     result = worst_flatness(
         model, [(x, y)], threat, xi=xi, protocol=protocol, chunk_size=40 // len(chunks), num_restarts=2
     )
-    # By hand: curvature over slope, times ξ, is below 10 ξ = 1e-3 for these weights; steps on the images reach the worst case.
+    # By hand: curvature over slope, times ξ, is below 10 ξ = 1e-3; steps on the images reach the worst case.
     assert result.value == pytest.approx(truth, rel=2e-3)
     assert result.num_examples == 40
 
 
 def test_chunks_with_their_own_nu_are_worse():
-    """Maximising chunk by chunk can only raise the mean; equality would mean that ν is shared although it should not be."""
+    """Maximising chunk by chunk can only raise the mean; equality would mean that ν is shared."""
     model, x, y = binary_model()
     shared, own = (
-        worst_flatness(model, [(x, y)], EPS, xi=0.05, weight_lr=0.05, shared_nu=b, chunk_size=10, num_restarts=2).value
+        worst_flatness(
+            model, [(x, y)], EPS, xi=0.05, weight_lr=0.05, shared_nu=b, chunk_size=10, num_restarts=2
+        ).value
         for b in (True, False)
     )
     assert own > 1.02 * shared > 0
@@ -252,16 +260,17 @@ def test_more_restarts_and_the_best_iterate_never_make_it_smaller():
     def value(**more) -> float:
         return worst_flatness(model, [(x.double(), y)], EPS, **options, **more).value
 
-    assert value(num_restarts=1, keep="best") < value(
-        num_restarts=4, keep="best"
-    )  # the first is not best in both chunks
-    assert value(num_restarts=2, keep="last", shared_nu=True) <= value(num_restarts=2, keep="best", shared_nu=True)
+    # the first is not best in both chunks
+    assert value(num_restarts=1, keep="best") < value(num_restarts=4, keep="best")
+    assert value(num_restarts=2, keep="last", shared_nu=True) <= value(
+        num_restarts=2, keep="best", shared_nu=True
+    )
 
 
 def test_flatness_ignores_scale_between_layers_and_sharpness_does_not():
-    """What the measures were made for: (W_1, b_1) c and W_2 / c is the same function; λ_max alone can be made anything.
+    """Made for this: (W_1, b_1) c and W_2 / c is the same function; λ_max alone can be made anything.
 
-    c = 4 is exact in binary, so only norms are rounded: 1e-15, amplified by 20 attack steps through signs that agree.
+    c = 4 is exact in binary, so only norms are rounded: 1e-15, amplified by 20 attack steps.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).double()
@@ -282,7 +291,8 @@ def test_flatness_ignores_scale_between_layers_and_sharpness_does_not():
         model[3].weight.div_(4)
     after = values()
     assert after[:2] == pytest.approx(before[:2], rel=1e-9)
-    assert after[2] == pytest.approx(16 * before[2], rel=1e-7)  # the last layer's block is quadratic in its features
+    # the last layer's block is quadratic in its features
+    assert after[2] == pytest.approx(16 * before[2], rel=1e-7)
 
 
 @pytest.mark.parametrize(

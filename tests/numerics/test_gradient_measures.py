@@ -1,4 +1,4 @@
-"""Gradients in weights and images against closed forms of linear models; and what every curvature measure leaves behind."""
+"""Gradients in weights and images against closed forms; and what every curvature measure leaves behind."""
 
 import contextlib
 import math
@@ -32,7 +32,7 @@ def softmax_errors(model: nn.Linear, x: torch.Tensor, y: torch.Tensor) -> torch.
 
 
 def test_gradient_norm_is_the_closed_form_at_the_worst_images():
-    """mean (p − e_y) hᵀ, over all examples before the norm: the mean of the chunks' norms is larger. 40 = 5 · 7 + 5."""
+    """mean (p − e_y) hᵀ over all examples before the norm: the mean of chunks' norms is larger."""
     model, x, y = binary_model()
     z = worst_images(model, x, y)
     errors = softmax_errors(model, z, y)
@@ -57,7 +57,7 @@ def test_the_error_of_the_gradient_norm_is_its_spread_over_samples():
 
 
 def test_input_gradient_norms_are_the_closed_form():
-    """||Wᵀ(p − e_y)|| example by example, in the dual of the threat's norm; the gradient of a mean would be N times less."""
+    """||Wᵀ(p − e_y)|| by example, in the dual of the threat's norm; a mean's gradient is N times less."""
     model, x, y = binary_model()
     g = softmax_errors(model, worst_images(model, x, y), y) @ model.weight.detach()
     lengths = {"l1": g.abs().sum(1), "l2": g.norm(dim=1), "linf": g.abs().amax(1)}
@@ -75,7 +75,7 @@ def test_input_gradient_norms_are_the_closed_form():
 @pytest.mark.parametrize("direction", ["sign", "gradient"])
 @pytest.mark.parametrize("threat", [None, EPS], ids=["clean", "linf"])
 def test_input_curvature_is_the_closed_form(direction, threat):
-    """∇²ℓ = Wᵀ(diag p − p pᵀ)W in the limit; for h = 1.5 the difference of two closed gradients over h, l2 length of the step."""
+    """∇²ℓ = Wᵀ(diag p − p pᵀ)W in the limit; for h = 1.5 the difference of closed gradients over h."""
     model, x, y = binary_model()
     W, z = model.weight.detach(), x if threat is None else worst_images(model, x, y)
     g = softmax_errors(model, z, y) @ W
@@ -126,7 +126,7 @@ def test_wrong_settings_are_refused(measure, options, message):
         measure(model, [(x, y)], EPS, **options)
 
 
-# ---- every measure ---------------------------------------------------------------------------------------------------
+# Every measure --------------------------------------------------------------------------------------------
 
 FEW = {"num_steps": 2, "step_size": 0.02}  # short of the border, so that starts matter
 MEASURES = {
@@ -149,7 +149,7 @@ MEASURES = {
 
 
 def messy_model() -> nn.Module:
-    """BatchNorm and dropout in train mode with one submodule in eval, a frozen tensor, a gradient, a random state of its own."""
+    """BatchNorm and dropout in train mode, a part in eval, a frozen tensor, a gradient, a random state."""
     torch.manual_seed(0)
     model = BatchNormNet().train()
     model.bn.eval()
@@ -188,7 +188,7 @@ class Traces:
 @pytest.mark.parametrize("threat", [None, ThreatModel("l2", 0.5)], ids=["clean", "l2"])
 @pytest.mark.parametrize("name", MEASURES)
 def test_every_measure_leaves_no_trace_and_repeats(name, threat):
-    """A measurement in the middle of training must not change the training; the same seed must give the same number."""
+    """A measurement must not change the training around it; the same seed must give the same number."""
     measure, options = MEASURES[name]
     model, data = messy_model(), [image_batch(24)]
     traces = Traces(model)
@@ -211,7 +211,7 @@ def test_every_measure_leaves_no_trace_and_repeats(name, threat):
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_every_measure_leaves_no_trace_on_exceptions(name):
-    """An exception in a perturbed pass would leave perturbed weights behind: fail in the third, tenth and twenty-fifth forward."""
+    """An exception in a perturbed pass leaves perturbed weights: fail in the 3rd, 10th and 25th forward."""
     measure, options = MEASURES[name]
     for after in (3, 10, 25):
         model = messy_model()
@@ -239,7 +239,10 @@ def test_every_measure_takes_a_frozen_model_and_refuses_no_data(name):
     traces = Traces(model)
     with torch.no_grad():
         assert math.isfinite(measure(model, [image_batch(12)], EPS, **options).value)
-    for data, num_examples, message in [([], None, "no images"), ([image_batch(12)], 0, "num_examples: got 0")]:
+    for data, num_examples, message in [
+        ([], None, "no images"),
+        ([image_batch(12)], 0, "num_examples: got 0"),
+    ]:
         with pytest.raises(ValueError, match=message):
             measure(model, data, EPS, num_examples=num_examples, **options)
     with pytest.raises(ValueError, match=r"expected \[0, 1\]"):

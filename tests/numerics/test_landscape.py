@@ -13,7 +13,7 @@ from torch import nn
 from wcitrain.attacks import ThreatModel
 from wcitrain.curvature import exact_trace
 from wcitrain.measures.landscape import DIRECTIONS, Landscape, landscape_1d, landscape_2d, scaled_like
-from wcitrain.measures.landscape_drawing import draw_curves
+from wcitrain.measures.landscape_drawing import draw, draw_curves
 from wcitrain.params import select_layers
 
 THREAT = ThreatModel("linf", 0.1)
@@ -30,10 +30,11 @@ def softmax_regression() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
 
 
 def test_rise_is_half_the_squared_index_over_the_dimension():
-    """Ties the picture to the index: α² F Tr / (2 d) for one layer. A wrong normalisation is off by the dimension.
+    """Ties the picture to the index: α² F Tr / (2 d) for one layer; a wrong normalisation is off by d.
 
-    Truncation: next term of order α² relative, 1e-4. uᵀHu over directions: relative deviation at most sqrt(2 (d − 1)/(d + 2)) =
-    1.33 (d = 24); 400 directions, 4 standard errors 27 %; seen far less, since Tr is spread over many eigenvalues.
+    Truncation: next term of order α² relative, 1e-4. uᵀHu over directions: relative deviation at most sqrt(2
+    (d − 1)/(d + 2)) = 1.33 (d = 24); 400 directions, 4 standard errors 27 %; seen far less, since Tr is
+    spread over many eigenvalues.
     """
     model, x, y = softmax_regression()
     trace = float(exact_trace(F.cross_entropy(model(x), y), {"w": model.weight}).mean)
@@ -51,7 +52,7 @@ def test_rise_is_half_the_squared_index_over_the_dimension():
 
 
 def test_the_rise_of_several_layers_adds_up():
-    """Σ F_l T_l / d_l: with one common scale for all layers instead, the largest layer would decide alone (float64, tanh)."""
+    """Σ F_l T_l / d_l: with one scale for all layers the largest would decide alone (float64, tanh)."""
     torch.manual_seed(0)
     model = SmoothNet().double()
     x, y = torch.rand(40, 4).double(), torch.randint(0, 3, (40,))
@@ -67,7 +68,7 @@ def test_the_rise_of_several_layers_adds_up():
 
 
 def test_directions_are_scaled_filter_by_filter_or_layer_by_layer():
-    """The published normalisations differ here; parameters of normalisation and, filter-wise, biases stay where they are."""
+    """The published normalisations differ here; norm layers' tensors and, filter-wise, biases stay."""
     torch.manual_seed(0)
     model = BatchNormNet()
     layers = select_layers(model, "weights+biases")
@@ -95,20 +96,24 @@ def test_only_the_weights_of_the_kind_move(kind, monkeypatch):
 
     start = everything(model)
     with model.register_forward_pre_hook(watch):
-        landscape_1d(model, [image_batch(6)], THREAT, directions=kind, num_directions=1, progress=False, **QUICK)
+        landscape_1d(
+            model, [image_batch(6)], THREAT, directions=kind, num_directions=1, progress=False, **QUICK
+        )
     expected = {"conv.weight", "fc.weight"}
     assert moved == (expected if kind == "random" else expected | {"fc.bias"})
 
 
 def test_the_attack_is_run_anew_at_every_point():
-    """Old adversarial examples fit the old weights: the robust loss would look flat. Linear, two classes: the worst is known.
+    """Old adversarial examples fit old weights: the robust loss would look flat. Here the worst is known.
 
-    x_adv = x + eps sign(w_other − w_y) at the *perturbed* weights, for each example; 2.5 eps of steps reach it.
+    Two linear classes: x_adv = x + eps sign(w_other − w_y) at the *perturbed* weights; 2.5 eps of steps do.
     """
     model = nn.Linear(6, 2, bias=False).double()
     _, x, _ = softmax_regression()
     y = torch.arange(60) % 2
-    found = landscape_1d(model, [(x, y)], THREAT, radius=2.0, num_points=5, num_directions=2, seed=3, progress=False)
+    found = landscape_1d(
+        model, [(x, y)], THREAT, radius=2.0, num_points=5, num_directions=2, seed=3, progress=False
+    )
     assert found.attack == "PGD-10 linf 0.1"
     clean, robust = torch.tensor(found.clean), torch.tensor(found.robust)
     from wcitrain.seeding import generator_from
@@ -173,8 +178,11 @@ def test_a_landscape_is_stored_and_drawn(tmp_path):
         found.save(tmp_path / "l.npz")
         again = Landscape.load(tmp_path / "l.npz")
         assert str(again) == str(found)
-        assert all(np.array_equal(getattr(again, name), getattr(found, name)) for name in ("alphas", "clean", "robust"))
-        found.figure("title").savefig(tmp_path / "l.png")
+        assert all(
+            np.array_equal(getattr(again, name), getattr(found, name))
+            for name in ("alphas", "clean", "robust")
+        )
+        draw(found, "title").savefig(tmp_path / "l.png")
         assert (tmp_path / "l.png").stat().st_size > 10_000
     assert "rises by" in str(landscape_1d(model, data, num_points=3, progress=False))
     ax = draw_curves(landscape_1d(model, data, THREAT, progress=False, **QUICK)).axes[0]
@@ -198,7 +206,7 @@ def test_a_file_without_a_seed_is_still_read(tmp_path):
 
 
 def test_nothing_is_left_behind_and_the_seed_decides():
-    """The weights are moved at every point: they must come back bit for bit, also when the model breaks midway."""
+    """Weights move at every point: they must come back bit for bit, also when the model breaks midway."""
     model, data = BatchNormNet().train(), [image_batch(8)]
     model.fc.weight.grad = torch.ones_like(model.fc.weight)
     before, random = everything(model), torch.get_rng_state()

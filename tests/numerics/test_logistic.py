@@ -1,4 +1,4 @@
-"""Linear logistic regression under attack: closed forms against autograd, against our own PGD, and the theorem they prove."""
+"""Linear logistic regression under attack: closed forms against autograd, our own PGD and the theorem."""
 
 import math
 
@@ -41,7 +41,7 @@ def small(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_the_point_with_known_numbers():
-    """Numbers worked out independently: a slip in one of the two terms of the Hessian is seen at once (10 printed digits)."""
+    """Numbers worked out independently: a slip in one of the Hessian's terms is seen (10 printed digits)."""
     one = torch.ones(1).double()
     found = logistic_curvature(torch.tensor([3.0, 4.0]).double(), torch.ones(1, 2).double(), one, eps=0.5)
     assert found.loss == pytest.approx(0.0110477448, abs=6e-11)
@@ -54,14 +54,16 @@ def test_the_point_with_known_numbers():
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_gradient_and_hessian_are_those_of_autograd(norm):
-    """The closed forms are derived by hand: twice through the closed-form loss gives the answer (float64 rounding)."""
+    """The closed forms are derived by hand: autograd twice through the loss gives the answer (float64)."""
     w, x, y = small()
     w = w.requires_grad_()
     loss = logistic_loss(w, x, y, 0.3, norm)
     (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
     hessian = torch.stack([torch.autograd.grad(g, w, retain_graph=True)[0] for g in gradient])
     w = w.detach()
-    torch.testing.assert_close(logistic_gradient(w, x, y, 0.3, norm), gradient.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        logistic_gradient(w, x, y, 0.3, norm), gradient.detach(), rtol=1e-12, atol=1e-14
+    )
     torch.testing.assert_close(logistic_hessian(w, x, y, 0.3, norm), hessian, rtol=1e-12, atol=1e-14)
     found = logistic_curvature(w, x, y, 0.3, norm)
     assert found.lambda_max == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-12)
@@ -69,10 +71,11 @@ def test_gradient_and_hessian_are_those_of_autograd(norm):
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_pgd_finds_the_worst_case_and_the_dense_hessian_its_fixed_part(norm):
-    """The formulas must speak of what the library computes: its own attack, its own Hessian at stored examples.
+    """The formulas must speak of what the library computes: its attack, its Hessian at stored examples.
 
-    200 steps of eps / 8: a linear model's gradient points the same way everywhere, so linf ends in the corner (up to the rounding
-    of clamps), and under l2 what is left of the start shrinks by eps / (eps + step) = 8/9 each time, to (8/9)^200 < 1e-10.
+    200 steps of eps / 8: a linear model's gradient points the same way everywhere, so linf ends in the corner
+    (up to the rounding of clamps), and under l2 what is left of the start shrinks by eps / (eps + step) = 8/9
+    each time, to (8/9)^200 < 1e-10.
     """
     w, x, y = small()
     eps = 0.05
@@ -97,7 +100,7 @@ def test_pgd_finds_the_worst_case_and_the_dense_hessian_its_fixed_part(norm):
 
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.0), ("l2", 0.8), ("linf", 0.4)])
 def test_training_ends_at_the_minimum(norm, eps):
-    """Half-trained weights would make every curve depend on the stopping time. No step of any size may improve the objective."""
+    """Half-trained weights make curves depend on the stopping time: no step may improve the objective."""
     x, y = gaussians()
 
     def objective(v):
@@ -106,12 +109,13 @@ def test_training_ends_at_the_minimum(norm, eps):
     w = fit_logistic(x, y, eps, norm, weight_decay=1e-3)
     directions = torch.randn(200, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     directions = torch.cat([directions, torch.eye(20).double(), -torch.eye(20).double(), w[None], -w[None]])
-    for size in (1e-4, 1e-2, 1.0):  # 1e-4: gradient tolerance 1e-7 · 1e-4 is far below the curvature's 1e-3 · 1e-8
+    # 1e-4: gradient tolerance 1e-7 · 1e-4 is far below the curvature's 1e-3 · 1e-8
+    for size in (1e-4, 1e-2, 1.0):
         assert (objective(w + size * directions) > objective(w)).all()
 
 
 def test_linf_training_drops_useless_weights_exactly():
-    """An optimiser that smooths over the kinks leaves 20 small weights, whose signs cost eps each in the landscape."""
+    """An optimiser that smooths over the kinks leaves 20 small weights, whose signs cost eps each."""
     x, y = gaussians()
     w = fit_logistic(x, y, 1.0, "linf")
     assert w[0] > 1
@@ -120,9 +124,9 @@ def test_linf_training_drops_useless_weights_exactly():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_theorem_separable_classes(seed):
-    """Yamada et al.: l2 adversarial training sharpens the more the larger eps. Here everything rises, and faster than by noise.
+    """Yamada et al.: l2 adversarial training sharpens more the larger eps, and faster than by noise.
 
-    Class margin 3, weight decay 1e-3. λ_max falls a little first, as ‖w‖ grows with eps, and rises from eps = 0.4 on.
+    Class margin 3, weight decay 1e-3. λ_max falls a little first, as ‖w‖ grows, and rises from eps = 0.4 on.
     """
     x, y = gaussians(3.0, seed)
     grid = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
@@ -146,7 +150,7 @@ def test_the_theorem_separable_classes(seed):
 
 
 def test_the_theorem_overlapping_classes():
-    """λ_max and trace rise with eps here too, but the weights shrink: normalised measures turn down, which a user must expect."""
+    """λ_max and trace rise with eps here too, but the weights shrink: normalised measures turn down."""
     x, y = gaussians(1.5)
     found = []
     for eps in (0.0, 0.4, 0.8, 1.2):
@@ -159,7 +163,7 @@ def test_the_theorem_overlapping_classes():
 
 
 def test_rise_is_half_the_squared_index_over_the_dimension():
-    """Ties landscape and index: (a²/2) WCI²/d. Truncation a² per cent at a = 0.01; 4000 directions: 4 standard errors."""
+    """Ties landscape and index: (a²/2) WCI²/d; truncation a² per cent at a = 0.01; 4 standard errors."""
     w, x, y = small()
     a, d, num = 0.01, 4, 4000
     rise = normalised_rise(lambda v: logistic_loss(v, x, y, 0.3), w, relative_size=a, num_directions=num)

@@ -20,11 +20,13 @@ def linear(seed: int = 0) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
 
 
 def test_margins_are_right_class_minus_best_other():
-    """max over all classes instead of the others would never be positive; N = 101 puts the tenth percentile on one example."""
+    """max over all classes, not the others, is never positive; at N = 101 the percentile is an example."""
     model, x, y = linear()
     with torch.no_grad():
         z = model(x)
-    expected = torch.tensor([z[i, c] - max(z[i, j] for j in range(3) if j != c) for i, c in enumerate(y.tolist())])
+    expected = torch.tensor(
+        [z[i, c] - max(z[i, j] for j in range(3) if j != c) for i, c in enumerate(y.tolist())]
+    )
     found = margins(model, [(x[:40], y[:40]), (x[40:], y[40:])])
     assert found.value == pytest.approx(float(expected.sort().values[10]), rel=1e-12)
     assert found.parts["mean"] == pytest.approx(float(expected.mean()), rel=1e-12)
@@ -36,7 +38,7 @@ def test_margins_are_right_class_minus_best_other():
 
 
 def test_robust_margins_are_lower_by_eps_times_the_dual_norm():
-    """Two classes, linf: γ_adv = γ − eps ‖w_y − w_j‖_1 exactly; attacking towards the label would raise it."""
+    """Two classes, linf: γ_adv = γ − eps ‖w_y − w_j‖_1 exactly; attacking towards the label raises it."""
     model = nn.Linear(5, 2).double()
     _, x, _ = linear()
     y = torch.arange(101) % 2
@@ -50,7 +52,7 @@ def test_robust_margins_are_lower_by_eps_times_the_dual_norm():
 
 
 def test_error_of_the_quantile_is_that_of_repetition():
-    """sqrt(q (1 − q) / N), not sqrt(q / N): at the median a factor of 0.71. 300 repetitions give the true spread within 4 · 4 %."""
+    """sqrt(q (1 − q) / N), not sqrt(q / N): 0.71 at the median; 300 repetitions: spread within 4 · 4 %."""
     torch.manual_seed(0)
     model = nn.Linear(2, 2, bias=False).double()
     with torch.no_grad():
@@ -59,11 +61,12 @@ def test_error_of_the_quantile_is_that_of_repetition():
     found = [margins(model, [(torch.randn(100, 2).double(), y)], quantile=0.5) for _ in range(300)]
     spread = torch.tensor([f.value for f in found]).std()
     claimed = torch.tensor([f.stderr for f in found]).mean()
-    assert float(claimed / spread) == pytest.approx(1, abs=0.16 + 0.05)  # 0.05: curvature of the quantile function
+    # 0.05: curvature of the quantile function
+    assert float(claimed / spread) == pytest.approx(1, abs=0.16 + 0.05)
 
 
 def test_normalised_margin_does_not_change_with_the_scale_of_the_weights():
-    """Margins alone are gamed by scale: three times the weights, three times the margin, the same classifier."""
+    """Margins alone are gamed by scale: three times the weights, three times the margin, one classifier."""
     model, x, y = linear()
     nn.init.zeros_(model.bias)
     before, plain = normalised_margin(model, [(x, y)]), margins(model, [(x, y)])

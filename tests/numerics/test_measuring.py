@@ -1,9 +1,10 @@
-"""``measure_wci`` against closed forms, its error bars and its stopping against statistics, and what it leaves behind."""
+"""``measure_wci`` against closed forms; its errors and stopping against statistics; what it leaves behind."""
 
 import contextlib
 import itertools
 import json
 import math
+from typing import ClassVar
 
 import pytest
 import timm
@@ -14,11 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from wcitrain.attacks import ThreatModel
-from wcitrain.curvature.estimate import TraceEstimate
-from wcitrain.curvature.loss import binary_cross_entropy, cross_entropy
-from wcitrain.measures import ESTIMATORS, WCIMeasurement, measure_wci, measuring
+from wcitrain.curvature import ESTIMATORS, Estimator, TraceEstimate, binary_cross_entropy, cross_entropy
+from wcitrain.measures import WCIMeasurement, measure_wci, measuring
 from wcitrain.measures.drawing import layer_bars, short_names
-from wcitrain.measures.measuring import Estimator
+from wcitrain.method import method
 from wcitrain.params import select_layers
 
 
@@ -29,6 +29,11 @@ def softmax_regression(classes: int = 4, seed: int = 0) -> tuple[nn.Linear, torc
     with torch.no_grad():
         model.weight *= 4
     return model, 0.2 + 0.6 * torch.rand(300, 6).double(), torch.randint(0, classes, (300,))
+
+
+def tensor_loss(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy that does not say what the outputs were."""
+    return F.cross_entropy(net(x), y)
 
 
 def exact_index(model: nn.Linear, x: torch.Tensor) -> float:
@@ -46,24 +51,26 @@ def supply(x: torch.Tensor, y: torch.Tensor, seed: int, batch: int = 32):
         yield x[rows], y[rows]
 
 
-# ---- value and error -------------------------------------------------------------------------------------------------
+# Value and error ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_clean_index_of_softmax_regression_is_the_closed_form(estimator):
-    """A wrong factor (mean or sum, N, the root) would show in no relative comparison. The mean loss feeds the bound."""
+    """A wrong factor (mean or sum, N, root) shows in no comparison. The mean loss feeds the bound."""
     model, x, y = softmax_regression()
     result = measure_wci(model, [(x, y)], estimator=estimator, num_probes=8)
     assert result.total_stderr < 0.05 * result.total  # else the next line says nothing
     assert abs(result.total - exact_index(model, x)) < 4 * result.total_stderr
     assert result.mean_loss == pytest.approx(float(F.cross_entropy(model(x), y).detach()), rel=1e-12)
-    assert (result.num_examples, result.num_probes, result.trace.num_probes) == (300, 8, 17)  # chunks of 300 // 16 = 18
+    counts = result.num_examples, result.num_probes, result.trace.num_probes
+    assert counts == (300, 8, 17)  # chunks of 300 // 16 = 18
+    assert result.estimator == (estimator if estimator != "auto" else "gauss_newton")
 
 
 def test_robust_index_is_that_at_the_worst_case_images():
     """Measuring at clean images, or attacking towards the label, would pass every other test here.
 
-    For two classes the worst linf case is x + eps sign(w_other − w_y); 2.5 eps of steps reach it from any start.
+    Two classes: the worst linf case is x + eps sign(w_other − w_y); 2.5 eps of steps reach it from any start.
     """
     model, x, _ = softmax_regression(classes=2)
     eps = 0.1
@@ -81,13 +88,16 @@ def test_robust_index_is_that_at_the_worst_case_images():
 def test_intervals_cover_the_truth_as_often_as_they_say():
     """An error bar that is off by a factor misleads every comparison of two models.
 
-    16 chunks: Student's t with 15 degrees. 100 repetitions: coverage 95 % ± 2.2 %, deviation of z 1.07 ± 7 %; at 4 of these.
+    16 chunks: Student's t with 15 degrees. 100 repetitions: coverage 95 % ± 2.2 %, deviation of z 1.07 ± 7 %
+    (one standard error each; four are allowed).
     """
     model, x, y = softmax_regression()
     truth = exact_index(model, x)
     z = []
     for seed in range(100):
-        result = measure_wci(model, supply(x, y, seed), num_examples=32, chunk_size=2, num_probes=1, seed=seed)
+        result = measure_wci(
+            model, supply(x, y, seed), num_examples=32, chunk_size=2, num_probes=1, seed=seed
+        )
         z.append((result.total - truth) / result.total_stderr)
     z = torch.tensor(z)
     assert (z.abs() < 2.13).double().mean() > 0.95 - 4 * 0.022
@@ -98,9 +108,12 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 def test_the_bias_of_the_root_is_removed():
     """E sqrt(mean) < sqrt(E mean): models measured on fewer examples would look flatter.
 
-    Gamma samples with variance twice the squared mean, K = 6: the plain root is low by 2/(8 K) = 4 %, the rest by order 1/K².
+    Gamma samples with variance twice the squared mean, K = 6: the plain root is low by 2/(8 K) = 4 %, the
+    rest by order 1/K².
     """
-    samples = torch.randn(1500, 6, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).square()
+    samples = torch.randn(
+        1500, 6, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).square()
     results = [WCIMeasurement.from_samples(("w",), torch.ones(1), s, torch.ones(6)) for s in samples]
     plain = torch.tensor([float(r.per_layer) for r in results])
     corrected = torch.tensor([r.total for r in results])
@@ -110,7 +123,7 @@ def test_the_bias_of_the_root_is_removed():
 
 
 def test_estimators_agree_on_a_relu_network():
-    """Eval-mode ReLU: Gauss–Newton is the Hessian. An estimator wired to the wrong loss or mode would differ."""
+    """Eval-mode ReLU: Gauss–Newton is the Hessian. An estimator with the wrong loss or mode would differ."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     x, y = image_batch(320)
@@ -123,35 +136,54 @@ def test_estimators_agree_on_a_relu_network():
     assert abs(results[0].total - results[1].total) < 4 * error
 
 
-# ---- stopping --------------------------------------------------------------------------------------------------------
+def test_auto_measures_a_loss_without_outputs_by_hutchinson_and_says_so():
+    """A bare tensor is what most people's losses are; the result must not look like Gauss–Newton's."""
+    model, x, y = softmax_regression()
+    results = [measure_wci(model, [(x, y)], loss=tensor_loss, estimator=e) for e in ("auto", "hutchinson")]
+    assert [r.estimator for r in results] == ["hutchinson"] * 2
+    assert results[0].total == results[1].total
 
 
-@pytest.fixture
-def synthetic(monkeypatch):
-    """An estimator of one layer with mean trace 1: chunks differ by a skewed factor, probes within a chunk by another.
+# Stopping -------------------------------------------------------------------------------------------------
 
-    Skewed as real traces are, so that mean and error of a stage are correlated and careless stopping is biased.
+
+@method
+class Synthetic(Estimator):
+    """An estimator of one layer, mean trace 1: chunks and probes within them differ by skewed factors.
+
+    Skewed as real traces are, so mean and error of a stage are correlated and careless stopping is biased.
     """
 
-    def draw(loss_fn, layers, num_probes, generator):
+    probe_cost: ClassVar[int] = 2
+
+    def draw(self, passes, num_probes, generator):
         chunk = torch.randn(1, 1, generator=generator, dtype=torch.float64).square()
         probes = torch.randn(num_probes, 1, generator=generator, dtype=torch.float64).square()
         return (chunk + 2 * probes) / 3, torch.zeros(())
 
-    monkeypatch.setitem(ESTIMATORS, "synthetic", Estimator(draw, 2))
+    def refuses(self, passes, needs_gradient):
+        return None
+
+
+@pytest.fixture
+def synthetic(monkeypatch):
+    """``measure_wci`` to a target by `Synthetic`."""
+    monkeypatch.setitem(ESTIMATORS, "synthetic", Synthetic)
     model = nn.Linear(1, 2, bias=False)
     nn.init.constant_(model.weight, 0.5**0.5)  # a = 1: the index is 1
     x, y = torch.zeros(64, 1), torch.zeros(64, dtype=torch.long)
 
     def measure(seed: int, target: float, num: int | None = None) -> WCIMeasurement:
         batches = itertools.repeat((x, y)) if num is None else [(x[:1].expand(num, 1), y[:1].expand(num))]
-        return measure_wci(model, batches, estimator="synthetic", target_relative_error=target, chunk_size=1, seed=seed)
+        return measure_wci(
+            model, batches, estimator="synthetic", target_relative_error=target, chunk_size=1, seed=seed
+        )
 
     return measure
 
 
 def test_stopping_at_a_target_does_not_bias_the_index(synthetic):
-    """Stopping when the error looks small prefers draws that are small by chance, and the error itself is too small then.
+    """Stopping when the error looks small prefers draws small by chance, and the error is too small then.
 
     Looking after every chunk, from the fourth on, gives z a deviation of 1.6 here.
     150 repetitions: the mean of z has standard error 1/sqrt(150).
@@ -167,7 +199,7 @@ def test_stopping_at_a_target_does_not_bias_the_index(synthetic):
 
 
 def test_a_tighter_target_takes_more_examples_in_proportion(synthetic):
-    """Half the error costs four times the examples; a plan that ignores the target would still 'reach' a loose one."""
+    """Half the error costs four times the examples; a plan that ignores the target may still 'reach' it."""
     loose, tight = (
         torch.tensor([float(synthetic(s, r).num_examples) for s in range(10)]).median() for r in (0.1, 0.05)
     )
@@ -175,7 +207,7 @@ def test_a_tighter_target_takes_more_examples_in_proportion(synthetic):
 
 
 def test_running_out_of_examples_is_said(synthetic):
-    """A target that was not reached must not look reached; all the data and many probes must have been used."""
+    """A missed target must not look reached; all the data and many probes must have been used."""
     result = synthetic(0, 0.01, num=40)
     assert (result.reached, result.limited_by, result.num_examples) == (False, "examples", 40)
     assert result.num_probes > 2
@@ -188,13 +220,13 @@ def test_running_out_of_examples_is_said(synthetic):
 
 
 def test_more_probes_replace_missing_examples(synthetic):
-    """With 60 examples the target is out of reach of few probes, within reach of many: chunks alone leave 0.33·√2/2/√60 = 3 %."""
+    """60 examples, few probes: out of reach; many: within. Chunks alone leave 0.33·√2/2/√60 = 3 %."""
     result = synthetic(3, 0.055, num=60)
     assert result.reached
     assert result.num_probes > 4
 
 
-# ---- what it reads, and what it leaves -------------------------------------------------------------------------------
+# What it reads, and what it leaves ------------------------------------------------------------------------
 
 
 def test_everything_is_left_as_it_was_also_on_exceptions():
@@ -215,7 +247,11 @@ def test_everything_is_left_as_it_was_also_on_exceptions():
     before, state = everything(model), torch.get_rng_state()
     for kwargs in ({}, {"loss": failing, "estimator": "two_point"}, {"target_relative_error": 0.3}):
         calls = itertools.count()
-        expected = pytest.raises(RuntimeError, match="in the middle") if "loss" in kwargs else contextlib.nullcontext()
+        expected = (
+            pytest.raises(RuntimeError, match="in the middle")
+            if "loss" in kwargs
+            else contextlib.nullcontext()
+        )
         with expected:
             measure_wci(model, loader, ThreatModel(eps=0.1), num_steps=2, chunk_size=4, **kwargs)
         assert_same(before, everything(model))
@@ -277,7 +313,7 @@ def test_few_examples_still_give_chunks_enough_for_an_error():
 
 
 def test_split_qkv_adds_up_to_the_whole_projection():
-    """A wrong cut would hand one map's curvature to another. The same signs: a and t of the parts sum to the whole's."""
+    """A wrong cut would hand one map's curvature to another; a and t of the parts sum to the whole's."""
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=16, patch_size=8, depth=1, embed_dim=24, num_heads=3, num_classes=4
@@ -297,7 +333,7 @@ def test_split_qkv_adds_up_to_the_whole_projection():
 
 
 def test_a_custom_loss_is_attacked_and_measured():
-    """With two classes and logits (0, z), binary cross-entropy is cross-entropy: another loss function, the same index."""
+    """Two classes, logits (0, z): binary cross-entropy is cross-entropy, another function, the same index."""
     torch.manual_seed(0)
     single, double = nn.Linear(6, 1, bias=False).double(), nn.Linear(6, 2, bias=False).double()
     with torch.no_grad():
@@ -319,7 +355,10 @@ def test_a_custom_loss_is_attacked_and_measured():
     [
         ({"estimator": "hutch"}, "estimator: got 'hutch'; expected one of auto, gauss_newton"),
         ({"target_relative_error": 5}, r"target_relative_error: got 5; expected a share in \(0, 1\)"),
-        ({"target_relative_error": 0.1, "num_probes": 2}, "num_probes: got 2 beside target_relative_error=0.1"),
+        (
+            {"target_relative_error": 0.1, "num_probes": 2},
+            "num_probes: got 2 beside target_relative_error=0.1",
+        ),
         ({"num_examples": 0}, "num_examples: got 0; expected at least 1"),
         ({"num_steps": -1}, "num_steps: got -1"),
         ({"layers": "nothing"}, "layers: got 'nothing', which selects no trainable tensor"),
@@ -329,9 +368,14 @@ def test_a_custom_loss_is_attacked_and_measured():
         ({"x": torch.ones(4, 6, dtype=torch.uint8)}, "images of dtype torch.uint8; expected floats"),
         ({"y": torch.tensor([0, 1, 2, 4])}, "got labels from 4 to 4; expected 0 to 3"),
         ({"y": torch.rand(4)}, "got labels of shape"),
-        ({"model": nn.Sequential(nn.Linear(6, 4), nn.Unflatten(1, (2, 2)))}, r"got outputs \(1, 2, 2\) for 1 images"),
+        (
+            {"model": nn.Sequential(nn.Linear(6, 4), nn.Unflatten(1, (2, 2)))},
+            r"got outputs \(1, 2, 2\) for 1 images",
+        ),
         ({"model": nn.Linear(6, 4).bfloat16()}, "got a model with weights in torch.bfloat16"),
-        ({"loss": lambda net, x, y: net(x).sum()}, "does not say which outputs"),
+        ({"loss": tensor_loss, "estimator": "gauss_newton"}, "does not say which outputs"),
+        ({"estimator": "top_layer", "layers": "all"}, "layers: got 'all' and estimator top_layer"),
+        ({"model": nn.Sequential(nn.Linear(6, 4), nn.Softmax(1)), "estimator": "top_layer"}, "unscaled"),
     ],
 )
 def test_wrong_input_is_refused_with_what_to_do(change, message):
@@ -343,7 +387,7 @@ def test_wrong_input_is_refused_with_what_to_do(change, message):
         measure_wci(threat=ThreatModel(eps=0.1), **arguments)
 
 
-# ---- the measurement itself ------------------------------------------------------------------------------------------
+# The measurement itself -----------------------------------------------------------------------------------
 
 
 def example() -> WCIMeasurement:
@@ -362,7 +406,7 @@ def test_negative_traces_count_as_zero_and_are_counted():
 
 
 def test_layer_errors_follow_the_delta_method():
-    """½ sqrt(9/4) 0.4 = 0.3; at a negative trace the index of one standard error, sqrt(2 · 2); zero where t is exact."""
+    """½ sqrt(9/4) 0.4 = 0.3; at a negative trace the index of one standard error; zero where t is exact."""
     torch.testing.assert_close(example().per_layer_stderr, torch.tensor([0.3, 2.0, 0.0]).double())
 
 
@@ -374,13 +418,14 @@ def test_posterior_sigma_minimises_the_bound():
     assert float(grid[bound.argmin()]) == pytest.approx(float(sigma[0]), rel=5e-4)  # the grid's spacing
     assert float(bound.min()) == pytest.approx((9 * 4 / beta) ** 0.5, rel=1e-6)
     assert sigma[1:].tolist() == [float("inf")] * 2
-    assert float(example().relative_sigma(beta)[0]) == pytest.approx(float(sigma[0]) * 2 / 3)  # sqrt(4) / sqrt(9)
+    # sqrt(4) / sqrt(9)
+    assert float(example().relative_sigma(beta)[0]) == pytest.approx(float(sigma[0]) * 2 / 3)
 
 
 def test_json_and_table_hold_every_layer():
     """JSON has no infinity, and a table that loses its columns cannot be read."""
     result = example()
-    document = json.loads(result.to_json())
+    document = json.loads(json.dumps(result.as_dict(), allow_nan=False))
     assert document["layers"]["a.weight"]["wci"] == 6.0
     assert document["layers"]["a.bias"]["sigma"] is None
     assert document["mean_loss"] is None

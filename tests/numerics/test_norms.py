@@ -34,7 +34,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 @pytest.mark.parametrize("side", [5, 9])
 def test_spectral_norm_of_a_convolution_is_that_of_its_matrix(kind, side):
-    """The kernel's own matrix norm is off by a factor; stride and padding change it. Sides 5 and 9: dense and by Lanczos.
+    """The kernel's own matrix norm is off by a factor; stride and padding change it; dense and by Lanczos.
 
     Lanczos stops at a relative error of 1e-4 of the square.
     """
@@ -56,7 +56,7 @@ def test_circular_convolution_agrees_with_the_fourier_transform():
 
 
 def test_spectral_product_bounds_the_network_and_ignores_scale_before_batchnorm():
-    """The product must count BatchNorm: else halving a convolution, which changes no output, halves the "capacity"."""
+    """Without BatchNorm in it, halving a convolution, which changes no output, halves the "capacity"."""
     torch.manual_seed(0)
     model = BatchNormNet().double().eval()
     with torch.no_grad():
@@ -75,7 +75,8 @@ def test_spectral_product_bounds_the_network_and_ignores_scale_before_batchnorm(
         assert 0.02 * bound < ratio.max() < bound
         model.conv.weight *= 0.5
         model.bn.running_mean *= 0.5
-        model.bn.running_var.add_(1e-5).mul_(0.25).sub_(1e-5)  # eps is part of the variance: the output stays exactly
+        # eps is part of the variance: the output stays exactly
+        model.bn.running_var.add_(1e-5).mul_(0.25).sub_(1e-5)
     assert spectral_norms(model, image_shape=SHAPE).value == pytest.approx(before.value, abs=2e-4)
     assert frobenius_norms(model).value != pytest.approx(frobenius_norms(BatchNormNet()).value)
 
@@ -92,15 +93,18 @@ def test_frobenius_norms_are_sums_and_products():
     assert found.value == pytest.approx(2e30, rel=1e-6)
     assert "0.bias" not in found.parts
     assert "0.bias" in frobenius_norms(model, layers="weights+biases").parts
-    assert frobenius_norms(nn.Linear(2, 1).apply(lambda m: nn.init.zeros_(m.weight))).parts["log_product"] == -math.inf
+    zero = nn.Linear(2, 1).apply(lambda m: nn.init.zeros_(m.weight))
+    assert frobenius_norms(zero).parts["log_product"] == -math.inf
 
 
 def test_path_norm_counts_every_path():
-    """Σ over paths of the product of squared weights, counted one by one, biases as paths that start at them."""
+    """Σ over paths of the product of squared weights, counted one by one; biases start paths too."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     W, b, V, c = (p.detach() for p in model.parameters())
-    paths = sum(float((V[k, j] * W[j, i]) ** 2) for k, j, i in itertools.product(range(2), range(4), range(3)))
+    paths = sum(
+        float((V[k, j] * W[j, i]) ** 2) for k, j, i in itertools.product(range(2), range(4), range(3))
+    )
     paths += sum(float((V[k, j] * b[j]) ** 2) for k, j in itertools.product(range(2), range(4)))
     paths += float(c.square().sum())
     found = path_norm(model, image_shape=(3,))
@@ -109,7 +113,7 @@ def test_path_norm_counts_every_path():
 
 
 def test_path_norm_takes_batchnorm_as_its_affine_map():
-    """Squared scale and shift: the same number as a network into whose convolution BatchNorm was folded by hand."""
+    """Squared scale and shift: the number of a network whose BatchNorm was folded in by hand."""
     torch.manual_seed(0)
     model = BatchNormNet().double()
     with torch.no_grad():
@@ -181,9 +185,15 @@ def test_nothing_is_left_behind():
             "1.conv.weight, which no image reaches",
         ),
         (lambda m: path_norm(m), "path_norm: got no image_shape"),
-        (lambda m: path_norm(nn.Sequential(m, nn.LayerNorm(3)), image_shape=SHAPE), "got a model with LayerNorm"),
+        (
+            lambda m: path_norm(nn.Sequential(m, nn.LayerNorm(3)), image_shape=SHAPE),
+            "got a model with LayerNorm",
+        ),
         (lambda m: distance_from_initialisation(m, initial=None), "got no initial weights"),
-        (lambda m: distance_from_initialisation(m, initial={}), "none of the right shape for conv.weight, fc.weight"),
+        (
+            lambda m: distance_from_initialisation(m, initial={}),
+            "none of the right shape for conv.weight, fc.weight",
+        ),
     ],
 )
 def test_wrong_input_is_explained(measure, message):

@@ -1,4 +1,4 @@
-"""Losses of the objectives against formulas written out in float64, finite differences, and the dense curvature."""
+"""The objectives' losses against formulas in float64, finite differences, and the dense curvature."""
 
 import math
 
@@ -13,7 +13,7 @@ from torch import nn
 from wcitrain.attacks import uniform_in_ball
 from wcitrain.curvature import Output, exact_gauss_newton_trace, exact_trace
 from wcitrain.objectives import ALP, CURE, MART, TRADES, GradAlign, InputGradient
-from wcitrain.objectives.terms import kl_output
+from wcitrain.objectives.pairing import kl_output
 
 SEED = 11
 
@@ -46,7 +46,7 @@ def trades_by_hand(z, z_adv, targets, beta):
 
 
 def mart_by_hand(z, z_adv, targets, beta):
-    """Equation (1) of ``misclassification``, averaged over classes drawn from the targets; the authors' constants."""
+    """Equation (4) of ``pairing``, averaged over classes drawn from the targets; the authors' constants."""
     total = 0.0
     for a, b, t in zip(z, z_adv, targets, strict=True):
         p, q = softmax(a), softmax(b)
@@ -59,7 +59,7 @@ def mart_by_hand(z, z_adv, targets, beta):
 
 
 def alp_by_hand(z, z_adv, targets, weight):
-    """Equation (4) of ``pairing``."""
+    """Equation (6) of ``pairing``."""
     total = 0.0
     for a, b, t in zip(z, z_adv, targets, strict=True):
         total -= 0.5 * (t * np.log(softmax(a))).sum() + 0.5 * (t * np.log(softmax(b))).sum()
@@ -69,7 +69,11 @@ def alp_by_hand(z, z_adv, targets, weight):
 
 @pytest.mark.parametrize(
     ("objective", "by_hand", "strength"),
-    [(TRADES(beta=4.0), trades_by_hand, 4.0), (MART(beta=5.0), mart_by_hand, 5.0), (ALP(weight=0.7), alp_by_hand, 0.7)],
+    [
+        (TRADES(beta=4.0), trades_by_hand, 4.0),
+        (MART(beta=5.0), mart_by_hand, 5.0),
+        (ALP(weight=0.7), alp_by_hand, 0.7),
+    ],
     ids=["trades", "mart", "alp"],
 )
 @pytest.mark.parametrize("is_soft", [False, True])
@@ -79,7 +83,7 @@ def test_losses_are_their_formulas(objective, by_hand, strength, is_soft):
     z, z_adv = (model(images).detach().numpy() for images in (x, x_adv))
     expected = by_hand(z, z_adv, soft.numpy() if is_soft else np.eye(3)[y.numpy()], strength)
     total = objective.loss(model, x, x_adv, soft if is_soft else y).total
-    # MART: the authors' 1e-12 and 1e-7 inside logarithm and weight change the loss by less than 5 * 1e-7 * KL.
+    # MART: the authors' 1e-12 and 1e-7 in logarithm and weight change the loss by less than 5 * 1e-7 * KL.
     assert total.item() == pytest.approx(expected, rel=1e-6 if by_hand is mart_by_hand else 1e-12)
 
 
@@ -94,7 +98,9 @@ def test_gradients_flow_through_both_branches(is_soft):
     ce, ce_adv = -(targets * p.log()).sum(1), -(targets * q.log()).sum(1)
     formulas = {
         TRADES(beta=4.0): ce + 4 * kl,
-        MART(beta=5.0): ce_adv - (targets * (1.0001 - wrong).log()).sum(1) + 5 * kl * (1 - (targets * p).sum(1)),
+        MART(beta=5.0): ce_adv
+        - (targets * (1.0001 - wrong).log()).sum(1)
+        + 5 * kl * (1 - (targets * p).sum(1)),
         ALP(weight=0.7): (ce + ce_adv) / 2 + 0.7 * (model(x) - model(x_adv)).square().mean(1),
     }
     weights = list(model.first.parameters()) + list(model.second.parameters())
@@ -127,7 +133,9 @@ def test_gradients_are_those_of_the_value(name):
     if name == "union, average":
         x_adv = torch.cat([x_adv, x, x])
     weights = list(model.parameters())
-    directions = [torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(5)) for p in weights]
+    directions = [
+        torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(5)) for p in weights
+    ]
 
     def value() -> torch.Tensor:
         torch.manual_seed(SEED)
@@ -135,7 +143,7 @@ def test_gradients_are_those_of_the_value(name):
 
     gradients = torch.autograd.grad(value(), weights, allow_unused=True, materialize_grads=True)
     slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
-    h = 1e-6  # truncation h², rounding 1e-16 / h: about 1e-10; kinks of sign and max are not crossed within it
+    h = 1e-6  # truncation h², rounding 1e-16 / h: about 1e-10; no kink of sign and max is crossed within it
     values = []
     for step in (h, -2 * h):
         with torch.no_grad():
@@ -155,7 +163,7 @@ def input_gradients(model, x, y, create_graph):
 
 
 def test_grad_align_is_its_formula():
-    """One minus the cosine with the gradient at the image, which is held fixed; the other one is differentiated."""
+    """One minus the cosine with the gradient at the image, held fixed; the other one is differentiated."""
     model, (x, x_adv, y, _) = small_net(), batch()
     torch.manual_seed(SEED)
     loss = GradAlign(LINF, weight=0.3).loss(model, x, x_adv, y)
@@ -167,7 +175,9 @@ def test_grad_align_is_its_formula():
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-12)
     assert float(loss.parts["alignment"]) > 1e-3  # the network is curved, the claim is not empty
     weights = [model.first.weight, model.second.weight]
-    for a, b in zip(torch.autograd.grad(loss.total, weights), torch.autograd.grad(expected, weights), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(loss.total, weights), torch.autograd.grad(expected, weights), strict=True
+    ):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -207,12 +217,16 @@ def test_outputs_describe_the_loss(name):
         x_adv = torch.cat([x_adv, x, x])
     loss = objective.loss(model, x, x_adv, y)
     layers = {n: p for n, p in model.named_parameters() if p.ndim == 2}
-    assert torch.allclose(exact_gauss_newton_trace(loss, layers).mean, exact_trace(loss, layers).mean, rtol=1e-9)
+    assert torch.allclose(
+        exact_gauss_newton_trace(loss, layers).mean, exact_trace(loss, layers).mean, rtol=1e-9
+    )
 
 
-@pytest.mark.parametrize("objective", [TRADES(**FEW, beta=4.0), MART(**FEW, beta=4.0)], ids=["trades", "mart"])
+@pytest.mark.parametrize(
+    "objective", [TRADES(**FEW, beta=4.0), MART(**FEW, beta=4.0)], ids=["trades", "mart"]
+)
 def test_the_divergence_has_no_curvature_where_nothing_is_perturbed(objective):
-    """At x_adv = x the KL is zero for all weights; with the adversarial branch alone its index would be the largest part."""
+    """At x_adv = x the KL is zero for all weights; the adversarial branch alone would give it an index."""
     model, (x, _, y, _) = small_net(torch.relu), batch()
     loss = objective.loss(model, x, x, y)
     layers = {n: p for n, p in model.named_parameters() if p.ndim == 2}
@@ -223,7 +237,7 @@ def test_the_divergence_has_no_curvature_where_nothing_is_perturbed(objective):
 
 
 def test_the_divergence_is_described_by_its_joint_hessian():
-    """In the logits of both branches, where p = q: blocks H, −H, −H, H with H = diag(p) − p pᵀ, times the weight."""
+    """In both branches' logits, p = q: blocks H, −H, −H, H with H = diag(p) − p pᵀ, times the weight."""
     z = torch.tensor([[0.3, -1.2, 0.8]], dtype=torch.float64)
     pair = torch.cat([z, z], 1).requires_grad_()
 

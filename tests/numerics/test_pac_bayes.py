@@ -1,4 +1,4 @@
-"""The PAC-Bayes surrogate against closed forms, and against a minimisation over the posterior variances themselves."""
+"""The PAC-Bayes surrogate against closed forms and a minimisation over the posterior variances."""
 
 import math
 
@@ -14,7 +14,7 @@ def fine_grid(low: float, high: float) -> list[float]:
 
 
 def test_without_curvature_the_optimum_is_the_textbook_one():
-    """min_β c/β + β/(8N) is √(c/(2N)) at β = √(8Nc), c = ln(1/δ) + ln|B|: the union over the grid is paid for."""
+    """min_β c/β + β/(8N) is √(c/(2N)) at β = √(8Nc), c = ln(1/δ) + ln|B|: the grid's union is paid for."""
     n, delta, betas = 1000, 0.05, fine_grid(1e2, 1e3)
     cost = math.log(1 / delta) + math.log(len(betas))
     bound = pac_bayes_bound(0.3, 0.0, n, delta=delta, betas=betas)
@@ -25,13 +25,14 @@ def test_without_curvature_the_optimum_is_the_textbook_one():
 
 
 def test_with_curvature_the_value_is_the_minimum_over_the_posterior_variances():
-    """WCI/√β must be what the best Gaussian posterior reaches: a wrong factor would make the bound too good."""
+    """WCI/√β must be what the best Gaussian posterior reaches: a wrong factor makes the bound too good."""
     a, t = torch.tensor([2.0, 50.0, 9.0]).double(), torch.tensor([0.3, 4.0, 100.0]).double()
     beta, n = 500.0, 1000
 
     def free_energy(log_s) -> float:
         s = torch.tensor(log_s).double().exp()
-        kl = sum(  # KL of the two Gaussians from its definition, d_l = 1: variances agree, means differ by ||W_l||
+        # KL of the two Gaussians from its definition, d_l = 1: variances agree, means differ by ||W_l||
+        kl = sum(
             torch.distributions.kl_divergence(
                 torch.distributions.Normal(a_l.sqrt(), s_l.sqrt()),
                 torch.distributions.Normal(torch.zeros(()).double(), s_l.sqrt()),
@@ -40,14 +41,15 @@ def test_with_curvature_the_value_is_the_minimum_over_the_posterior_variances():
         )
         return float(0.5 * (s * t).sum() + kl / beta)
 
-    best = minimize(
-        free_energy, [0.0, 0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13, "maxiter": 4000}
-    )
+    options = {"xatol": 1e-9, "fatol": 1e-13, "maxiter": 4000}
+    best = minimize(free_energy, [0.0, 0.0, 0.0], method="Nelder-Mead", options=options)
     wci = float((a * t).sqrt().sum())
     bound = pac_bayes_bound(0.7, wci, n, delta=0.1, betas=[beta])
     assert bound.value == pytest.approx(0.7 + best.fun + math.log(10) / beta + beta / (8 * n), rel=1e-9)
     # The minimiser is less sharp than the minimum: √fatol.
-    torch.testing.assert_close(posterior_sigma(a, t, beta), torch.tensor(best.x).exp().sqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        posterior_sigma(a, t, beta), torch.tensor(best.x).exp().sqrt(), rtol=1e-5, atol=0
+    )
 
 
 def test_the_terms_are_the_value_and_the_error_is_that_of_the_curvature():
@@ -56,9 +58,9 @@ def test_the_terms_are_the_value_and_the_error_is_that_of_the_curvature():
     assert list(bound.terms) == ["risk", "curvature", "confidence", "complexity"]
     assert math.isclose(sum(bound.terms.values()), bound.value, rel_tol=1e-15)
     step = 1e-3  # the chosen β stays chosen
-    slope = (pac_bayes_bound(1.1, 150 + step, 50_000).value - pac_bayes_bound(1.1, 150 - step, 50_000).value) / (
-        2 * step
-    )
+    slope = (
+        pac_bayes_bound(1.1, 150 + step, 50_000).value - pac_bayes_bound(1.1, 150 - step, 50_000).value
+    ) / (2 * step)
     assert bound.stderr == pytest.approx(6 * slope, rel=1e-9)
     assert pac_bayes_bound(1.1, 150.0, 50_000).stderr is None
     assert pac_bayes_bound(1.1, 150.0, 50_000, wci_stderr=math.inf).stderr == math.inf
@@ -97,7 +99,8 @@ def test_the_default_grid_is_fine_and_wide_enough(n):
         if math.sqrt(8 * n * cost) > grid[-1]:
             continue  # a handful of examples: nothing to bound
         best = minimize_scalar(
-            lambda b, w=wci, c=cost: w * math.exp(-b / 2) + c * math.exp(-b) + math.exp(b) / (8 * n), bounds=(0, 40)
+            lambda b, w=wci, c=cost: w * math.exp(-b / 2) + c * math.exp(-b) + math.exp(b) / (8 * n),
+            bounds=(0, 40),
         )
         assert bound.value <= best.fun * (2**0.5 + 0.5**0.5) / 2 * (1 + 1e-9)
 

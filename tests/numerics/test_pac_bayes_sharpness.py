@@ -12,7 +12,7 @@ from wcitrain.measures.pac_bayes_sharpness import pac_bayes_sharpness
 
 
 class Bias(nn.Module):
-    """Logits (w, 0) for every image: right for class 0 as long as w > 0. One weight, so noise is one number."""
+    """Logits (w, 0) for every image: right for class 0 while w > 0. One weight, so noise is one number."""
 
     def __init__(self, w: float = 1.0) -> None:
         super().__init__()
@@ -31,10 +31,10 @@ def normal_quantile(share: float) -> float:
 
 
 def test_sigma_is_where_the_expected_accuracy_has_dropped_by_a_tenth():
-    """P(w + σ u <= 0) = Φ(−w/σ) = 0.1 at σ = 1/1.2816 for w = 1: a variance used as a deviation would give 0.883 instead of 0.780.
+    """P(w + σ u <= 0) = Φ(−w/σ) = 0.1 at σ = 0.780 for w = 1; a variance taken for a deviation gives 0.883.
 
-    400 draws: the quantile's standard error is sqrt(0.1 · 0.9 / 400) / φ(1.2816) = 0.085 of 1.28, 6.7 %; one of them and the
-    last bisection, 1/32 of 0.78, make 10.7 %; the seed is fixed.
+    400 draws: the quantile's standard error is sqrt(0.1 · 0.9 / 400) / φ(1.2816) = 0.085 of 1.28, 6.7 %; one
+    of them and the last bisection, 1/32 of 0.78, make 10.7 %; the seed is fixed.
     """
     found = pac_bayes_sharpness(Bias(), DATA, num_draws=400, max_sigma=1.0, num_bisections=5)
     truth = -1 / normal_quantile(0.1)
@@ -46,7 +46,7 @@ def test_sigma_is_where_the_expected_accuracy_has_dropped_by_a_tenth():
 
 
 def test_sigma_is_found_to_the_last_bisection():
-    """With these draws the expected accuracy is a known step function of σ: its step must be bracketed to 2 / 2^15."""
+    """With these draws expected accuracy is a known step function of σ: bracket its step to 2 / 2^15."""
     found = pac_bayes_sharpness(Bias(), DATA, num_draws=20)
     sigma = found.parts["sigma"]
     # Allowed: 2 wrong draws of 20; the third goes wrong at σ = w / |third lowest draw|.
@@ -59,7 +59,7 @@ def test_sigma_is_found_to_the_last_bisection():
 
 
 def test_magnitude_aware_noise_scales_with_the_weight():
-    """A weight ten times as large bears ten times the isotropic noise, but the same relative one: σ' stays (e = 1e-3 aside)."""
+    """Ten times the weight bears ten times the isotropic noise, the same relative one: σ' stays."""
     isotropic = [pac_bayes_sharpness(Bias(w), DATA, max_sigma=20.0).parts["sigma"] for w in (1.0, 10.0)]
     aware = [pac_bayes_sharpness(Bias(w), DATA, magnitude_aware=True).parts["sigma"] for w in (1.0, 10.0)]
     assert isotropic[1] / isotropic[0] == pytest.approx(10, rel=2e-3)  # bisection: 20 / 2^15
@@ -92,10 +92,11 @@ def test_bounds_are_the_published_formulas():
 
 
 def test_the_robust_sharpness_attacks_every_perturbed_model_anew():
-    """Two linear classes at margin 1: noise must also beat the attack's 2 eps, so the robust accuracy falls earlier.
+    """Two linear classes at margin 1: noise must also beat the attack's 2 eps: robust accuracy falls earlier.
 
-    Under linf attack the score falls to (0.5 − eps) w for w > 0 and stays wrong for w < 0: the sign decides alone, and sharpness is
-    equal; with a fixed bias b = −0.2 the clean score is 0.5 w − 0.2 and the robust one (0.5 − eps) w − 0.2.
+    Under linf attack the score falls to (0.5 − eps) w for w > 0 and stays wrong for w < 0: the sign decides
+    alone, and sharpness is equal; with a fixed bias b = −0.2 the clean score is 0.5 w − 0.2 and the robust
+    one (0.5 − eps) w − 0.2.
     """
 
     class Shifted(Bias):
@@ -103,7 +104,9 @@ def test_the_robust_sharpness_attacks_every_perturbed_model_anew():
             return super().forward(x) - torch.tensor([0.2, 0.0], dtype=torch.float64)
 
     clean = pac_bayes_sharpness(Shifted(), DATA, num_draws=10).parts["sigma"]
-    robust = pac_bayes_sharpness(Shifted(), DATA, ThreatModel("linf", 0.1), num_draws=10, num_steps=3).parts["sigma"]
+    robust = pac_bayes_sharpness(Shifted(), DATA, ThreatModel("linf", 0.1), num_draws=10, num_steps=3).parts[
+        "sigma"
+    ]
     # Fails at w + σu = 0.4 (clean), 0.5 (robust): σ in the ratio 0.6 : 0.5, to the bisection's 6e-5.
     assert clean / robust == pytest.approx(0.6 / 0.5, rel=1e-3)
 
@@ -121,7 +124,7 @@ def test_ends_of_the_range_are_told():
 
 
 def test_nothing_is_left_behind_and_the_seed_decides():
-    """The weights are moved hundreds of times: they must come back bit for bit, also when the model breaks midway."""
+    """Weights move hundreds of times: they must come back bit for bit, also when the model breaks midway."""
     model = BatchNormNet().train()
     x, _ = image_batch(40)
     data, threat = [(x, model.eval()(x).argmax(1))], ThreatModel("linf", 1e-4)

@@ -18,7 +18,12 @@ THREAT = ThreatModel("linf", 0.1)
 def network(activation: type[nn.Module] = nn.ReLU) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, 2, 3, bias=False), activation(), nn.Flatten(), nn.Linear(8, 6), activation(), nn.Linear(6, 3)
+        nn.Conv2d(1, 2, 3, bias=False),
+        activation(),
+        nn.Flatten(),
+        nn.Linear(8, 6),
+        activation(),
+        nn.Linear(6, 3),
     ).double()
     x, y = image_batch(30)
     return model, x.double(), y
@@ -63,7 +68,9 @@ def test_probes_estimate_the_definition_in_every_layer(index):
     """
     model, x, y = network(nn.Tanh)
     name = f"{index}.weight"
-    truth = definition(model[index].weight, dense_hessian(cross_entropy(model(x), y), {"w": model[index].weight})["w"])
+    truth = definition(
+        model[index].weight, dense_hessian(cross_entropy(model(x), y), {"w": model[index].weight})["w"]
+    )
     results = [
         relative_flatness(model, [(x, y)], None, layers=name, num_probes=60, chunk_size=30, seed=seed)
         for seed in range(10)
@@ -85,11 +92,12 @@ def test_errors_cover_the_probes_and_the_examples():
     every = relative_flatness(model, [(x, y)], THREAT, layers="weights", chunk_size=5)
     assert list(every.parts) == ["0.weight", "3.weight", "5.weight"]
     assert every.value == pytest.approx(sum(every.parts.values()), rel=1e-12)
-    assert min(every.parts.values()) >= 0  # piecewise linear: blocks are positive semidefinite, and so is every draw
+    # piecewise linear: blocks are positive semidefinite, and so is every draw
+    assert min(every.parts.values()) >= 0
 
 
 def test_relative_flatness_ignores_scale_between_layers():
-    """What it was made for. Scaling by 4 is exact in binary; attack and probes are the same, so is κ up to rounding."""
+    """Made for this. Scaling by 4 is exact in binary; attack and probes are the same, so is κ to rounding."""
     model, x, y = network()
 
     def values() -> list[float]:
@@ -127,4 +135,6 @@ def test_a_model_without_linear_head_is_refused():
     with pytest.raises(ValueError, match=r"no nn\.Linear"):
         relative_flatness(model, [image_batch(10)], None)
     with pytest.raises(ValueError, match="none of 1 recorded passes"):
-        relative_flatness(nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Softplus()), [image_batch(10)], None)
+        relative_flatness(
+            nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Softplus()), [image_batch(10)], None
+        )

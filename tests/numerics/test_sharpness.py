@@ -16,7 +16,7 @@ from wcitrain.measures.chunk_sums import chunk_mean_and_error
 from wcitrain.measures.m_sharpness import _ascent, average_sharpness, worst_sharpness
 from wcitrain.measures.sharpness import asam_sharpness, awp_sharpness, sam_sharpness
 
-# ---- one step --------------------------------------------------------------------------------------------------------
+# One step -------------------------------------------------------------------------------------------------
 
 
 def by_hand(name: str, W: torch.Tensor, b: torch.Tensor, gW: torch.Tensor, gb: torch.Tensor):
@@ -40,7 +40,7 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("reattack", [True, False])
 def test_one_step_of_the_robust_loss_is_the_closed_form(name, reattack):
-    """Gradient of all examples, not of a chunk; each rule's own radius; the attack at W + u, or the images found at W.
+    """Gradient of all examples; each rule's own radius; the attack at W + u, or the images found at W.
 
     A binary linear model under linf, where the worst images are known exactly; chunks of 7 do not divide 40.
     """
@@ -51,18 +51,21 @@ def test_one_step_of_the_robust_loss_is_the_closed_form(name, reattack):
         W1, b1 = by_hand(name, W, b, gW, gb)
         before = robust_losses(W, b, x, y)
         worst = x + EPS.eps * (W[1 - y] - W[y]).sign()
-        after = robust_losses(W1, b1, x, y) if reattack else F.cross_entropy(worst @ W1.T + b1, y, reduction="none")
+        after = (
+            robust_losses(W1, b1, x, y)
+            if reattack
+            else F.cross_entropy(worst @ W1.T + b1, y, reduction="none")
+        )
     rise = after - before
     result = STEPS[name](model, [(x, y)], EPS, reattack=reattack, chunk_size=7)
-    assert result.value == pytest.approx(
-        float(rise.mean()), rel=1e-9
-    )  # float64, 10 attack steps that agree in every sign
+    # float64, 10 attack steps that agree in every sign
+    assert result.value == pytest.approx(float(rise.mean()), rel=1e-9)
     assert result.stderr == pytest.approx(float(rise.std()) / math.sqrt(40), rel=1e-9)
     assert result.parts["loss"] == pytest.approx(float(before.mean()), rel=1e-12)
 
 
 def test_the_attack_is_run_anew_after_the_step():
-    """Above, signs do not change and the worst images stay the worst; in l2 those found at W are too weak at W + u."""
+    """Above, no sign changes and the worst images stay so; in l2 those found at W are too weak at W + u."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2)).double()
     _, x, y = binary_model()
@@ -86,7 +89,9 @@ def test_asam_and_awp_ignore_scale_between_layers():
     _, x, y = binary_model()
 
     def values() -> list[float]:
-        return [measure(model, [(x, y)], EPS).value for measure in (asam_sharpness, awp_sharpness, sam_sharpness)]
+        return [
+            measure(model, [(x, y)], EPS).value for measure in (asam_sharpness, awp_sharpness, sam_sharpness)
+        ]
 
     before = values()
     with torch.no_grad():
@@ -97,7 +102,7 @@ def test_asam_and_awp_ignore_scale_between_layers():
     assert abs(after[2] / before[2] - 1) > 0.1
 
 
-# ---- m-sharpness -----------------------------------------------------------------------------------------------------
+# m-sharpness ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +115,7 @@ def stationary():
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_average_sharpness_of_small_noise_is_the_weighted_trace(stationary, adaptive):
-    """(ρ²/2) Σ c_i² H_ii at a stationary point: noise of radius ρ instead of standard deviation ρ would be d = 12 times less.
+    """(ρ²/2) Σ c_i² H_ii at a stationary point: a radius ρ in place of a deviation gives d = 12 times less.
 
     16 seeds of 60 draws, so that the error is known; the rest is of relative order ρ² = 1e-4.
     """
@@ -119,7 +124,9 @@ def test_average_sharpness_of_small_noise_is_the_weighted_trace(stationary, adap
     truth = 0.01**2 / 2 * float((c.square() * H.diagonal()).sum())
     values = torch.tensor(
         [
-            average_sharpness(model, [(x, y)], None, rho=0.01, adaptive=adaptive, num_draws=60, seed=seed).value
+            average_sharpness(
+                model, [(x, y)], None, rho=0.01, adaptive=adaptive, num_draws=60, seed=seed
+            ).value
             for seed in range(16)
         ]
     )
@@ -151,7 +158,7 @@ def test_worst_sharpness_in_linf_finds_the_best_corner(stationary):
 
 
 def test_worst_sharpness_attacks_anew_and_more_steps_find_more(stationary):
-    """Holding the images underestimates the robust loss at W + u; a search that forgets its best point would fall back."""
+    """Holding the images underestimates the loss at W + u; a search that forgets its best would fall back."""
     model, x, y, _ = stationary
     values = [
         worst_sharpness(model, [(x, y)], EPS, rho=0.5, ascent_steps=steps, reattack=reattack).value
@@ -159,12 +166,15 @@ def test_worst_sharpness_attacks_anew_and_more_steps_find_more(stationary):
     ]
     assert 0 <= values[0] <= values[1] <= values[2]
     assert values[2] > values[3]
-    average = [average_sharpness(model, [(x, y)], EPS, rho=0.5, reattack=reattack).value for reattack in (True, False)]
+    average = [
+        average_sharpness(model, [(x, y)], EPS, rho=0.5, reattack=reattack).value
+        for reattack in (True, False)
+    ]
     assert average[0] > average[1]
 
 
 def test_the_search_over_weights_settles_inside_the_ball():
-    """Steps that never shorten jump from border to border (here from -1 to 1): the maximum lies at 0.3, 1/2^30 of error is left."""
+    """Steps that never shorten jump from border to border (-1 to 1); the maximum lies at 0.3 ± 1/2^30."""
 
     def rise_at(e: torch.Tensor) -> tuple[float, torch.Tensor]:
         return float(1 - (e - 0.3).square().sum()), -2 * (e - 0.3)
@@ -174,7 +184,7 @@ def test_the_search_over_weights_settles_inside_the_ball():
 
 
 def test_small_batches_are_sharper_and_ragged_ones_count_by_size():
-    """m is part of the definition: the worst case of a batch adapts to it. The last batch of 40 = 16 + 16 + 8 counts half."""
+    """m is part of the definition: the worst case adapts to a batch; the last of 16 + 16 + 8 counts half."""
     model, x, y = binary_model()
     whole, small = (worst_sharpness(model, [(x, y)], None, rho=0.1, m=m) for m in (40, 5))
     assert small.value > whole.value
@@ -182,7 +192,9 @@ def test_small_batches_are_sharper_and_ragged_ones_count_by_size():
     assert small.stderr > 0
     samples, weights = torch.tensor([1.0, 4.0, 10.0]).double(), torch.tensor([16.0, 16.0, 8.0]).double()
     peer = TraceEstimate.from_samples(samples[:, None], weights)
-    assert chunk_mean_and_error(samples, weights) == pytest.approx((float(peer.mean), float(peer.stderr)), rel=1e-12)
+    assert chunk_mean_and_error(samples, weights) == pytest.approx(
+        (float(peer.mean), float(peer.stderr)), rel=1e-12
+    )
     assert chunk_mean_and_error(samples, weights)[0] == pytest.approx(4.0)
     loss = average_sharpness(model, [(x, y)], None, m=16).parts["loss"]
     assert loss == pytest.approx(float(F.cross_entropy(model(x), y).detach()), rel=1e-12)

@@ -1,4 +1,4 @@
-"""Eigenvalues of the Hessian against closed forms and the dense matrix, their two errors, and their scaling."""
+"""Eigenvalues of the Hessian against closed forms and the dense matrix; their errors and scaling."""
 
 import math
 
@@ -21,7 +21,9 @@ THREAT = ThreatModel("linf", 0.1)
 def tanh_net() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A smooth network of 115 parameters, with an indefinite Hessian."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3)).double()
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3)
+    ).double()
     x, y = image_batch(30)
     return model, x.double(), y
 
@@ -48,7 +50,7 @@ def residuals(result) -> list[float]:
 
 
 def test_the_known_point_of_softmax_regression():
-    """Worked out by hand: a mean that is a sum, or a bias that is counted, gives another number. The dense way."""
+    """Worked out by hand: a mean that is a sum, or a bias that is counted, shows. The dense way."""
     model = nn.Linear(2, 3, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(torch.eye(3, 2))
@@ -65,7 +67,7 @@ def test_the_known_point_of_softmax_regression():
 
 @pytest.mark.parametrize("which", ["LA", "SA", "LM"])
 def test_the_ends_of_the_spectrum_are_those_of_the_dense_hessian(which):
-    """At the adversarial images, blocks between layers included: leaving them out changes every eigenvalue."""
+    """At adversarial images, blocks between layers included: leaving them out changes every eigenvalue."""
     model, x, y = tanh_net()
     with measuring(model):
         ((x_adv, _),) = attacked(model, [(x, y)], THREAT, num_steps=5)
@@ -95,11 +97,13 @@ def test_ragged_chunks_give_the_hessian_of_all_examples():
     values = [lambda_max(model, [(x, y)], None, chunk_size=size, tolerance=1e-10).value for size in (7, 30)]
     assert values[0] == pytest.approx(values[1], rel=1e-9)
     batches = [(x[:11], y[:11]), (x[11:], y[11:])]
-    assert lambda_max(model, batches, None, chunk_size=30, tolerance=1e-10).value == pytest.approx(values[1], rel=1e-12)
+    assert lambda_max(model, batches, None, chunk_size=30, tolerance=1e-10).value == pytest.approx(
+        values[1], rel=1e-12
+    )
 
 
 def test_the_error_is_the_spread_over_samples_of_examples():
-    """Two models are compared by their errors: those must be of the size of what another sample of examples would change.
+    """Models are compared by their errors: those must be of the size of what another sample would change.
 
     25 samples: their deviation is known to 14 %; the eigenvector moves too, which (2) leaves out.
     """
@@ -116,7 +120,7 @@ def test_the_error_is_the_spread_over_samples_of_examples():
 
 
 def test_weights_before_a_normalisation_scale_the_eigenvalue():
-    """λ_max is no measure of flatness on its own: the same function has any value one likes (c = 1/2 and 2)."""
+    """λ_max alone is no measure of flatness: the same function has any value one likes (c = 1/2 and 2)."""
     torch.manual_seed(0)
     model = BatchNormNet().double().eval()
     model.bn.eps = 0.0

@@ -1,4 +1,4 @@
-"""The weight perturbations against straight-line references: plain tensors, no wrapper, no context managers, float64."""
+"""The weight perturbations against straight-line references: plain tensors in float64, no wrapper."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cases import SmoothNet
 from torch import Tensor, nn
 
-from wcitrain.curvature import Output, cross_entropy, exact_gauss_newton_trace, exact_trace
+from wcitrain.curvature import GaussNewton, Output, cross_entropy, exact_gauss_newton_trace, exact_trace
 from wcitrain.optim import (
     ASAM,
     AWP,
@@ -21,6 +21,7 @@ from wcitrain.optim import (
     NoiseStability,
     RegularizedOptimizer,
     StrengthSchedule,
+    TracePenalty,
     VaSSO,
     WCIAdversary,
     WCIPenalty,
@@ -131,7 +132,7 @@ def test_twenty_steps_equal_the_straight_line_reference(name):
         g = reference(w, x, y, state)
         momentum = [0.9 * m + b + 0.01 * p for m, b, p in zip(momentum, g, w, strict=True)]
         w = plus(w, momentum, -0.2)
-    # float64, the same numbers in another order: 20 steps of a map whose Lipschitz constant is of order 1 to 2
+    # float64, the same numbers in another order: 20 steps of a map with a Lipschitz constant of 1 to 2
     for p, expected, first in zip(model.parameters(), w, start, strict=True):
         assert torch.allclose(p, expected, rtol=1e-9, atol=1e-11)
         assert (expected - first).norm() > 0.1  # and they went somewhere
@@ -143,7 +144,9 @@ def test_vasso_with_theta_one_is_sam_and_gradient_norm_at_its_radius_too():
     for rule in (SAM(0.05), VaSSO(0.05, theta=1.0), GradientNorm(0.05, radius=0.05)):
         torch.manual_seed(0)
         model = SmoothNet().double()
-        optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, perturbation=rule)
+        optimizer = RegularizedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model, perturbation=rule
+        )
         for step in range(3):
             x, y = batch(step)
             optimizer.step(lambda x=x, y=y, model=model: cross_entropy(model(x), y))
@@ -154,7 +157,7 @@ def test_vasso_with_theta_one_is_sam_and_gradient_norm_at_its_radius_too():
 
 def test_the_wci_adversary_has_the_posteriors_radii_and_the_gradients_direction(monkeypatch):
     """Each layer moves by sqrt(d_l) sigma_l along its own gradient; the traces are Gauss–Newton's at W."""
-    import wcitrain.optim.perturbed_steps as steps
+    import wcitrain.optim.perturbation as steps
 
     torch.manual_seed(0)
     model = SmoothNet().double()
@@ -204,7 +207,9 @@ def test_noise_stability_is_isotropic_and_measures_the_trace():
         optimizer.zero_grad()
         optimizer._record["step"] += 1  # another draw
         optimizer.backward(lambda: cross_entropy(model(x), y))
-        gradients.append(torch.cat([(t.grad - g).flatten() for t, g in zip(layers.tensors, plain, strict=True)]))
+        gradients.append(
+            torch.cat([(t.grad - g).flatten() for t, g in zip(layers.tensors, plain, strict=True)])
+        )
         traces.append(optimizer._pending[-1])
     for draws, expected in (
         (torch.stack(gradients), torch.cat([w.flatten() for w in wanted])),
@@ -218,7 +223,7 @@ def test_noise_stability_is_isotropic_and_measures_the_trace():
 
 def test_rwp_moves_every_filter_in_proportion_to_its_norm(monkeypatch):
     """Filters of different size get noise of their own size, a vector counts as one filter."""
-    import wcitrain.optim.perturbed_steps as steps
+    import wcitrain.optim.perturbation as steps
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 2)).double()
@@ -226,7 +231,9 @@ def test_rwp_moves_every_filter_in_proportion_to_its_norm(monkeypatch):
         model[0].weight[1].mul_(100)
         model[0].weight[2].zero_()
     optimizer = RegularizedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=RWP(0.01, schedule=StrengthSchedule(ramp=1))
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        model,
+        perturbation=RWP(0.01, schedule=StrengthSchedule(ramp=1)),
     )
     seen = []
     original = steps.perturbed
@@ -246,7 +253,7 @@ def test_rwp_moves_every_filter_in_proportion_to_its_norm(monkeypatch):
 
 def test_rwp_mixes_the_two_gradients_in_its_proportion(monkeypatch):
     """(1 − α) g(W) + α g(W + u): with the two weights exchanged a run looks as healthy as before."""
-    import wcitrain.optim.perturbed_steps as steps
+    import wcitrain.optim.perturbation as steps
 
     torch.manual_seed(0)
     model = SmoothNet().double()
@@ -291,11 +298,11 @@ def test_the_coefficients_of_a_composed_penalty_are_those_of_the_unperturbed_wei
 
 
 def test_a_penalty_composed_with_an_ascent_is_the_penalty_at_the_perturbed_weights():
-    """The gradient is that of loss plus penalty at W + u, with u from the loss alone, and the norm term stays at W."""
+    """Loss plus penalty at W + u, with u from the loss alone, and the norm term at W."""
     torch.manual_seed(0)
     model = SmoothNet().double()
     x, y = batch(0)
-    penalty = FrobeniusTracePenalty(0.01, 0.05, estimator="gauss_newton", num_probes=2)
+    penalty = FrobeniusTracePenalty(0.01, 0.05, GaussNewton(2))
     optimizer = RegularizedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=AWP(0.05), penalty=penalty, seed=3
     )
@@ -310,10 +317,7 @@ def test_a_penalty_composed_with_an_ascent_is_the_penalty_at_the_perturbed_weigh
         for t, b in zip(select_layers(moved).tensors, g, strict=True):
             t += 0.05 * t.norm() * b / b.norm()
     alone = RegularizedOptimizer(
-        torch.optim.SGD(moved.parameters(), lr=0.0),
-        moved,
-        penalty=FrobeniusTracePenalty(0.0, 0.05, estimator="gauss_newton", num_probes=2),
-        seed=3,
+        torch.optim.SGD(moved.parameters(), lr=0.0), moved, penalty=TracePenalty(0.05, GaussNewton(2)), seed=3
     )
     alone.backward(lambda: cross_entropy(moved(x), y))
     for (name, p), q, value in zip(model.named_parameters(), moved.parameters(), found, strict=True):
@@ -321,5 +325,9 @@ def test_a_penalty_composed_with_an_ascent_is_the_penalty_at_the_perturbed_weigh
         assert torch.allclose(value, q.grad + norm_term, atol=1e-12), name
     penalised = WCIPenalty(0.1, estimator="gauss_newton")
     assert RegularizedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=SAM(), penalty=penalised, layers="weights"
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        model,
+        perturbation=SAM(),
+        penalty=penalised,
+        layers="weights",
     ).extra_passes() == (1, 4)

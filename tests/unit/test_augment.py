@@ -1,4 +1,4 @@
-"""What augmentation, mixing and label noise promise: torchvision's operations and fair draws, as functions of a seed."""
+"""What augmentation, mixing and label noise promise: torchvision's operations, fair draws, a seed."""
 
 import random
 from collections import Counter
@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from image_files import assert_equal, global_states
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -30,30 +31,18 @@ def some_pixels(shape, seed=0):
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def global_states():
-    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
-
-
-def assert_equal(batches, others):
-    batches, others = list(batches), list(others)
-    assert len(batches) == len(others) > 0
-    for batch, other in zip(batches, others, strict=True):
-        for tensor, expected in zip(batch, other, strict=True):
-            assert torch.equal(tensor, expected)
-
-
 @pytest.fixture(scope="module")
 def digits():
     return load_splits("digits", max_train=116, val_size=20, num_workers=0).train
 
 
-# One image ------------------------------------------------------------------------------------------------------------
+# One image ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 7, 5)])
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_change_images_and_keep_their_form(name, shape):
-    """A policy that does nothing would be published as one that does not help; a float or a resized image would crash."""
+    """A policy that does nothing would pass for one that does not help; a resized image would crash."""
     pixels = some_pixels(shape)
     original = pixels.clone()
     results = [POLICIES[name].apply(pixels, seed) for seed in range(24)]
@@ -66,7 +55,7 @@ def test_policies_change_images_and_keep_their_form(name, shape):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_an_image_is_a_function_of_its_seed(name):
-    """Workers, ranks and resumed runs would augment otherwise, and training would disturb dropout and the attack."""
+    """Workers, ranks, resumed runs would augment otherwise, and training disturb dropout and the attack."""
     pixels = some_pixels((3, 8, 8))
     results = []
     for state in (0, 1):
@@ -102,7 +91,7 @@ def test_seeded_restores_after_errors():
     ],
 )
 def test_policies_are_those_of_torchvision(augmentation, direct):
-    """A setting that does not arrive, or ImageNet's policy on CIFAR-10, would look like any other augmentation."""
+    """A setting that does not arrive, or ImageNet's policy on CIFAR-10, looks like any augmentation."""
     pixels = some_pixels((3, 16, 16))
     for seed in range(20):
         with seeded(seed):
@@ -113,7 +102,7 @@ def test_policies_are_those_of_torchvision(augmentation, direct):
 
 @pytest.mark.parametrize("side", [2, 3])
 def test_cutout_centres_are_uniform_and_clipped(side):
-    """A square that stays inside erases the middle more than the rim, and is a stronger augmentation than published."""
+    """A square that stays inside erases the middle more than the rim, stronger than published."""
     height, width, draws = 4, 5, 1500
     places = Counter()
     for seed in range(draws):
@@ -134,7 +123,7 @@ def test_cutout_centres_are_uniform_and_clipped(side):
     }
     assert set(places) == expected
     assert len(expected) == len(first[0]) * len(first[1])
-    # 30 (s=2) or 20 (s=3) equally likely places, standard deviation below sqrt(1500 / 20) = 8.7; 5 of them allowed.
+    # 30 (s=2) or 20 (s=3) equally likely places, deviation below sqrt(1500 / 20) = 8.7; 5 of them allowed.
     assert max(abs(count - draws / len(expected)) for count in places.values()) < 44
 
 
@@ -164,19 +153,24 @@ def test_probability_leaves_the_others_as_they_are():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy": "augmix"}, "augment.policy: got 'augmix'; expected one of none, cutout"),
+        ({"policy": "augmix"}, "Augmentation.policy: got 'augmix'; expected 'none', 'cutout'"),
+        ({"policy": "autoaugment", "magnitude": 5}, "Augmentation.magnitude: got 5 with policy autoaugment"),
+        ({"num_ops": 3}, "Augmentation.num_ops: got 3 with policy none"),
         (
-            {"policy": "autoaugment", "magnitude": 5},
-            "augment.magnitude, augment.num_ops: got 5, None for policy autoaugment",
+            {"policy": "randaugment", "magnitude": -1},
+            "Augmentation.magnitude: got -1; expected .* equal to 0",
         ),
-        ({"policy": "randaugment", "magnitude": 31}, "augment.magnitude: got 31; expected 0 to 30"),
-        ({"policy": "randaugment", "num_ops": 0}, "augment.num_ops: got 0"),
-        ({"policy": "cutout"}, "augment.cutout_size: got None"),
-        ({"policy": "cutout", "cutout_size": 0}, "augment.cutout_size: got 0"),
-        ({"cutout_size": 8}, "augment.cutout_size: got 8 for policy none"),
-        ({"policy": "idbh", "probability": 0}, "augment.probability: got 0; expected more than 0"),
-        ({"policy": "idbh", "probability": float("nan")}, "augment.probability: got nan"),
-        ({"probability": 0.5}, "augment.probability: got 0.5 for policy none"),
+        (
+            {"policy": "randaugment", "magnitude": 31},
+            "Augmentation.magnitude: got 31; expected .* equal to 30",
+        ),
+        ({"policy": "randaugment", "num_ops": 0}, "Augmentation.num_ops: got 0"),
+        ({"policy": "cutout"}, "Augmentation.cutout_size: got null with policy cutout"),
+        ({"policy": "cutout", "cutout_size": 0}, "Augmentation.cutout_size: got 0"),
+        ({"cutout_size": 8}, "Augmentation.cutout_size: got 8 with policy none"),
+        ({"policy": "idbh", "probability": 0}, "Augmentation.probability: got 0; expected .* greater than 0"),
+        ({"policy": "idbh", "probability": float("nan")}, "Augmentation.probability: got nan"),
+        ({"probability": 0.5}, "Augmentation.probability: got 0.5 with policy none"),
     ],
 )
 def test_augmentations_without_effect_are_refused(settings, message):
@@ -185,18 +179,21 @@ def test_augmentations_without_effect_are_refused(settings, message):
         Augmentation(**settings)
 
 
-# Batches --------------------------------------------------------------------------------------------------------------
+# Batches --------------------------------------------------------------------------------------------------
 
 
 def test_order_is_crop_mirror_policy(digits):
-    """A policy before the crop erases squares that the crop moves out, and any change of order changes every number."""
+    """Before the crop, erased squares may be moved out; any change of order changes every number."""
     augmentation = POLICIES["autoaugment and cutout"]
     order = torch.randperm(96, generator=generator_from("cpu", 3, "order", 2))
     shift, mirror = draw_augmentation(96, 1, True, 3, "augment", 2)
     levels = (digits.pixels[order] * (255 / 16)).round().to(torch.uint8)
     cropped = crop_and_mirror(levels, shift, mirror, 1)
     expected = torch.stack(
-        [augmentation.apply(image, seed_from(3, "augment", 2, "policy", k)) for k, image in enumerate(cropped)]
+        [
+            augmentation.apply(image, seed_from(3, "augment", 2, "policy", k))
+            for k, image in enumerate(cropped)
+        ]
     )
     (batch,) = digits.batches(96, **TRAIN, augmentation=augmentation)
     assert torch.equal(batch.x, expected.float() / 255)
@@ -214,16 +211,19 @@ def test_workers_ranks_and_resume_augment_alike(digits):
     assert_equal(whole, streamed.batches(32, **settings))
     assert_equal(whole[2:], digits.batches(32, start=2, **settings))
     micro = list(digits.batches(16, **settings))
-    assert_equal(whole, [[torch.cat(pair) for pair in zip(*micro[i : i + 2], strict=True)] for i in (0, 2, 4)])
+    assert_equal(
+        whole, [[torch.cat(pair) for pair in zip(*micro[i : i + 2], strict=True)] for i in (0, 2, 4)]
+    )
     parts = [list(digits.batches(32, rank=rank, world=2, **settings)) for rank in range(2)]
     assert_equal(
-        whole, [[torch.cat(pair) for pair in zip(*batches, strict=True)] for batches in zip(*parts, strict=True)]
+        whole,
+        [[torch.cat(pair) for pair in zip(*batches, strict=True)] for batches in zip(*parts, strict=True)],
     )
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_augmented_batches_leave_global_random_state_alone(num_workers):
-    """Augmentation would change dropout and the attack's random start, and a worker's death would change them again."""
+    """Augmentation would change dropout and the attack's start, and a worker's death change them again."""
     train = load_splits("digits", max_train=30, val_size=10, num_workers=num_workers).train
     before = global_states()
     list(train.batches(10, **TRAIN, augmentation=POLICIES["idbh"]))
@@ -241,7 +241,9 @@ def test_seed_and_epoch_change_the_policy(digits, change):
 
 def test_every_place_has_its_own_draw(digits):
     """One draw for all images of a batch or an epoch would erase the same square everywhere."""
-    (batch,) = digits.batches(96, **TRAIN | {"crop_padding": 0, "augmentation": Augmentation("cutout", cutout_size=6)})
+    (batch,) = digits.batches(
+        96, **TRAIN | {"crop_padding": 0, "augmentation": Augmentation("cutout", cutout_size=6)}
+    )
     black = {tuple((image == 0).flatten().tolist()) for image in batch.x}
     assert len(black) > 80
 
@@ -264,7 +266,9 @@ def test_augmented_digits_stay_in_range(digits, name):
 
 def test_images_that_do_not_fit_are_refused_at_the_call(digits):
     """The first batch would fail inside torchvision, in another process."""
-    with pytest.raises(ValueError, match=r"augment.cutout_size: got 9 for images of 8x8 pixels; expected at most 8"):
+    with pytest.raises(
+        ValueError, match=r"augment.cutout_size: got 9 for images of 8x8 pixels; expected at most 8"
+    ):
         digits.batches(8, augmentation=Augmentation("cutout", cutout_size=9))
     with pytest.raises(ValueError, match=r"augment.policy: got idbh for images of 4 channels"):
         Augmentation("idbh").check((4, 8, 8))
@@ -297,7 +301,8 @@ def test_streams_augment_and_repeat(num_workers):
     assert global_states() == before
     assert_equal(first, stream.batches(4, **settings))
     assert_equal(first[1:], stream.batches(4, start=1, **settings))
-    assert_equal(first, StreamSet(FrontToBack, 12, 6, 0).batches(4, **settings))  # one worker counts like none
+    # one worker counts like none
+    assert_equal(first, StreamSet(FrontToBack, 12, 6, 0).batches(4, **settings))
     x = torch.cat([batch.x for batch in first])
     shades = torch.tensor([20 * i + 5 for i in range(12)]) / 255
     assert torch.equal(x.amax((1, 2, 3)), shades)
@@ -308,7 +313,7 @@ def test_streams_augment_and_repeat(num_workers):
         stream.batches(4, **settings | {"augmentation": Augmentation("cutout", cutout_size=9)})
 
 
-# Mixing ---------------------------------------------------------------------------------------------------------------
+# Mixing ---------------------------------------------------------------------------------------------------
 
 
 def image_batch(n=6, classes=4, seed=0):
@@ -367,10 +372,10 @@ def test_mixup_labels_weigh_pixels():
 
 
 def test_unmixed_batches_are_one_hot():
-    """The loss would meet two kinds of labels, and a run without mixing would not equal one that never heard of it."""
+    """The loss would meet two kinds of labels, and a run without mixing not equal one that never had it."""
     x, y = image_batch()
-    for mixing in (Mixing(), Mixing(mixup_alpha=1.0, probability=0.0)):
-        assert not mixing.is_active
+    for mixing, is_active in ((Mixing(), False), (Mixing(mixup_alpha=1.0, probability=1e-9), True)):
+        assert mixing.is_active is is_active
         mixed, soft = mixing.apply(x, y, 4, 0)
         assert mixed is x
         assert torch.equal(soft, torch.eye(4)[y])
@@ -388,7 +393,7 @@ def test_probabilities_choose_how_a_batch_is_mixed():
         else:
             is_cut = ((mixed == x) | (mixed == x.roll(1, 0))).all()
             kinds["cut" if is_cut else "blend"] += 1
-    # Of 600: 40 % not mixed, 15 % cut, 45 % blended; standard deviations 12.0, 8.7 and 12.2, 5 of them allowed.
+    # Of 600: 40 % not mixed, 15 % cut, 45 % blended; deviations 12.0, 8.7 and 12.2, 5 of them allowed.
     assert abs(kinds["none"] - 240) < 60
     assert abs(kinds["cut"] - 90) < 44
     assert abs(kinds["blend"] - 270) < 61
@@ -397,14 +402,21 @@ def test_probabilities_choose_how_a_batch_is_mixed():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mixup_alpha": -0.1}, "mixing.mixup_alpha: got -0.1"),
-        ({"cutmix_alpha": float("inf")}, "mixing.cutmix_alpha: got inf"),
-        ({"probability": 1.5}, "mixing.probability: got 1.5; expected 0 to 1"),
-        ({"switch_probability": -1}, "mixing.switch_probability: got -1"),
+        ({"mixup_alpha": -0.1}, "Mixing.mixup_alpha: got -0.1"),
+        ({"cutmix_alpha": float("inf")}, "Mixing.cutmix_alpha: got inf"),
+        ({"probability": 1.5}, "Mixing.probability: got 1.5; expected .* equal to 1"),
+        ({"switch_probability": -1}, "Mixing.switch_probability: got -1"),
+        ({"mixup_alpha": 1.0, "probability": 0.0}, "Mixing.probability: got settings that mix nothing"),
+        ({"probability": 0.5}, "Mixing.probability: got settings that mix nothing"),
+        ({"switch_probability": 0.2}, "Mixing.probability: got settings that mix nothing"),
+        (
+            {"mixup_alpha": 1.0, "switch_probability": 0.2},
+            "Mixing.switch_probability: got 0.2 with one kind of mixing",
+        ),
     ],
 )
 def test_odd_mixing_is_refused(settings, message):
-    """torchvision would fail at the first mixed batch, or draw NaN."""
+    """torchvision would fail at the first mixed batch, or draw NaN; a setting would silently do nothing."""
     with pytest.raises(ValueError, match=message):
         Mixing(**settings)
 
@@ -432,11 +444,19 @@ def test_mixing_on_the_device_draws_the_same():
         mixed, soft = mixing.apply(x.cuda(), y.cuda(), 4, 3)
         assert torch.equal(torch.cuda.get_rng_state(), before)
         expected, labels = mixing.apply(x, y, 4, 3)
-        assert torch.allclose(mixed.cpu(), expected, atol=2**-23, rtol=0)  # a fused multiply-add rounds once less
+        # a fused multiply-add rounds once less
+        assert torch.allclose(mixed.cpu(), expected, atol=2**-23, rtol=0)
         assert torch.allclose(soft.cpu(), labels, atol=2**-23, rtol=0)
 
 
-# Label noise ----------------------------------------------------------------------------------------------------------
+def test_labels_name_what_happens():
+    """Tables and figures are read by their labels."""
+    assert [str(augmentation) for augmentation in (Augmentation(), POLICIES["idbh"])] == ["none", "idbh"]
+    alphas = ((0, 0), (1, 0), (0, 1), (1, 1))
+    assert [str(Mixing(*pair)) for pair in alphas] == ["none", "mixup", "CutMix", "mixup + CutMix"]
+
+
+# Label noise ----------------------------------------------------------------------------------------------
 
 N, C = 20_000, 10
 INDEX = torch.arange(N) - N // 2  # extra images have negative ones
@@ -470,7 +490,7 @@ def test_drawn_classes_are_uniform(exclude_true):
 
 
 def test_noise_belongs_to_the_image():
-    """Batch size, order, ranks or a resume would change which labels are wrong: the noise could never be memorised."""
+    """Batch size, order, ranks or a resume would change which labels are wrong: nothing to memorise."""
     whole = noisy(0.5)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:300]
     assert torch.equal(noisy(0.5, LABELS[order], INDEX[order]), whole[order])
@@ -479,7 +499,7 @@ def test_noise_belongs_to_the_image():
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"epoch": 0}, {"epoch": 1}])
 def test_seed_and_epoch_draw_anew(change):
-    """Noise that is announced as fresh in each epoch would be one fixed noise, or the seed would not matter."""
+    """Noise announced as fresh in each epoch would be one fixed noise, or the seed would not matter."""
     results = [noisy(0.5), noisy(0.5, **change)]
     flipped = [result != LABELS for result in results]
     # Wrong with probability 0.45; wrong in both by chance 0.2025: standard deviation sqrt(20000 * 0.16) = 57.
@@ -500,7 +520,7 @@ def test_larger_shares_keep_the_noise_of_smaller_ones():
 
 
 def test_hash_equals_unsigned_arithmetic():
-    """Shifts that repeat the sign, or products that do not wrap, are poor hashes on one device and other ones on the next."""
+    """Shifts that repeat the sign and products that do not wrap hash poorly, and differ between devices."""
 
     def splitmix(index, seed):
         mask = 2**64 - 1

@@ -53,7 +53,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_plain_values_come_back_with_their_types(tmp_path):
-    """A tuple read as a list, or a layer number read as text, makes load_state_dict fail, or silently do nothing."""
+    """A tuple read as a list, a number as text: load_state_dict fails, or silently does nothing."""
     state = {
         "nothing": None,
         "yes": True,
@@ -87,7 +87,13 @@ def test_views_and_shared_tensors_come_back_as_independent_copies(tmp_path):
     """safetensors refuses shared memory and would write a transposed tensor in the wrong order."""
     base = torch.arange(12.0).reshape(3, 4)
     parameter = torch.nn.Parameter(base.clone())
-    state = {"base": base, "t": base.t(), "row": base[1], "expanded": torch.ones(1).expand(4), "parameter": parameter}
+    state = {
+        "base": base,
+        "t": base.t(),
+        "row": base[1],
+        "expanded": torch.ones(1).expand(4),
+        "parameter": parameter,
+    }
     save_checkpoint(tmp_path, state)
     loaded, _ = load_checkpoint(tmp_path)
     assert_same(loaded, {**state, "parameter": parameter.detach()})
@@ -129,7 +135,9 @@ def test_cuda_tensors_come_back_on_the_cpu(tmp_path):
 
 
 OPTIMIZERS = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    "sgd": lambda parameters: torch.optim.SGD(
+        parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+    ),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, betas=(0.8, 0.99), amsgrad=True),
 }
 
@@ -184,7 +192,10 @@ def test_training_goes_on_bitwise_after_a_round_trip(name, tmp_path):
         ({"a": ({1.5: 0},)}, r"^a\[0\]: got the key 1\.5, a float; expected str or int keys"),
         ({"a": {True: 0}}, r"^a: got the key True, a bool"),
         ({"size": torch.Size([2])}, r"^size: got a torch\.Size"),
-        ({"w": torch.zeros(2, dtype=torch.complex128)}, r"^w: got a torch\.complex128 tensor .*; expected a dense"),
+        (
+            {"w": torch.zeros(2, dtype=torch.complex128)},
+            r"^w: got a torch\.complex128 tensor .*; expected a dense",
+        ),
         ({"w": torch.zeros(2, device="meta")}, r"^w: got a torch\.float32 tensor .* on meta"),
         ({"w": torch.eye(2).to_sparse()}, r"^w: got a torch\.float32 tensor \(torch\.sparse_coo"),
         ({"f": print}, r"^f: got a builtin_function_or_method"),
@@ -227,7 +238,12 @@ def write_other_numbers(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"epoch":2', b'"epoch":9').replace(b"\x05", b"\x06"))
 
 
-DAMAGES = {"truncated": truncate, "flipped": flip_a_byte, "edited": write_other_numbers, "missing": Path.unlink}
+DAMAGES = {
+    "truncated": truncate,
+    "flipped": flip_a_byte,
+    "edited": write_other_numbers,
+    "missing": Path.unlink,
+}
 
 
 @pytest.mark.parametrize("filename", ["state.json", "tensors.safetensors"])
@@ -236,7 +252,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_with_a_warning(filename
     """Damaged weights would be trained on, or a run of days lost to one bad block."""
     save_epochs(tmp_path, 1, 2)
     DAMAGES[damage](tmp_path / "last" / filename)
-    reason = rf"got last/{filename}: {'missing' if damage == 'missing' else 'damaged: '}.*previous \(epoch 1\)"
+    reason = (
+        rf"got last/{filename}: {'missing' if damage == 'missing' else 'damaged: '}.*previous \(epoch 1\)"
+    )
     with pytest.warns(UserWarning, match=reason):
         state, path = load_checkpoint(tmp_path)
     assert_same(state, {"epoch": 1, "weights": torch.arange(100) + 1})
@@ -255,7 +273,7 @@ def test_no_flipped_byte_of_the_state_changes_what_is_loaded(tmp_path):
 
 
 def test_a_float_that_damage_made_infinite_is_reported_as_damage(tmp_path):
-    """1.7e308 with one digit changed overflows; writing it again to compare digests must not escape as a ValueError."""
+    """1.7e308 with a digit changed overflows; comparing its digest must not escape as a ValueError."""
     save_checkpoint(tmp_path, {"x": 1.7e308})
     path = tmp_path / "last" / "state.json"
     path.write_bytes(path.read_bytes().replace(b"1.7e+308", b"9.7e+308"))
@@ -270,10 +288,8 @@ def test_when_none_is_intact_the_error_gives_both_reasons(tmp_path):
     save_epochs(tmp_path, 1, 2)
     truncate(tmp_path / "last" / "state.json")
     flip_a_byte(tmp_path / "previous" / "tensors.safetensors")
-    with pytest.raises(
-        CheckpointError,
-        match=r"last/state.json: damaged: not JSON, and previous/tensors.safetensors: damaged: digest differs",
-    ):
+    previous = "previous/tensors.safetensors: damaged: digest differs"
+    with pytest.raises(CheckpointError, match=f"last/state.json: damaged: not JSON, and {previous}"):
         load_checkpoint(tmp_path)
 
 
@@ -323,7 +339,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_rubbish(filename, tmp
 
 
 def test_a_write_that_the_system_cuts_short_is_noticed(tmp_path):
-    """The same with a real failure of the kernel: a limit on the size of a file, met in the middle of the tensors."""
+    """The same with a real failure of the kernel: a limit on a file's size, met amid the tensors."""
     save_epochs(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -404,7 +420,7 @@ for count in range(1, 100):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:load_checkpoint")
 def test_a_process_killed_at_any_step_leaves_a_checkpoint_and_the_next_save_cleans_up(tmp_path):
-    """Clusters kill jobs at any instant; the instant between two steps of a save must not be the fatal one."""
+    """Clusters kill jobs at any instant; the one between two steps of a save must not be the fatal one."""
     save_epochs(tmp_path / "start", 1, 2)
     save_checkpoint(tmp_path / "start", {"epoch": 2}, name="best")
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True)
@@ -438,7 +454,7 @@ def test_nothing_is_pickled():
 
 
 def test_an_exported_model_is_loaded_by_timm(tmp_path):
-    """The export is what others use; wrong names or a wrong container would load nothing, or fail at their desk."""
+    """The export is what others use; wrong names or a wrong container load nothing, or fail at their desk."""
     torch.manual_seed(0)
     model = timm.create_model("test_resnet.r160_in1k", num_classes=4)
     metadata = {"architecture": "test_resnet", "robust_accuracy": "0.51"}

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from image_files import assert_equal, write_image, write_two_classes
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import IterableDataset
@@ -16,20 +17,10 @@ from wcitrain.data.loader import class_order, crop_and_mirror, draw_augmentation
 AUGMENTED = {"shuffle": True, "seed": 3, "epoch": 2, "crop_padding": 2, "flip": True, "drop_last": True}
 
 
-def write_image(path, *, size=(6, 6), seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return pixels
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Two classes, 20 training and 6 test PNGs of 6x6 pixels."""
-    for split, count in {"train": 10, "test": 3}.items():
-        for c, name in enumerate(["cat", "ant"]):
-            for i in range(count):
-                write_image(tmp_path / split / name / f"{i:02d}.png", seed=1000 * c + i + 500 * (split == "test"))
+    write_two_classes(tmp_path, train=10, test=3)
     return tmp_path
 
 
@@ -42,15 +33,7 @@ def digits():
     return load_splits("digits")
 
 
-def assert_equal(batches, others):
-    batches, others = list(batches), list(others)
-    assert len(batches) == len(others)
-    for batch, other in zip(batches, others, strict=True):
-        for tensor, expected in zip(batch, other, strict=True):
-            assert torch.equal(tensor, expected)
-
-
-# Digits ---------------------------------------------------------------------------------------------------------------
+# Digits ---------------------------------------------------------------------------------------------------
 
 
 def test_digits_pixels_are_exactly_sixteenths(digits):
@@ -76,7 +59,8 @@ def test_digits_test_images_never_change(digits):
     other = load_splits("digits", split_seed=7, max_train=300)
     assert_equal(digits.test.batches(100), other.test.batches(100))
     assert digits.test.y[:12].tolist() == [7, 3, 6, 7, 1, 4, 7, 8, 0, 9, 5, 5]
-    assert int(digits.test.y @ torch.arange(797)) == 1422448  # with the labels above: the split of version 0.1
+    # with the labels above: the split of version 0.1
+    assert int(digits.test.y @ torch.arange(797)) == 1422448
 
 
 def test_digits_can_be_resized():
@@ -90,7 +74,7 @@ def test_digits_can_be_resized():
     assert len(x.unique()) > 17
 
 
-# Choosing images ------------------------------------------------------------------------------------------------------
+# Choosing images ------------------------------------------------------------------------------------------
 
 
 def test_class_order_takes_turns():
@@ -138,7 +122,7 @@ def test_subset_is_balanced_fixed_and_nested(digits):
         digits.train.subset(0)
 
 
-# Batches --------------------------------------------------------------------------------------------------------------
+# Batches --------------------------------------------------------------------------------------------------
 
 
 def test_same_arguments_give_the_same_bits(digits):
@@ -151,7 +135,9 @@ def test_seed_and_epoch_change_order_and_augmentation(digits, change):
     """Every epoch would show the images in one order, or crop each of them at one place for ever."""
     first, other = (next(digits.train.batches(800, **AUGMENTED | extra)) for extra in ({}, change))
     assert not torch.equal(first.index, other.index)
-    in_order = [next(digits.train.batches(800, **AUGMENTED | extra | {"shuffle": False})) for extra in ({}, change)]
+    in_order = [
+        next(digits.train.batches(800, **AUGMENTED | extra | {"shuffle": False})) for extra in ({}, change)
+    ]
     assert torch.equal(in_order[0].index, in_order[1].index)
     assert not torch.equal(in_order[0].x, in_order[1].x)
 
@@ -171,13 +157,15 @@ def test_training_ranks_share_one_global_batch_bitwise(digits):
     whole = list(digits.train.batches(60, **AUGMENTED))
     parts = [list(digits.train.batches(60, rank=rank, world=3, **AUGMENTED)) for rank in range(3)]
     assert all(len(batch.y) == 20 for part in parts for batch in part)
-    joined = [[torch.cat(tensors) for tensors in zip(*batches, strict=True)] for batches in zip(*parts, strict=True)]
+    joined = [
+        [torch.cat(tensors) for tensors in zip(*batches, strict=True)] for batches in zip(*parts, strict=True)
+    ]
     assert_equal(whole, joined)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_evaluation_ranks_see_every_image_once(folder, world):
-    """Padding to equal parts counts images twice; dropping the last batch loses some: both change accuracy."""
+    """Padding to equal parts counts images twice; dropping the last batch loses some: accuracy changes."""
     test = load_folder(folder).test
     seen = [batch for rank in range(world) for batch in test.batches(4, rank=rank, world=world)]
     assert all(len(batch.y) > 0 for batch in seen)
@@ -201,7 +189,7 @@ def test_index_and_label_belong_to_the_image(digits):
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_batches_leave_global_random_state_alone(folder, in_memory):
-    """Looking at data would change dropout and the attack's random start: an evaluation would alter training."""
+    """Looking at data would change dropout and the attack's start: an evaluation would alter training."""
     train = load_folder(folder, in_memory=in_memory).train
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     list(train.batches(4, **AUGMENTED))
@@ -212,20 +200,26 @@ def test_batches_leave_global_random_state_alone(folder, in_memory):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 801, "drop_last": True}, "train.batch_size: got 801; expected at most the 800 training images"),
-        ({"batch_size": 10, "world": 3, "drop_last": True}, "train.batch_size: got 10; expected a multiple of the 3"),
+        (
+            {"batch_size": 801, "drop_last": True},
+            "train.batch_size: got 801; expected at most the 800 training images",
+        ),
+        (
+            {"batch_size": 10, "world": 3, "drop_last": True},
+            "train.batch_size: got 10; expected a multiple of the 3",
+        ),
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"batch_size": 8, "rank": 2, "world": 2}, "rank: got 2"),
         ({"batch_size": 8, "crop_padding": -1}, "data.crop_padding: got -1"),
     ],
 )
 def test_impossible_batches_are_refused_at_the_call(digits, settings, message):
-    """An epoch without a batch trains nothing, and a batch that ranks cannot share loses images, both quietly."""
+    """An epoch without a batch trains nothing, a batch ranks cannot share loses images, both quietly."""
     with pytest.raises(ValueError, match=message):
         digits.train.batches(**settings)
 
 
-# Augmentation ---------------------------------------------------------------------------------------------------------
+# Augmentation ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(9, 3, 5, 7), (9, 1, 8, 8)])
@@ -262,7 +256,7 @@ def test_no_augmentation_is_the_identity(digits):
     assert not mirror.any()
 
 
-# Folders --------------------------------------------------------------------------------------------------------------
+# Folders --------------------------------------------------------------------------------------------------
 
 
 def test_folder_reads_the_files_it_names(folder):
@@ -356,7 +350,7 @@ def test_test_images_of_another_size_are_refused(folder):
 
 @pytest.mark.parametrize("source", [{"source": "folder"}, {"source": "timm", "name": "folder"}])
 def test_corrupt_images_are_named(folder, source):
-    """PIL says "cannot identify image file" about a nameless buffer, and timm silently takes the next image."""
+    """PIL says "cannot identify image file" of a nameless buffer; timm silently takes the next image."""
     path = folder / "train" / "cat" / "03.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ValueError, match=r"unreadable image .*train/cat/03\.png"):
@@ -397,14 +391,22 @@ def break_extra_test_class(root):
         (break_nothing, {"root": "nowhere"}, r"data.root: got no folder nowhere \(nowhere holds nothing\)"),
         (break_no_test, {}, r"got no folder .*test \(.* holds holdout, train\).*data.test_split"),
         (break_empty_class, {}, r"got no images in .*train/dog"),
-        (break_flat, {"train_split": "flat"}, r"flat without folders; expected one folder of images per class"),
+        (
+            break_flat,
+            {"train_split": "flat"},
+            r"flat without folders; expected one folder of images per class",
+        ),
         (
             break_extra_test_class,
             {},
             r"got classes dog in .*test; expected only those of the training folder, ant, cat",
         ),
         (break_nothing, {"root": None}, r"data.root: got None"),
-        (break_nothing, {"val_split": "test"}, r"data.test_split: got splits train, test, test; expected different"),
+        (
+            break_nothing,
+            {"val_split": "test"},
+            r"data.test_split: got splits train, test, test; expected different",
+        ),
         (break_nothing, {"val_size": 20}, r"data.val_size: got 20; .*fewer than the 20 training images"),
         (break_nothing, {"val_size": 0}, r"data.val_size: got 0"),
         (break_nothing, {"max_train": 21}, r"data.max_train: got 21; expected 1 to the 20"),
@@ -419,10 +421,12 @@ def test_folder_mistakes_are_named_before_the_first_batch(folder, damage, settin
     """A run would fail hours later, in another file, or be scored on the images that selected it."""
     damage(folder)
     with pytest.raises(ValueError, match=message):
-        load_folder(**{"root": folder} | settings) if settings.get("root", 1) else load_splits("folder", **settings)
+        load_folder(**{"root": folder} | settings) if settings.get("root", 1) else load_splits(
+            "folder", **settings
+        )
 
 
-# Other sources --------------------------------------------------------------------------------------------------------
+# Other sources --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -473,8 +477,14 @@ def test_timm_folders_equal_folders(folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train_split": "trian"}, r"data.test_split: got 'test', which shares images with data.train_split='trian'"),
-        ({"val_split": "valid"}, r"data.val_split: got 'valid', which shares images with data.train_split='train'"),
+        (
+            {"train_split": "trian"},
+            r"data.test_split: got 'test', which shares images with data.train_split='trian'",
+        ),
+        (
+            {"val_split": "valid"},
+            r"data.val_split: got 'valid', which shares images with data.train_split='train'",
+        ),
         ({"name": "hfds/no-such-set"}, r"data.name: got 'hfds/no-such-set'.*It said: "),
         ({"name": "torch/cifar10"}, r"data.name: got 'torch/cifar10'.*It said: RuntimeError"),
     ],
@@ -486,7 +496,7 @@ def test_timm_split_names_are_checked(folder, settings, message):
 
 
 def test_timm_splits_must_number_classes_alike(folder):
-    """timm numbers the classes of each split by itself: a class that is missing in test shifts all labels after it."""
+    """timm numbers each split's classes by itself: one missing in test shifts all labels after it."""
     for path in (folder / "test" / "ant").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match=r"data.test_split: got classes cat; expected .* ant, cat"):
@@ -494,13 +504,15 @@ def test_timm_splits_must_number_classes_alike(folder):
 
 
 def test_timm_names_of_torchvision_splits_are_checked(monkeypatch):
-    """timm opens the test split of CIFAR-10 for every name but train: "val" would select on the test images."""
+    """timm opens CIFAR-10's test split for every name but train: "val" would select on the test images."""
 
     def create(name, *, root, split, download):
         return SimpleNamespace(train=split == "train", targets=[0, 1, 0, 1])
 
     monkeypatch.setattr("timm.data.create_dataset", create)
-    with pytest.raises(ValueError, match=r"data.val_split: got 'val', which is the test split of torch/cifar10"):
+    with pytest.raises(
+        ValueError, match=r"data.val_split: got 'val', which is the test split of torch/cifar10"
+    ):
         load_splits("timm", name="torch/cifar10", root="x", val_split="val")
     with pytest.raises(ValueError, match=r"data.train_split: got 'trainval', which is the test split"):
         load_splits("timm", name="torch/cifar10", root="x", train_split="trainval")
@@ -524,7 +536,7 @@ def test_unlabelled_splits_are_refused(monkeypatch, unlabelled):
         _ = load_splits("timm", name="hfds/x", val_split="val", num_workers=0).test
 
 
-# Data sets that are read front to back --------------------------------------------------------------------------------
+# Data sets that are read front to back --------------------------------------------------------------------
 
 
 class FakeStream(IterableDataset):
@@ -551,7 +563,14 @@ class FakeStream(IterableDataset):
                 return
 
 
-STREAM = {"source": "timm", "name": "wds/x", "root": "x", "val_split": "val", "image_size": 4, "num_classes": 2}
+STREAM = {
+    "source": "timm",
+    "name": "wds/x",
+    "root": "x",
+    "val_split": "val",
+    "image_size": 4,
+    "num_classes": 2,
+}
 
 
 @pytest.fixture
@@ -582,7 +601,10 @@ def test_streams_train_and_repeat(stream):
 def test_streams_evaluate_every_image_once(stream, world):
     """timm's readers repeat and lose images when ranks share an evaluation."""
     seen = [
-        red for rank in range(world) for batch in reds(stream.test.batches(4, rank=rank, world=world)) for red in batch
+        red
+        for rank in range(world)
+        for batch in reds(stream.test.batches(4, rank=rank, world=world))
+        for red in batch
     ]
     assert sorted(seen) == list(range(10))
     assert reds(stream.val.subset(6).batches(4)) == [[0, 1, 2, 3], [4, 5]]
@@ -590,7 +612,9 @@ def test_streams_evaluate_every_image_once(stream, world):
 
 def test_streams_that_end_early_are_not_averaged(monkeypatch):
     """Accuracy over the images that happened to be readable would be reported as accuracy."""
-    monkeypatch.setattr("timm.data.create_dataset", lambda name, **settings: FakeStream(declared=12, **settings))
+    monkeypatch.setattr(
+        "timm.data.create_dataset", lambda name, **settings: FakeStream(declared=12, **settings)
+    )
     with pytest.raises(ValueError, match="got 10 images from the stream; expected 12"):
         list(load_splits(**STREAM, num_workers=0).test.batches(4))
 

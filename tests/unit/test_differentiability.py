@@ -1,4 +1,4 @@
-"""The module-wise check must name what autograd cannot do on this version of torch, and nothing else."""
+"""The module-wise check must name what autograd refuses on this version of torch, and nothing else."""
 
 import pytest
 import timm
@@ -30,7 +30,7 @@ def names(model: nn.Module, x: Tensor, order: int) -> list[str]:
 
 
 def test_fused_attention_is_named_and_the_way_out_works():
-    """Every ViT: without the name the user reads an aten symbol; the context must reach the tests, which run inside forward."""
+    """Every ViT: without a name the user reads an aten symbol; the context must reach the tests."""
     model, x = vit(depth=2), images()
     failures = failing_modules(model, lambda: model(x), order=2)
     assert [f.name for f in failures] == ["blocks.0.attn", "blocks.1.attn"]
@@ -101,18 +101,8 @@ def test_hardsigmoid_is_named_inside_mobilenet():
     ids=lambda m: type(m).__name__,
 )
 def test_modules_that_can_are_not_named(module, order):
-    """A false alarm sends the user away from a model that works: kinks, in-place operations and dropout must not raise one."""
+    """Kinks, in-place operations and dropout must raise no false alarm about a model that works."""
     assert names(between_linears(module), torch.randn(6, 6), order) == []
-
-
-def test_layer_norm_has_second_derivatives_and_wrong_third_ones():
-    """No error is raised: without the comparison the penalty's gradient is some 20 % off and nobody knows."""
-    model, x = between_linears(nn.LayerNorm(8)), torch.randn(6, 6)
-    assert names(model, x, 2) == []
-    (failure,) = failing_modules(model, lambda: model(x), order=3)
-    assert failure[:2] == ("1", "LayerNorm")
-    assert failure.reason.startswith("third derivative silently wrong (")
-    assert 1 < float(failure.reason.split("(")[1].split(" %")[0]) < 100
 
 
 def test_batch_norm_refuses_third_derivatives_in_train_mode_only():
@@ -124,42 +114,14 @@ def test_batch_norm_refuses_third_derivatives_in_train_mode_only():
 
 
 def test_a_small_residual_network_passes_at_order_three():
-    """Kinks, max pooling over dead units and zero-initialised scales put the recorded point exactly on kinks."""
+    """Max pooling, in-place ReLU and zero-initialised scales must raise no alarm."""
     model = timm.create_model("resnet18", num_classes=3, layers=[1, 1, 1, 1], channels=[4, 4, 4, 8]).eval()
     assert names(model, images(2), 3) == []
 
 
 def test_modules_that_work_in_place_are_tested_like_others():
-    """In place on a leaf raises in the forward pass already, which would pass for a module that cannot be run by itself."""
+    """In place on a leaf raises in the forward pass already, as if the module could not run alone."""
     assert names(between_linears(nn.Hardsigmoid(inplace=True)), torch.randn(6, 6), 2) == ["1"]
-
-
-class DropThenNorm(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(F.dropout(x, 0.3, self.training), (8,))
-
-
-def test_random_numbers_are_replayed():
-    """Slopes between different dropout masks say nothing, so what is wrong behind a dropout would pass."""
-    assert names(between_linears(DropThenNorm()), torch.randn(6, 6), 3) == ["1"]
-
-
-class InFloat32(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.float().tanh().to(x)
-
-
-class StoppedGradient(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * x.detach()
-
-
-def test_rounding_is_no_alarm_and_a_stopped_gradient_is():
-    """In a module that computes in float32 slopes mean nothing; a stopped gradient makes autograd's Hessian another one."""
-    x = torch.randn(6, 6)
-    assert names(between_linears(InFloat32()), x, 3) == []
-    (failure,) = failing_modules(model := between_linears(StoppedGradient()), lambda: model(x), order=2)
-    assert failure.reason.startswith("second derivative silently wrong")
 
 
 class Functional(nn.Module):
@@ -180,7 +142,7 @@ def test_operations_of_the_model_itself_are_found():
 
 
 def test_a_path_without_weights_behind_it_does_not_count():
-    """Derivatives with respect to images are not needed: an augmentation without double backward is no obstacle."""
+    """Derivatives in images are not needed: an augmentation without double backward is no obstacle."""
     model = nn.Sequential(nn.Hardsigmoid(), nn.Linear(6, 3))
     assert names(model, torch.randn(6, 6), 2) == []
     assert names(model, torch.randn(6, 6).requires_grad_(), 2) == ["0"]
@@ -199,7 +161,7 @@ def test_a_compiled_model_is_reported_as_one():
 
 
 def test_nothing_is_left_changed():
-    """A check at the start of a run must not move running statistics, random numbers, modes, gradients or weights."""
+    """A check must not move running statistics, random numbers, modes, gradients or weights."""
     model = BatchNormNet()
     model.bn.eval()
     model.drop.train()
@@ -214,44 +176,20 @@ def test_nothing_is_left_changed():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_the_users_forward_sees_its_own_batch_and_runs_once():
-    """The loss behind it has labels for the whole batch; its own output must not be that of four examples."""
-    model, shapes, sizes = between_linears(nn.Hardsigmoid()), [], []
-    model[1].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-
-    def forward() -> None:
-        with torch.no_grad():  # as in an evaluation: the tests switch gradients on themselves
-            shapes.append(model(torch.randn(9, 6)).shape)
-
-    assert [f.name for f in failing_modules(model, forward, order=2)] == ["1"]
-    assert shapes == [(9, 3)]
-    assert sizes.count(9) == 1
-    assert set(sizes) == {4, 9}
-
-
-def test_wrong_use_is_refused():
-    """A forward that runs another model would report that all is well."""
-    model = between_linears(nn.Tanh())
-    with pytest.raises(ValueError, match="does not call the Sequential"):
-        failing_modules(model, lambda: None, order=2)
-    with pytest.raises(ValueError, match="order: got 4"):
-        failing_modules(model, lambda: None, order=4)
-
-
 def test_the_message_names_three_and_every_way_out_once():
-    """What the user reads when auto falls back, or when the estimator of choice is impossible."""
-    attention = [Unsupported(f"blocks.{i}.attn", "Attention", "aten::_scaled_dot_product_x") for i in range(4)]
+    """What the user reads when an estimator is impossible."""
+    attention = [
+        Unsupported(f"blocks.{i}.attn", "Attention", "aten::_scaled_dot_product_x") for i in range(4)
+    ]
     norm = Unsupported("bn1", "BatchNormAct2d", "batch_norm does not support 3rd+ order derivatives.")
-    layer_norm = Unsupported("norm", "LayerNorm", "third derivative silently wrong (20 %)")
-    text = explain([*attention, norm, layer_norm], 'gradient="autograd" needs third derivatives')
+    text = explain([*attention, norm, norm], 'gradient="autograd" needs third derivatives')
     assert text.startswith('gradient="autograd" needs third derivatives, but blocks.0.attn (Attention: aten')
     assert "blocks.2.attn" in text
     assert "blocks.3.attn" not in text
-    assert "(+3) have none or wrong ones. Run the forward pass under torch.nn.attention.sdpa_kernel" in text
+    assert "(+3) have none. Run the forward pass under torch.nn.attention.sdpa_kernel" in text
     assert text.count("set_fused_attn(False)") == 1
     assert 'gradient="finite_difference", or normalisation layers in eval mode' in text
     assert "two_point" not in text
     compiled = Unsupported("(model)", "OptimizedModule", "torch.compile refuses double backward")
     assert "before torch.compile" in explain([compiled], "x")
     assert "two_point" in explain([Unsupported("act", "Hardsigmoid", "no derivative")], "x")
-    assert "no single module" in explain([], "x")

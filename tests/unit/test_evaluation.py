@@ -73,7 +73,10 @@ def run(model, x, y, threats=LINF, **settings):
         ("autoattack", EnsemblePlan("autoattack")),
         ("autoattack-plus", EnsemblePlan("autoattack-plus", "plus")),
         ("autoattack-rand", EnsemblePlan("autoattack-rand", "rand")),
-        ("autoattack:square+apgd-ce", EnsemblePlan("autoattack:square+apgd-ce", "standard", ("square", "apgd-ce"))),
+        (
+            "autoattack:square+apgd-ce",
+            EnsemblePlan("autoattack:square+apgd-ce", "standard", ("square", "apgd-ce")),
+        ),
     ],
 )
 def test_a_name_stands_for_one_attack(name, plan):
@@ -104,7 +107,7 @@ def test_other_names_list_what_there_is(name):
 
 
 def test_flags_are_those_of_the_attack_run_one_example_at_a_time():
-    """The stages unroll ``Attack``: from the same start they must end at the same image, whatever the batch."""
+    """The stages unroll ``Attack``: from the same start they must end at the same image in any batch."""
     model = small_model()
     x, y = examples(model, 12)
     for threat in (LINF, ThreatModel("l2", 0.4), ThreatModel("l1", 3.0)):
@@ -117,12 +120,12 @@ def test_flags_are_those_of_the_attack_run_one_example_at_a_time():
             losses.append(float(nn.functional.cross_entropy(logits, y[k : k + 1])))
         result = run(model, x, y, threat, attacks="margin-5", seed=7, batch_size=5).attacks[0]
         assert result.is_robust.tolist() == survives
-        # float32 sums of 192 terms in another order, over five steps whose sign can flip at a zero gradient: 1e-4 is ample
+        # float32 sums of 192 terms in another order, over five steps whose sign can flip: 1e-4 is ample
         np.testing.assert_allclose(result.losses, losses, rtol=1e-4)
 
 
 def test_batches_cuts_and_seeds():
-    """An accuracy that depends on the batch size cannot be repeated; one that does not depend on the seed is not random."""
+    """An accuracy that depends on the batch size cannot be repeated; one without the seed is not random."""
     model = small_model()
     x, y = examples(model)
     whole, cut = (run(model, x, y, attacks=["pgd-3x2", "fgsm"], batch_size=size) for size in (40, 7))
@@ -136,7 +139,7 @@ def test_batches_cuts_and_seeds():
 
 
 def test_an_example_stays_broken_whatever_later_restarts_do():
-    """Judged by the restart of the highest loss alone, an example that some restart broke could count as robust."""
+    """By the restart of highest loss alone, an example that another one broke could count as robust."""
     model = rough_model()
     x, y = examples(model, 120)
     threat = ThreatModel("linf", 0.1)
@@ -150,7 +153,7 @@ def test_an_example_stays_broken_whatever_later_restarts_do():
 
 
 def test_a_misclassified_iterate_counts_although_its_loss_is_low():
-    """The restart of the highest cross-entropy can be one on which the model is right: with four classes from log 2 up."""
+    """The model can be right on the restart of highest cross-entropy: with four classes from log 2 up."""
     model = rough_model()
     x, y = examples(model, 60, 0)
     threat = ThreatModel("linf", 0.1)
@@ -186,7 +189,9 @@ def test_a_curve_falls_and_its_worst_case_is_the_union():
 
 def test_the_model_is_left_as_it_was_also_when_stopped():
     """A model in train mode with batch statistics: evaluation between epochs must not move it."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 4))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 4)
+    )
     model[1].eval()
     model[4].bias.requires_grad_(False)
     x, y = torch.rand(8, 3, 8, 8), torch.arange(8) % 4
@@ -212,7 +217,7 @@ def test_the_model_is_left_as_it_was_also_when_stopped():
 
 
 def test_data_parallel_and_compiled_models_are_looked_through():
-    """What wraps a model may synchronise processes, compile for minutes or cast: the module itself is evaluated."""
+    """Wrappers may synchronise processes, compile for minutes or cast: the module itself is evaluated."""
     model = small_model()
     x, y = examples(model)
 
@@ -262,15 +267,25 @@ def test_rows_that_are_not_finite_are_wrong_everywhere():
         ({"batch_size": 0}, "batch_size=0"),
         ({"preflight": "no"}, "preflight: got 'no'"),
         ({"data": []}, "got no images"),
-        ({"data": [(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2).long())]}, "Divide levels by 255"),
-        ({"data": [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 4]))]}, "labels 0 to 4 for a model of 4 classes"),
+        (
+            {"data": [(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2).long())]},
+            "Divide levels by 255",
+        ),
+        (
+            {"data": [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 4]))]},
+            "labels 0 to 4 for a model of 4 classes",
+        ),
         ({"model": small_model().double()}, "parameters in torch.float64"),
         ({"model": nn.Flatten(2)}, r"got shape \(2, 3, 64\) for 2 images"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(change, message):
     """Hours later is too late, and a wrong label or precision is not seen in a number."""
-    arguments = {"model": small_model(), "data": [(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())], "threats": LINF}
+    arguments = {
+        "model": small_model(),
+        "data": [(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())],
+        "threats": LINF,
+    }
     settings = {"attacks": "pgd-2", "preflight": "off", "progress": False}
     with pytest.raises(ValueError, match=message):
         evaluate(**(arguments | settings | change))
@@ -298,7 +313,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def smooth_images(num: int = 64) -> torch.Tensor:
-    """Coloured images of 32 by 32 with edges and shades, as photographs have; on noise a blur does nothing but shrink it."""
+    """Coloured 32x32 images with edges and shades, as photographs have; noise a blur would only shrink."""
     generator = torch.Generator().manual_seed(3)
     coarse = torch.rand(num, 3, 5, 5, generator=generator)
     return nn.functional.interpolate(coarse, (32, 32), mode="bicubic").clamp(0, 1)
@@ -317,8 +332,10 @@ def test_a_corruption_is_a_function_of_seed_and_example_and_grows(name):
         assert images.min() >= 0
         assert images.max() <= 1
     assert torch.equal(results[2], corrupt(x, name, 3, seed=5))
-    # a convolution over another number of groups may sum in another order: 1e-6 is 8 roundings of a value of at most 1
-    torch.testing.assert_close(corrupt(x[9:11], name, 3, places=[9, 10], seed=5), results[2][9:11], rtol=0, atol=1e-6)
+    # a convolution over other groups may sum in another order: 1e-6 is 8 roundings of a value of at most 1
+    torch.testing.assert_close(
+        corrupt(x[9:11], name, 3, places=[9, 10], seed=5), results[2][9:11], rtol=0, atol=1e-6
+    )
     distance = [float((images - x).square().mean()) for images in results]
     assert distance[0] > 0
     if name == "saturate":  # severities 1 and 2 take colour away, 3 to 5 add it
@@ -343,16 +360,16 @@ def test_constants_do_what_they_say():
     # 614,400 values: the standard error of a standard deviation c is c / sqrt(2n), four of them
     assert abs(float(noise.std()) - 0.10) < 4 * 0.10 / np.sqrt(2 * num)
     shot = corrupt(gray, "shot_noise", 5)
-    assert (
-        abs(float(shot.var()) - 0.5 / 50) < 5 * 0.5 / 50 * np.sqrt(2 / num) + 1e-4
-    )  # Poisson(25)/50, cut at 1 (6e-6 of them)
+    # Poisson(25)/50, cut at 1 (6e-6 of them)
+    assert abs(float(shot.var()) - 0.5 / 50) < 5 * 0.5 / 50 * np.sqrt(2 / num) + 1e-4
     share = float((corrupt(gray, "impulse_noise", 5) != 0.5).float().mean())
     assert abs(share - 0.07) < 4 * np.sqrt(0.07 * 0.93 / num)
     torch.testing.assert_close(corrupt(gray, "brightness", 2), gray + 0.1)
     flat = corrupt(x, "contrast", 5)
     torch.testing.assert_close(flat.std((2, 3)), 0.15 * x.std((2, 3)), rtol=1e-3, atol=1e-5)
     for name in ("defocus_blur", "gaussian_blur", "motion_blur", "zoom_blur", "pixelate", "contrast"):
-        torch.testing.assert_close(corrupt(gray, name, 5), gray, msg=name)  # kernels sum to one, also at the border
+        # kernels sum to one, also at the border
+        torch.testing.assert_close(corrupt(gray, name, 5), gray, msg=name)
     top = 2 / 3 * 1.5  # fog: (0.5 + 1.5 p) 0.5 / (0.5 + 1.5), p from 0 to 1
     fog = corrupt(gray, "fog", 5)
     assert float(fog.min()) >= 0.125 - 1e-6
@@ -378,7 +395,7 @@ def test_saturation_and_brightness_keep_the_hue():
 
 
 def test_pixels_and_jpegs_are_pillows():
-    """The authors resize with Pillow's box filter and compress with its JPEG: an average or a shift would be another image."""
+    """The authors use Pillow's box filter and JPEG: an average or a shift would be another image."""
     from io import BytesIO
 
     levels = (smooth_images(4) * 255).round().to(torch.uint8)
@@ -392,7 +409,9 @@ def test_pixels_and_jpegs_are_pillows():
             file = BytesIO()
             picture.save(file, "JPEG", quality=quality)
             expected = torch.tensor(np.array(Image.open(file))).permute(2, 0, 1)
-            assert torch.equal((255 * corrupt(image[None] / 255, "jpeg", s)[0]).round().to(torch.uint8), expected)
+            assert torch.equal(
+                (255 * corrupt(image[None] / 255, "jpeg", s)[0]).round().to(torch.uint8), expected
+            )
 
 
 def test_gray_images_get_every_corruption_they_can_have():
@@ -428,12 +447,11 @@ def test_the_bootstrap_interval_is_the_normal_one_for_many_values():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 3 + 10
     low, high = bootstrap_interval(values, num_resamples=4000, seed=1)
     half = 1.96 * float(values.std()) / 20
-    # a 2.5 % quantile of 4000 means has a standard error of sqrt(.025 .975 / 4000) / phi(1.96) = 0.042 sigma; four of them
+    # standard error of a 2.5 % quantile of 4000 means: sqrt(.025 .975 / 4000) / phi(1.96) = 0.042 sigma; four
     assert low == pytest.approx(float(values.mean()) - half, abs=4 * 0.042 * half / 1.96)
     assert high == pytest.approx(float(values.mean()) + half, abs=4 * 0.042 * half / 1.96)
-    assert (
-        bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1) != bootstrap_interval(values, seed=2)
-    )
+    first, again, other = (bootstrap_interval(values, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
     with pytest.raises(ValueError, match="1 of them not finite"):
         bootstrap_interval([1.0, float("nan")])
 
@@ -467,7 +485,9 @@ def test_a_saved_evaluation_is_the_same(tmp_path):
     assert torch.equal(Evaluation.load(tmp_path / "y.npz").index, places)
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "npy", "truncated", "foreign", "list", "keys", "threat", "format"])
+@pytest.mark.parametrize(
+    "kind", ["text", "empty", "npy", "truncated", "foreign", "list", "keys", "threat", "format"]
+)
 def test_files_that_are_no_evaluation_are_named(kind, tmp_path):
     """A traceback of zipfile or numpy does not say which file is wrong."""
     path, model = tmp_path / "other.npz", small_model()
@@ -491,7 +511,9 @@ def test_files_that_are_no_evaluation_are_named(kind, tmp_path):
         with np.load(path) as saved:
             np.savez(path, **(dict(saved) | {"header": np.array(headers[kind])}))
     expected = (
-        "got format 99; expected 1" if kind == "format" else r"got another file .*; expected one of Evaluation\.save"
+        "got format 99; expected 1"
+        if kind == "format"
+        else r"got another file .*; expected one of Evaluation\.save"
     )
     with pytest.raises(ValueError, match=rf"other\.npz: {expected}"):
         Evaluation.load(path)
@@ -501,7 +523,9 @@ def test_the_table_has_a_row_an_attack_and_the_worst_case():
     """What is printed must be the flags' shares with their intervals."""
     model = small_model()
     x, y = examples(model)
-    result = run(model, x, y, [LINF, ThreatModel("linf", 0.02)], attacks=["pgd-3", "margin-3"], corruptions="fog")
+    result = run(
+        model, x, y, [LINF, ThreatModel("linf", 0.02)], attacks=["pgd-3", "margin-3"], corruptions="fog"
+    )
     lines = result.table().splitlines()
     assert len(lines) == 1 + 1 + 2 * 3 + 1 + 1 + 3
     assert lines[1].split() == ["clean", "90.0", "76.9", "to", "96.0", *lines[1].split()[5:]]
@@ -511,11 +535,13 @@ def test_the_table_has_a_row_an_attack_and_the_worst_case():
 
 
 def test_the_loss_column_is_that_of_attacks_on_the_cross_entropy():
-    """The cross-entropy after an attack on the margin, or after one restart of ten, is not the maximum it looks like."""
+    """Cross-entropy after an attack on the margin, or one restart of ten, is not the maximum it seems."""
     model = small_model()
     x, y = examples(model)
     result = run(model, x, y, attacks=["pgd-3", "margin-3", "dlr-3", "fgsm"])
-    losses = {line.split()[2]: line.count(" to ") for line in result.table().splitlines() if line.startswith("linf")}
+    losses = {
+        line.split()[2]: line.count(" to ") for line in result.table().splitlines() if line.startswith("linf")
+    }
     assert losses == {"pgd-3": 2, "margin-3": 1, "dlr-3": 1, "fgsm": 2, "worst": 1}
     assert [row["loss"] is None for row in result.as_dict()["attacks"]] == [False, True, True, False]
     assert "first restart" not in result.table()
@@ -523,17 +549,22 @@ def test_the_loss_column_is_that_of_attacks_on_the_cross_entropy():
 
 
 def test_the_curve_shows_every_share_from_radius_zero():
-    """Points of one method on top of another's, or colour alone, hide a method; labels on top of each other cannot be read."""
+    """Points on top of another's, or colour alone, hide a method; labels on each other cannot be read."""
     model = small_model()
     x, y = examples(model)
-    threats = [ThreatModel("linf", eps / 255) for eps in (0, 1, 2, 3, 4, 16, 32, 64)] + [ThreatModel("l2", 0.1)]
+    threats = [ThreatModel("linf", eps / 255) for eps in (0, 1, 2, 3, 4, 16, 32, 64)] + [
+        ThreatModel("l2", 0.1)
+    ]
     result = run(model, x, y, threats, attacks=["pgd-2", "margin-2"])
     (ax,) = accuracy_curve(result, "linf", "title").axes
     lines = {c.get_label(): c.lines[0] for c in ax.containers}
     assert list(lines) == ["pgd-2", "margin-2", "worst case"]
     radii = np.array([0, *(t.eps for t in threats[1:8])])
     for name, line in lines.items():
-        flags = [result.worst(t) if name == "worst case" else result.result(t, name).is_robust for t in threats[1:8]]
+        flags = [
+            result.worst(t) if name == "worst case" else result.result(t, name).is_robust
+            for t in threats[1:8]
+        ]
         shares = [100 * float(f.double().mean()) for f in (result.is_clean, *flags)]
         np.testing.assert_allclose(line.get_ydata(), shares)
         assert np.abs(line.get_xdata() - radii).max() < 0.5 / 255  # nearer to its own radius than to the next
@@ -603,7 +634,7 @@ class After(nn.Module):
 
 
 class EverySecondPair:
-    """Noise that two passes in a row often miss: none in the first two passes over the checked images, then some."""
+    """Noise that two passes in a row miss: none in the first two over the checked images, then some."""
 
     calls = 0
 
@@ -625,7 +656,8 @@ def found(model, x=None, y=None, **settings):
 
 def test_a_sound_model_has_no_findings():
     """A check that always warns is switched off."""
-    assert found(small_model(), attacks=["pgd-5", "pgd-10", "margin-5", "autoattack:apgd-ce"], threats=[LINF]) == {}
+    attacks = ["pgd-5", "pgd-10", "margin-5", "autoattack:apgd-ce"]
+    assert found(small_model(), attacks=attacks, threats=[LINF]) == {}
 
 
 @pytest.mark.parametrize(
@@ -684,15 +716,16 @@ def test_train_mode_and_chance_are_mentioned():
     assert found(model.train(), x, y).keys() >= {"train_mode", "chance"}
     assert model.training
     assert "train_mode" not in found(model.eval(), x, y)
-    assert "train_mode" not in found(
-        nn.Sequential(nn.Flatten(), model[2]).train(), x, y
-    )  # nothing in it depends on the mode
+    # nothing in it depends on the mode
+    assert "train_mode" not in found(nn.Sequential(nn.Flatten(), model[2]).train(), x, y)
 
 
 def test_checks_leave_batch_statistics_alone():
     """One pass in train mode moves the running statistics: checked and unchecked, it would be two models."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=1.0), nn.Flatten(), nn.Linear(144, 4)).train()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=1.0), nn.Flatten(), nn.Linear(144, 4)
+    ).train()
     x = torch.rand(40, 3, 8, 8)
     y = model.eval()(x).argmax(1)
     model.train()
@@ -729,7 +762,7 @@ def result(attack: str, num: int, threat: ThreatModel = LINF, **parts) -> Attack
     ],
 )
 def test_results_that_contradict_each_other_are_noticed(results, names):
-    """The sanity checks of Carlini et al. 2019: a stronger attack is no weaker, a larger ball holds no fewer examples."""
+    """The sanity checks of Carlini et al. 2019: a stronger attack is no weaker, a larger ball no safer."""
     evaluation = Evaluation(torch.zeros(100).long(), torch.arange(100) < 90, torch.zeros(100), tuple(results))
     assert {finding.name for finding in after(evaluation, 10)} == names
 

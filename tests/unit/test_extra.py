@@ -1,12 +1,12 @@
-"""What extra data promise: which images join the labelled ones, how many in every batch, and with which labels."""
+"""What extra data promise: which images join the labelled ones, how many a batch, with which labels."""
 
-import random
 from collections import Counter
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from image_files import assert_equal, global_states, write_image, write_two_classes
 from PIL import Image
 from torch import nn
 
@@ -18,21 +18,11 @@ TRAIN = {"shuffle": True, "drop_last": True, "seed": 3}
 SHOWN = TRAIN | {"crop_padding": 1, "flip": True}
 
 
-def write_image(path, *, size=(6, 6), seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return pixels
-
-
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
     """Classes ant and cat, RGB images of 6x6 pixels."""
     root = tmp_path_factory.mktemp("data")
-    for split, count in {"train": 12, "test": 2}.items():
-        for c, name in enumerate(["cat", "ant"]):
-            for i in range(count):
-                write_image(root / split / name / f"{i:02d}.png", seed=1000 * c + i + 500 * (split == "test"))
+    write_two_classes(root, train=12, test=2)
     return load_splits("folder", root=str(root), val_size=4, num_workers=0)
 
 
@@ -49,23 +39,11 @@ def array_set(n, *, shape=(4, 4), classes=3, title="set", seed=0, **settings):
     return ImageSet.load(Decoder(source), torch.arange(n), **{"num_workers": 0} | settings)
 
 
-def global_states():
-    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
-
-
 def joined(batches):
     return [torch.cat(tensors) for tensors in zip(*batches, strict=True)]
 
 
-def assert_equal(batches, others):
-    batches, others = list(batches), list(others)
-    assert len(batches) == len(others) > 0
-    for batch, other in zip(batches, others, strict=True):
-        for tensor, expected in zip(batch, other, strict=True):
-            assert torch.equal(tensor, expected)
-
-
-# Arrays ---------------------------------------------------------------------------------------------------------------
+# Arrays ---------------------------------------------------------------------------------------------------
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (10, 6, 6, 3), dtype=np.uint8)
 
@@ -96,8 +74,10 @@ def test_gray_npz_images_are_read(tmp_path, digits, shape):
 
 
 def test_npz_images_can_be_resized_like_training(tmp_path, splits):
-    """Extra images would be sampled by another filter than the training images, and could be told apart by it."""
-    np.savez(tmp_path / "x.npz", image=np.kron(PIXELS, np.ones((1, 2, 2, 1), np.uint8)), label=np.arange(10) % 2)
+    """Extra images sampled by another filter than the training images could be told apart by it."""
+    np.savez(
+        tmp_path / "x.npz", image=np.kron(PIXELS, np.ones((1, 2, 2, 1), np.uint8)), label=np.arange(10) % 2
+    )
     extra = load_extra(tmp_path / "x.npz", like=splits, image_size=6)
     (batch,) = extra.batches(10)
     doubled = Image.fromarray(np.kron(PIXELS[3], np.ones((2, 2, 1), np.uint8)))
@@ -111,8 +91,12 @@ def test_max_images_takes_turns_over_classes(tmp_path, splits):
     extra = load_extra(tmp_path / "x.npz", like=splits, max_images=6)
     assert torch.bincount(extra.y).tolist() == [3, 3]
     (batch,) = extra.batches(6)
-    assert torch.equal(batch.x, torch.from_numpy(PIXELS[extra.positions.numpy()]).permute(0, 3, 1, 2).float() / 255)
-    same, other = (load_extra(tmp_path / "x.npz", like=splits, max_images=6, seed=s).positions for s in (0, 1))
+    assert torch.equal(
+        batch.x, torch.from_numpy(PIXELS[extra.positions.numpy()]).permute(0, 3, 1, 2).float() / 255
+    )
+    same, other = (
+        load_extra(tmp_path / "x.npz", like=splits, max_images=6, seed=s).positions for s in (0, 1)
+    )
     assert torch.equal(same, extra.positions)
     assert not torch.equal(other, extra.positions)
     unlabelled = load_extra(tmp_path / "x.npz", like=splits, labels="pseudo", max_images=6)
@@ -124,7 +108,11 @@ def test_max_images_takes_turns_over_classes(tmp_path, splits):
     ("arrays", "settings", "message"),
     [
         ({"x": PIXELS}, {}, r"extra.path: got arrays x in .*; expected image or images"),
-        ({"image": PIXELS}, {}, r"extra.path: got arrays image in .*expected label or labels.*extra.labels=pseudo"),
+        (
+            {"image": PIXELS},
+            {},
+            r"extra.path: got arrays image in .*expected label or labels.*extra.labels=pseudo",
+        ),
         (
             {"image": PIXELS / 255, "label": np.zeros(10, int)},
             {},
@@ -136,20 +124,36 @@ def test_max_images_takes_turns_over_classes(tmp_path, splits):
             {},
             r"got images \[10, 6, 6, 2\].*expected 3 channels",
         ),
-        ({"image": PIXELS[..., 0], "label": np.zeros(10, int)}, {}, r"got images \[10, 6, 6\].*expected 3 channels"),
-        ({"image": PIXELS[:, :5], "label": np.zeros(10, int)}, {}, r"got images \[3, 5, 6\].*expected \[3, 6, 6\]"),
-        ({"image": PIXELS, "label": np.zeros(9, int)}, {}, r"got labels int64 \[9\].*expected whole numbers \[10\]"),
+        (
+            {"image": PIXELS[..., 0], "label": np.zeros(10, int)},
+            {},
+            r"got images \[10, 6, 6\].*expected 3 channels",
+        ),
+        (
+            {"image": PIXELS[:, :5], "label": np.zeros(10, int)},
+            {},
+            r"got images \[3, 5, 6\].*expected \[3, 6, 6\]",
+        ),
+        (
+            {"image": PIXELS, "label": np.zeros(9, int)},
+            {},
+            r"got labels int64 \[9\].*expected whole numbers \[10\]",
+        ),
         ({"image": PIXELS, "label": np.zeros(10)}, {}, r"got labels float64 \[10\]"),
         ({"image": PIXELS, "label": np.full(10, 2)}, {}, r"got labels 2 to 2.*expected 0 to 1"),
         ({"image": PIXELS, "label": np.full(10, -1)}, {}, r"got labels -1 to -1"),
         ({"image": np.array([{}], dtype=object)}, {}, r"extra.path: got .*cannot read without pickle"),
         ({"image": PIXELS}, {"labels": "soft"}, r"extra.labels: got 'soft'; expected given or pseudo"),
-        ({"image": PIXELS}, {"labels": "pseudo", "max_images": 11}, r"extra.max_images: got 11; expected 1 to the 10"),
+        (
+            {"image": PIXELS},
+            {"labels": "pseudo", "max_images": 11},
+            r"extra.max_images: got 11; expected 1 to the 10",
+        ),
         ({"image": PIXELS}, {"labels": "pseudo", "max_images": 0}, r"extra.max_images: got 0"),
     ],
 )
 def test_npz_mistakes_are_named(tmp_path, splits, arrays, settings, message):
-    """A run would fail in the middle of its first epoch, run a pickle, or train on labels of another data set."""
+    """A run would fail in its first epoch, run a pickle, or train on labels of another data set."""
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         load_extra(tmp_path / "x.npz", like=splits, **settings)
@@ -170,7 +174,7 @@ def test_files_that_are_not_there_or_broken_are_named(tmp_path, splits):
             load_extra(tmp_path / name, like=splits)
 
 
-# Folders --------------------------------------------------------------------------------------------------------------
+# Folders --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -200,7 +204,9 @@ def test_folder_mistakes_are_named(tmp_path, splits, digits):
             load_extra(tmp_path / folder, like=like, **settings)
 
     write_image(tmp_path / "unknown" / "dog" / "a.png")
-    refuse("unknown", r"extra.path: got classes dog in .*expected only those of the training folder, ant, cat")
+    refuse(
+        "unknown", r"extra.path: got classes dog in .*expected only those of the training folder, ant, cat"
+    )
     write_image(tmp_path / "flat" / "a.png")
     refuse("flat", r"extra.path: got .*flat without class folders.*extra.labels=pseudo")
     (tmp_path / "empty").mkdir()
@@ -214,14 +220,16 @@ def test_folder_mistakes_are_named(tmp_path, splits, digits):
     (tmp_path / "broken" / "cat" / "a.png").write_bytes(b"x")
     refuse("broken", r"extra.path: data: got an unreadable image .*a\.png")
     write_image(tmp_path / "rgb" / "a.png", size=(8, 8))
-    refuse("rgb", r"extra.path: got images \[3, 8, 8\] .*; expected \[1, 8, 8\]", like=digits, labels="pseudo")
+    refuse(
+        "rgb", r"extra.path: got images \[3, 8, 8\] .*; expected \[1, 8, 8\]", like=digits, labels="pseudo"
+    )
 
 
-# Pseudo-labels --------------------------------------------------------------------------------------------------------
+# Pseudo-labels --------------------------------------------------------------------------------------------
 
 
 class Noisy(nn.Module):
-    """Draws random numbers even in eval mode and counts its calls in a buffer: everything that must be put back."""
+    """Draws random numbers even in eval mode and counts its calls in a buffer: all must be put back."""
 
     def __init__(self):
         super().__init__()
@@ -271,11 +279,13 @@ def test_models_that_cannot_label_are_refused(model):
     """A model of other classes gives labels that do not exist; one that diverged gives class 0 to all."""
     if model[1].out_features == 3:
         nn.init.constant_(model[1].bias, float("nan"))
-    with pytest.raises(ValueError, match=r"extra.labels: got logits \[20, (3|4)\].*expected finite ones \[20, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"extra.labels: got logits \[20, (3|4)\].*expected finite ones \[20, 3\]"
+    ):
         pseudo_label(array_set(20), model)
 
 
-# Mixed batches --------------------------------------------------------------------------------------------------------
+# Mixed batches --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +326,7 @@ def test_shares_that_are_not_whole_are_met_on_average(n, fraction, batch_size):
 @pytest.mark.parametrize("settings", [{"num_workers": 0}, {"num_workers": 1, "in_memory": False}])
 @pytest.mark.parametrize("augmentation", [None, Augmentation("cutout", cutout_size=2)])
 def test_ranks_and_micro_batches_cut_one_sequence(settings, augmentation):
-    """Two processes or accumulation would train on other images than one, or one of them on extra images only."""
+    """Two processes or accumulation would train on other images than one, or one on extra images only."""
     sets = MixedSet(array_set(101, **settings), array_set(64, **settings), 0.7)
     shown = SHOWN | {"augmentation": augmentation, "epoch": 1}
     whole = list(sets.batches(40, **shown))
@@ -364,7 +374,9 @@ def test_extra_images_are_drawn_without_replacement_over_epochs(mixed):
     per_epoch = mixed.num_places - 101
     assert mixed.num_places == 13 * 26  # so that no batch is incomplete
     seen = [
-        -1 - batch.index[batch.index < 0] for epoch in range(6) for batch in mixed.batches(26, **TRAIN, epoch=epoch)
+        -1 - batch.index[batch.index < 0]
+        for epoch in range(6)
+        for batch in mixed.batches(26, **TRAIN, epoch=epoch)
     ]
     drawn = torch.cat(seen).tolist()
     assert len(drawn) == 6 * per_epoch
@@ -381,15 +393,17 @@ def test_more_extra_images_than_an_epoch_needs_are_all_seen():
     sets = MixedSet(array_set(20), array_set(700), 0.5)
     counts = Counter()
     for epoch in range(35):
-        counts.update(torch.cat([b.index[b.index < 0] for b in sets.batches(4, **TRAIN, epoch=epoch)]).tolist())
-    # 20 or 21 of 700 places in each epoch are drawn, 20 of them shown: whatever is seen is seen once in the first pass.
+        counts.update(
+            torch.cat([b.index[b.index < 0] for b in sets.batches(4, **TRAIN, epoch=epoch)]).tolist()
+        )
+    # 20 or 21 of 700 places are drawn in each epoch, 20 of them shown: each at most once in the first pass.
     assert sum(counts.values()) == 700
     assert max(counts.values()) <= 2
     assert len(counts) > 650
 
 
 def test_index_and_label_belong_to_the_image(mixed):
-    """An extra image would be trained with the label of a labelled one, or an error would name the wrong image."""
+    """An extra image would get a labelled one's label, or an error name the wrong image."""
     for batch in mixed.batches(20, **TRAIN):
         number = ((batch.x[:, 0, 0, 0] + 256 * batch.x[:, 0, 0, 1]) * 255).round().long()
         position = torch.where(batch.index < 0, -1 - batch.index, batch.index)
@@ -399,7 +413,11 @@ def test_index_and_label_belong_to_the_image(mixed):
 
 def test_extra_images_are_cropped_and_augmented(mixed):
     """Only the labelled half of each batch would be augmented."""
-    for settings in ({"crop_padding": 2}, {"flip": True}, {"augmentation": Augmentation("cutout", cutout_size=3)}):
+    for settings in (
+        {"crop_padding": 2},
+        {"flip": True},
+        {"augmentation": Augmentation("cutout", cutout_size=3)},
+    ):
         plain, shown = joined(mixed.batches(10, **TRAIN)), joined(mixed.batches(10, **TRAIN, **settings))
         changed = (plain[0] != shown[0]).flatten(1).any(1)
         assert torch.equal(plain[2], shown[2])
@@ -445,7 +463,12 @@ def test_sets_that_do_not_fit_are_refused(splits):
         (train, train, 0.0, "extra.fraction: got 0.0"),
         (train, train, 1.0, "extra.fraction: got 1.0"),
         (train, train, float("nan"), "extra.fraction: got nan"),
-        (train, array_set(20, shape=(5, 4)), 0.5, r"extra.path: got images \[1, 5, 4\]; expected \[1, 4, 4\]"),
+        (
+            train,
+            array_set(20, shape=(5, 4)),
+            0.5,
+            r"extra.path: got images \[1, 5, 4\]; expected \[1, 4, 4\]",
+        ),
         (train, splits.train, 0.5, r"extra.path: got images \[3, 6, 6\]"),
         (train, unlabelled, 0.5, "extra.labels: got labels -1 to -1; expected 0 to 2"),
         (train, array_set(20, classes=4), 0.5, "extra.labels: got labels 0 to 3; expected 0 to 2"),
@@ -470,7 +493,7 @@ def test_impossible_mixed_batches_are_refused_at_the_call(mixed, settings, messa
 
 
 def test_num_updates_counts_the_batches(mixed, digits):
-    """The schedule of the learning rate would end before training, or training would ask for a batch too many."""
+    """The schedule would end before training, or training ask for a batch too many."""
     for images, sizes in ((mixed, (1, 7, 40)), (mixed.train, (1, 7, 40)), (digits.train, (64, 800))):
         for size in sizes:
             assert images.num_updates(size) == len(list(images.batches(size, **TRAIN)))

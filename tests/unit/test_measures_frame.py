@@ -24,7 +24,7 @@ def setting() -> tuple[nn.Module, list]:
 
 
 def test_reused_adversarial_examples_are_those_a_new_attack_finds(monkeypatch):
-    """A key that forgets the weights, the images or a setting would hand one measure another one's examples."""
+    """A key without the weights, images or a setting would hand one measure another one's examples."""
     model, data = setting()
     calls = []
     room = sys.modules[attacked.__module__]  # its name is also that of a measure
@@ -123,7 +123,7 @@ def test_a_diverged_model_has_no_measure(name):
 
 
 def test_a_model_that_cannot_lose_the_accuracy_has_no_pac_bayes_sharpness():
-    """At an accuracy of at most ``max_drop`` every noise is borne: σ would be its limit, the flattest value there is."""
+    """At an accuracy of at most ``max_drop`` every noise is borne: σ would be its limit, the flattest."""
     model, data = setting()
     wrong = [(x, (model.eval()(x).argmax(1) + 1) % 3) for x, _ in data]
     found = pac_bayes_sharpness(model, wrong, None, num_draws=1, num_bisections=2)

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from wcitrain.models import CIFAR10_MEAN, CIFAR10_STD, Classifier, create_model
+from wcitrain.models import CIFAR10_MEAN, CIFAR10_STD, Classifier, check_channels_last, create_model
 from wcitrain.params import select_layers
 
 
@@ -28,7 +28,9 @@ def test_gray_images_get_one_mean():
 
 def test_the_cifar_stem_keeps_the_resolution():
     """The ImageNet stem shrinks 32x32 to 8x8 before the first block."""
-    model = create_model("resnet18", num_classes=3, stem="cifar", layers=[1, 1, 1, 1], channels=[4, 8, 16, 32])
+    model = create_model(
+        "resnet18", num_classes=3, stem="cifar", layers=[1, 1, 1, 1], channels=[4, 8, 16, 32]
+    )
     seen = []
     model.backbone.layer1.register_forward_hook(lambda m, args, out: seen.append(out.shape[-2:]))
     model(torch.rand(2, 3, 16, 16))
@@ -55,7 +57,9 @@ def test_exported_weights_load_into_timm(tmp_path):
     """The inner model's names carry no wrapper prefix."""
     from safetensors.torch import save_file
 
-    model = create_model("resnet18", num_classes=3, stem="default", layers=[1, 1, 1, 1], channels=[4, 8, 16, 32])
+    model = create_model(
+        "resnet18", num_classes=3, stem="default", layers=[1, 1, 1, 1], channels=[4, 8, 16, 32]
+    )
     save_file(model.backbone.state_dict(), tmp_path / "model.safetensors")
     loaded = create_model(
         "resnet18", num_classes=3, checkpoint_path=str(tmp_path / "model.safetensors"),
@@ -82,7 +86,10 @@ def test_a_rotation_head_changes_nothing_for_the_classes(name):
         models.append(create_model(name, num_classes=3, rotation_head=rotation_head, **HEADED[name]).eval())
     plain, headed = models
     assert plain.backbone.state_dict().keys() == headed.backbone.state_dict().keys()
-    assert set(headed.state_dict()) - set(plain.state_dict()) == {"rotation_head.weight", "rotation_head.bias"}
+    assert set(headed.state_dict()) - set(plain.state_dict()) == {
+        "rotation_head.weight",
+        "rotation_head.bias",
+    }
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(plain(x), headed(x))
     assert torch.equal(headed(x), headed(x, head="classes"))
@@ -94,13 +101,14 @@ def test_a_rotation_head_changes_nothing_for_the_classes(name):
 
 
 def test_the_rotation_head_reads_the_features_of_the_classes():
-    """With the class head's own weights it must give the class logits: same normalisation, features and pooling."""
+    """With the class head's weights it must give the class logits: same normalisation, features, pooling."""
     for name, kwargs in HEADED.items():
         model = create_model(name, num_classes=4, rotation_head=True, **kwargs).eval()
         head = getattr(model.backbone, "fc", None) or model.backbone.get_classifier()
         model.rotation_head.load_state_dict(head.state_dict())
         x = torch.rand(2, 3, 32, 32)
-        assert torch.allclose(model(x), model(x, head="rotation"), atol=1e-6)  # float32, another order of operations
+        # float32, another order of operations
+        assert torch.allclose(model(x), model(x, head="rotation"), atol=1e-6)
 
 
 def test_a_rotation_head_needs_features():
@@ -126,6 +134,33 @@ def test_what_cannot_be_built_is_refused_with_a_way_out(kwargs, message):
     extra = kwargs.pop("kwargs", {})
     with pytest.raises(ValueError, match=message):
         create_model(**kwargs, **extra, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "out_channels", "settings", "device", "is_fine"),
+    [
+        (4, 8, {"stride": 2}, "cpu", False),
+        (2, 8, {"stride": (1, 3)}, "cpu", False),
+        (7, 1, {"stride": 2}, "cpu", False),
+        (8, 8, {"stride": 2}, "cpu", True),  # a whole register
+        (1, 8, {"stride": 2}, "cpu", True),  # channels last and first are the same
+        (4, 8, {"stride": 1}, "cpu", True),
+        (6, 8, {"stride": 2, "groups": 2}, "cpu", True),
+        (4, 8, {"kernel_size": 3, "stride": 2}, "cpu", True),
+        (4, 8, {"stride": 2}, "cuda", True),
+    ],
+)
+def test_channels_last_is_refused_for_strided_1x1_convolutions_of_few_channels(
+    in_channels, out_channels, settings, device, is_fine
+):
+    """The heap checker of the C library finds damage for these layers and for no other ones of this list."""
+    conv = torch.nn.Conv2d(in_channels, out_channels, **({"kernel_size": 1} | settings))
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(conv))
+    if is_fine:
+        check_channels_last(model, torch.device(device))
+        return
+    with pytest.raises(ValueError, match=rf"with 1.0, a 1x1 .* and {in_channels} input channels; expected"):
+        check_channels_last(model, torch.device(device))
 
 
 def test_layers_are_weight_matrices_only():

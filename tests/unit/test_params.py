@@ -19,7 +19,7 @@ def vit():
 
 
 def test_split_qkv_counts_three_maps_and_loses_nothing(vit):
-    """Query, key and value are three maps in one tensor: their norms and traces must add up to the tensor's."""
+    """Query, key and value are three maps in one tensor: norms and traces must add up to the tensor's."""
     whole, parts = select_layers(vit), select_layers(vit, split_qkv=True)
     assert len(parts) == len(whole) + 2 * 2
     name = "backbone.blocks.0.attn.qkv.weight"
@@ -46,7 +46,9 @@ def test_split_qkv_counts_three_maps_and_loses_nothing(vit):
 @pytest.mark.parametrize("rule", [AWP(0.1), WCIPosterior(0.5)])
 def test_perturbations_respect_the_parts(vit, rule):
     """Each third gets its own radius: broadcasting one factor over the tensor would give it the mean."""
-    optimizer = RegularizedOptimizer(torch.optim.SGD(vit.parameters(), lr=0.0), vit, perturbation=rule, split_qkv=True)
+    optimizer = RegularizedOptimizer(
+        torch.optim.SGD(vit.parameters(), lr=0.0), vit, perturbation=rule, split_qkv=True
+    )
     x, y = torch.rand(4, 3, 16, 16), torch.arange(4) % 3
     before = {n: t.detach().clone() for n, t in optimizer.layers.items()}
     moved = {}
@@ -92,5 +94,5 @@ def test_sums_agree_with_plain_loops_and_missing_gradients_count_as_zero():
     a, b, scalar = layers.spread(values)
     assert (a * torch.ones(6, 2))[:, 0].tolist() == [1, 1, 2, 2, 3, 3]
     assert (float(b), float(scalar)) == (4.0, 5.0)
-    assert Layers(layers).has_parts
+    assert list(Layers(layers)) == list(layers)
     assert list(layers.only({id(tensors["b"])})) == ["b"]

@@ -1,65 +1,79 @@
-"""Every recipe that ships parses, builds, and takes steps; every sweep lists recipes that exist."""
+"""Every recipe that ships: methods build and take steps on the bases, sweeps list what exists."""
 
+import logging
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from wcitrain.build import (
-    build_augmentation,
-    build_mixing,
-    build_objective,
-    build_optimizer,
-    build_regularizer,
-    learning_rate_factor,
-    threat_factor,
-)
-from wcitrain.labels import method_label
+from wcitrain.averaging import AVERAGES
+from wcitrain.build import fresh_objective, initial_model, wrap
+from wcitrain.learning_rate import SCHEDULES
 from wcitrain.models import create_model
-from wcitrain.recipe import load_recipe, recipe_from_dict
+from wcitrain.objectives import INPUT_REGULARIZERS, OBJECTIVES
+from wcitrain.optim import PENALTIES, PERTURBATIONS
+from wcitrain.optim.base import OPTIMIZERS, AdamW
+from wcitrain.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
+from wcitrain.recipe.reading import read_yaml
 from wcitrain.studying import read_studies
 from wcitrain.sweep import read_sweep, sweep_content
+from wcitrain.train import threat_factor
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-STUDIES = [FOLDER / "yamada_logistic.yaml"]  # read by a tool of its own
-SWEEPS = [*sorted((FOLDER / "sweeps").glob("*.yaml")), FOLDER / "stutz_flatness.yaml"]
-RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path not in (*SWEEPS, *STUDIES))
-CHANNELS = {"digits": (1, 8), "folder": (3, 16), "cifar10": (3, 16)}
+BASES, METHODS = (
+    sorted(path.stem for path in (FOLDER / part).glob("*.yaml")) for part in ("bases", "methods")
+)
+SWEEPS = sorted((FOLDER / "sweeps").glob("*.yaml"))
+STACKS = ["trades wci", "mart wci", "awp wci_penalty"]
+SHAPES = {"digits": (1, 8), "cifar10": (3, 16)}
+FOR_COLOUR = {  # what they are sized for, and what is refused on digits
+    "eps_2": "step_size",
+    "eps_4": "step_size",
+    "l1": "step_size",
+    "l2": "step_size",
+    "cutout": "cutout_size",
+}
+STEPS = [
+    (base, method)
+    for base in SHAPES
+    for method in [*METHODS, *STACKS]
+    if base != "digits" or method not in FOR_COLOUR
+]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(FOLDER).with_suffix("")))
-def test_a_recipe_builds_and_takes_two_steps(path):
-    """A recipe nobody runs in the tests rots first. (Full-size networks are narrowed and long attacks cut to two steps.)"""
-    recipe = load_recipe(path)
-    settings = recipe.model.model_dump() | {"checkpoint_path": None}
-    if recipe.model.name == "preact_resnet18":
-        settings["kwargs"] = {"width": 4}
-    channels, size = CHANNELS[recipe.data.source]
-    torch.manual_seed(0)
-    model = create_model(
-        **{k: v for k, v in settings.items() if k != "kwargs"},
-        num_classes=10,
-        in_chans=channels,
-        rotation_head=recipe.objective.name == "rotation",
-        **settings["kwargs"],
-    )
-    optimizer = build_regularizer(recipe, build_optimizer(recipe, model), model, updates=10)
-    objective = build_objective(recipe)
-    if hasattr(objective, "num_steps") and objective.num_steps > 3:
+def load(base: str, methods: str = "", *settings: str) -> Recipe:
+    """Return the recipe of a base with methods laid on it."""
+    names = [f"bases/{base}.yaml", *(f"methods/{name}.yaml" for name in methods.split())]
+    return load_recipe([FOLDER / name for name in names], settings)
+
+
+@pytest.mark.parametrize(("base", "methods"), STEPS)
+def test_a_method_builds_and_takes_two_steps_on_a_base(base, methods):
+    """A recipe nobody runs in the tests rots first. (Full-size networks are narrowed, long attacks cut.)"""
+    narrow = ["model.kwargs={width: 4}", "model.checkpoint_path=null"] if base == "cifar10" else []
+    recipe = load(base, methods, *narrow)
+    channels, size = SHAPES[base]
+    recipe.augment.check((channels, 2 * size if base == "cifar10" else size, size))
+    model = initial_model(recipe, SimpleNamespace(num_classes=10, in_chans=channels))
+    optimizer = wrap(recipe, recipe.optimizer.build(model), model, steps_per_epoch=10)
+    objective = fresh_objective(recipe)
+    if getattr(objective, "num_steps", 0) > 3:
         objective = replace(objective, num_steps=2)
-    augmentation, mixing = build_augmentation(recipe), build_mixing(recipe)
     x, y = torch.rand(4, channels, size, size), torch.tensor([0, 1, 2, 3])
-    if augmentation is not None:
-        x = torch.stack([augmentation.apply((255 * image).byte(), n) for n, image in enumerate(x)]) / 255
-    if mixing is not None:
-        x, y = mixing.apply(x, y, 10, seed=0)
+    if recipe.augment.is_active:
+        images = [recipe.augment.apply((255 * image).byte(), number) for number, image in enumerate(x)]
+        x = torch.stack(images) / 255
+    if recipe.mixing.is_active:
+        x, y = recipe.mixing.apply(x, y, 10, seed=0)
     before = model.backbone.fc.weight.detach().clone()
     for step in range(2):
         now = objective.scaled(threat_factor(recipe, (step + 1) / 10))
         x_adv = now.perturb(model, x, y)
-        if recipe.threat.norm == "linf" and recipe.objective.name != "union":
+        if recipe.threat.norm == "linf" and not methods.startswith("union"):
             assert (x_adv - x).abs().max() <= recipe.threat.eps + 1e-6
         assert torch.isfinite(optimizer.step(partial(now.loss, model, x, x_adv, y)))
         if x_adv.requires_grad:
@@ -67,98 +81,338 @@ def test_a_recipe_builds_and_takes_two_steps(path):
     assert not torch.equal(before, model.backbone.fc.weight)
 
 
-def test_every_small_recipe_has_its_full_size_counterpart_and_both_differ_from_plain_training():
-    """A method that can only be tried small, or a file that forgot its method, is of no use."""
-    small = {p.stem for p in (FOLDER / "small").glob("*.yaml")}
-    full = {p.stem for p in (FOLDER / "cifar10").glob("*.yaml")}
-    assert small - full == {"crop_flip"}  # part of every full-size recipe
-    assert full - small == {"extra_synthetic"}  # needs a download of gigabytes
-    for folder in ("small", "cifar10"):
-        plain = load_recipe(FOLDER / folder / "at.yaml").model_dump() | {"name": ""}
-        for path in (FOLDER / folder).glob("*.yaml"):
-            assert path.stem == "at" or load_recipe(path).model_dump() | {"name": ""} != plain, path
-            assert load_recipe(path).name == f"{folder}-{path.stem.replace('_', '-')}"
+@pytest.mark.parametrize(("method", "key"), FOR_COLOUR.items())
+def test_a_method_sized_for_colour_images_is_refused_on_digits(method, key):
+    """Its attack would not reach its radius there, or its square would cover the image."""
+    with pytest.raises(ValueError, match=key):
+        load("digits", method).augment.check((1, 8, 8))
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("base", BASES)
+def test_every_method_differs_from_its_base_and_is_named_after_both(base):
+    """A method that can only be tried on one base, or a file that forgot its method, is of no use."""
+    plain = load(base).model_dump()
+    names = set()
+    for method in METHODS:
+        if base == "digits" and FOR_COLOUR.get(method) == "step_size":
+            continue
+        recipe = load(base, method)
+        names.add(recipe.name)
+        assert recipe.name == f"{plain['name']}-{method.replace('_', '-')}"
+        is_plain = recipe.model_dump() | {"name": plain["name"]} == plain
+        assert is_plain == (method == "at" or (base, method) == ("cifar10", "crop_flip")), method
+    assert load(base).name == base.replace("_", "-") not in names
+
+
+@pytest.mark.parametrize("base", ["digits", "cifar10"])
+def test_stacked_methods_act_together(base):
+    """The second would replace the first, and the table show a combination that was not trained."""
+    labels = {
+        "trades wci": "TRADES β=6 + WCI r=",
+        "mart wci": "MART λ=5 + WCI r=",
+        "awp wci_penalty": "AWP γ=",
+    }
+    assert list(labels) == STACKS
+    for methods, label in labels.items():
+        both, (first, second) = load(base, methods), (load(base, name) for name in methods.split())
+        assert both.name == f"{base}-{methods.replace('_', '-').replace(' ', '-')}"
+        assert both.method.startswith(label)
+        assert both.objective == first.objective
+        assert both.perturbation == (second.perturbation or first.perturbation)
+        assert both.penalty == second.penalty
+    assert "wci penalty 0.0006" in both.method
+
+
+def test_what_holds_for_one_base_names_a_base_that_exists():
+    """A misspelt name in ``by_base`` would leave the method at the sizes of other images, without a word."""
+    names = {load(base).name for base in BASES}
+    with_bases = 0
+    for method in METHODS:
+        by_base = read_yaml((FOLDER / "methods" / f"{method}.yaml").read_text()).get("by_base", {})
+        assert set(by_base) <= names, method
+        with_bases += bool(by_base)
+    assert with_bases > 10
+    tiny, small, full = (
+        load(base, "wci_adversary early_stopping") for base in ("cifar10_tiny", "cifar10_small", "cifar10")
+    )
+    assert [recipe.early_stopping.patience for recipe in (tiny, small, full)] == [4, 15, 60]
+    assert [recipe.perturbation.relative_size for recipe in (tiny, small, full)] == [0.005, 0.01, 0.01]
+
+
+TABLES = {
+    "objective": OBJECTIVES,
+    "input_regularizer": INPUT_REGULARIZERS,
+    "perturbation": PERTURBATIONS,
+    "penalty": PENALTIES,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "averaging": AVERAGES,
+}
+WITHOUT_A_FILE = {
+    "penalty": {"frobenius", "trace", "frobenius_trace"},
+    "optimizer": {"adamw"},
+    "schedule": {"constant", "cosine"},
+}
+
+
+@pytest.mark.parametrize("section", TABLES)
+def test_every_method_of_a_table_has_a_file_or_is_reached_by_name(section):
+    """A method that no recipe names would be there for its own tests alone."""
+    written = {load("cifar10", method).model_dump(mode="json")[section]["name"] for method in METHODS}
+    assert written - {"none"} == set(TABLES[section]) - WITHOUT_A_FILE.get(section, set())
+    for name, kind in TABLES[section].items():
+        settings = {"start_epoch": 1} if name == "swa" else {}
+        recipe = recipe_from_dict({section: {"name": name, **settings}})
+        assert type(getattr(recipe, section)) is kind
+        assert recipe.model_dump()[section]["name"] == name
+        if not settings:
+            assert recipe_from_dict({}, [f"{section}={name}"]) == recipe
+
+
+def test_recipes_are_read_in_silence(caplog):
+    """A file that changes a kind says so itself: a message for each would bury the one that matters."""
+    with caplog.at_level(logging.DEBUG, "wcitrain.recipe"):
+        for method in METHODS:
+            load("cifar10", method)
+    assert caplog.messages == []
+
+
+# Sweeps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_sweep_reads_its_recipes(path):
-    """All recipes of a sweep are checked before the first one trains, and what is measured after the last one."""
-    assert len({(method_label(recipe), recipe.name) for recipe in read_sweep(path)}) >= 3
+    """All recipes of a sweep are checked before the first one trains, what is measured after the last."""
+    assert len({(recipe.method, recipe.name) for recipe in read_sweep(path)}) >= 3
     read_studies(sweep_content(path).get("measure"), path.name)
 
 
-def test_every_recipe_is_described():
-    """A recipe without its row of hardware, time and expected numbers is a riddle."""
-    text = (FOLDER / "README.md").read_text()
-    names = [str(p.relative_to(FOLDER)) for p in (*RECIPES, *SWEEPS, *STUDIES)]
-    missing = [n for n in names if n not in text and n.removeprefix("cifar10/").replace(".yaml", "") not in text]
-    assert missing == []
+@pytest.mark.parametrize("name", ["rice", "stutz", "weight_perturbations", "xu_zhang", "yamada"])
+def test_a_paper_s_methods_are_read_at_full_size_too(name):
+    """The small run would be all that the sweep can do."""
+    path = FOLDER / "sweeps" / f"{name}.yaml"
+    small, full = read_sweep(path), read_sweep(path, bases=["cifar10"])
+    assert [recipe.name.replace("cifar10-tiny", "cifar10") for recipe in small] == [
+        recipe.name for recipe in full
+    ]
+    assert {recipe.train.epochs for recipe in small} <= {2, 8}
+    assert max(recipe.train.epochs for recipe in full) == 200
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Return a function that writes a sweep beside two bases and two methods, and reads its recipes."""
+    files = {
+        "bases/one": "name: one\ntrain: {epochs: 3}\n",
+        "bases/two": "name: two\ntrain: {epochs: 4}\n",
+        "methods/awp": "name: awp\nperturbation: awp\nby_base: {two: {perturbation: {gamma: 0.5}}}\n",
+        "methods/swa": "name: swa\naveraging: {name: swa, start_epoch: 1}\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    path = tmp_path / "sweeps" / "s.yaml"
+    path.parent.mkdir()
+
+    def read(text: str, *settings: str, **kwargs) -> list[Recipe]:
+        path.write_text(text)
+        return read_sweep(path, settings, **kwargs)
+
+    return read
+
+
+def test_a_sweep_is_bases_times_methods_times_settings_times_seeds(sweep):
+    """A run would be missing, or be trained with another's settings under its own name."""
+    text = "bases: [one, two]\nmethods: [awp, awp swa perturbation.gamma=0.2 name=both]\nseeds: [0, 1]\n"
+    with pytest.raises(ValueError, match=r"s\.yaml: got two runs in runs.both-s0; expected one folder each"):
+        sweep(text)
+    recipes = sweep(
+        text.replace(" name=both", "") + "settings: [seed_x=1]".replace("seed_x", "train.batch_size"),
+        "output=here",
+    )
+    assert [
+        (recipe.name, recipe.seed, recipe.train.epochs, recipe.perturbation.gamma) for recipe in recipes
+    ] == [
+        (name, seed, epochs, gamma)
+        for seed in (0, 1)
+        for name, epochs, gamma in [
+            ("one-awp", 3, 0.01),
+            ("one-awp-swa", 3, 0.2),
+            ("two-awp", 4, 0.5),
+            ("two-awp-swa", 4, 0.2),
+        ]
+    ]
+    assert {(recipe.output, recipe.train.batch_size) for recipe in recipes} == {("here", 1)}
+    assert [recipe.averaging is None for recipe in recipes] == [True, False] * 4
+    text = "bases: [one]\nmethods: [awp]\ngrid: {threat.eps: [4/255, 8/255], optimizer.lr: [5e-2]}\n"
+    assert [(recipe.name, recipe.threat.eps, recipe.optimizer.lr) for recipe in sweep(text)] == [
+        ("one-awp-eps_4_255-lr_0.05", 4 / 255, 0.05),
+        ("one-awp-eps_8_255-lr_0.05", 8 / 255, 0.05),
+    ]
+    assert [recipe.name for recipe in sweep(text, bases=["two", "../bases/one.yaml"])][::2] == [
+        "two-awp-eps_4_255-lr_0.05",
+        "one-awp-eps_4_255-lr_0.05",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "expected"),
+    ("text", "expected"),
     [
-        ({"name": "constant"}, [1, 1, 1, 1, 1]),
-        ({"name": "piecewise", "milestones": [5, 8], "gamma": 0.1}, [1, 1, 0.1, 0.1, 0.01]),
-        ({"name": "cosine"}, [1, 0.8536, 0.5, 0.1464, 0]),
-        ({"name": "cosine", "final_fraction": 0.1, "warmup_epochs": 5}, [0, 0.5, 1, 0.55, 0.1]),
-        ({"name": "one_cycle", "peak_epoch": 5}, [0, 0.5, 1, 0.5, 0]),
+        ("methods: [awp]", "got ['methods']; expected the keys bases and methods"),
+        ("bases: [one]\nmethods: []", "expected the keys bases and methods"),
+        ("bases: [one]\nmethods: [awp]\nseed: [1]", "expected the keys bases and methods"),
+        ("- awp", "got list; expected the keys bases and methods"),
+        ("bases: [one", "expected a sweep file with `bases`, `methods`, `seeds`"),
+        ("bases: one\nmethods: [awp]", "bases: got 'one'; expected a list of texts. Write [..]."),
+        ("bases: [one]\nmethods: awp", "methods: got 'awp'; expected a list of texts."),
+        ("bases: [one]\nmethods: [awp]\nsettings: seed", "settings: got 'seed'; expected a list of texts."),
+        ("bases: [one]\nmethods: [awp]\nseeds: [a]", "seeds: got ['a']; expected a list of integers"),
+        ("bases: [one]\nmethods: [awp]\nseeds: []", "seeds: got []; expected a list of integers"),
+        (
+            "bases: [one]\nmethods: [awp]\nsettings: [seed=1]",
+            "got the setting seed=...; expected seeds in the sweep file.",
+        ),
+        (
+            "bases: [one]\nmethods: [awp seed=1]",
+            "got the setting seed=...; expected seeds in the sweep file.",
+        ),
+        (
+            "bases: [one]\nmethods: [awp]\ngrid: {seed: [1]}",
+            "grid: got the key seed or name; expected other settings.",
+        ),
+        (
+            "bases: [one]\nmethods: [awp]\ngrid: {optimizer.lr: 1}",
+            "grid: got {'optimizer.lr': 1}; expected a list of values",
+        ),
+        (
+            "bases: [one]\nmethods: [awp]\ngrid: {optimizer.lr: [1]}\nsettings: [optimizer.lr=1]",
+            "got optimizer.lr both as a setting and in the grid; expected one of them.",
+        ),
+        (
+            "bases: [one]\nmethods: [awp optimizer.lr=1]\ngrid: {optimizer.lr: [1]}",
+            "got optimizer.lr both as a setting and in the grid; expected one of them.",
+        ),
+        (
+            "bases: [one]\nmethods: [awp optimizer.lr=1]\ngrid: {optimizer: [sgd]}",
+            "got optimizer.lr both as a setting and in the grid; expected one of them.",
+        ),
+        ("bases: [one]\nmethods: [awp]\ngrid: {1: [2]}", "grid: got {1: [2]}; expected a list of values"),
+        ("bases: [one]\nmethods: [awp]\nseeds: [-1]", "seeds: got [-1]; expected a list of integers"),
+        ("bases: [one]\nmethods: [awp]\nmethods: [swa]", "methods: got the key a second time"),
+        ("bases: [one]\nmethods: [apw]", "methods: got 'apw'; expected a file, or a name in"),
+        ("bases: [one]\nmethods: [apw]", "Did you mean awp?"),
+        ("bases: [zzz]\nmethods: [awp]", "bases: got 'zzz'; expected a file, or a name in"),
+        ("bases: [one]\nmethods: [awp train.epoch=3]", "command line: train.epoch: got an unknown key"),
     ],
 )
-def test_learning_rates_follow_their_schedule(schedule, expected):
-    """At 0, 1/4, 1/2, 3/4 and all of ten epochs."""
-    recipe = recipe_from_dict({"train": {"epochs": 10}, "schedule": schedule})
-    assert [learning_rate_factor(recipe, e) for e in (0, 2.5, 5, 7.5, 10)] == pytest.approx(expected, abs=1e-4)
+def test_a_wrong_sweep_says_what_is_wrong(sweep, text, expected):
+    """Hours later a run would be found missing, or trained with what it was not asked for."""
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        sweep(text)
+
+
+def test_values_with_blanks_stand_in_quotes(sweep):
+    """A list or a mapping in a method's settings has blanks in it."""
+    text = """methods: ["awp 'model.kwargs={layers: [1, 2]}'"]\n"""
+    (recipe,) = sweep("bases: [one]\n" + text)
+    assert recipe.model.kwargs["layers"] == [1, 2]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_described(path):
+    """A recipe that does not say what it is, how it is run and where it comes from is a riddle."""
+    header = re.match(r"# \w.* .+\n(?:#.*\n)*", path.read_text())
+    assert header, "the file opens with a comment that says what it is"
+    assert path.relative_to(FOLDER.parent).as_posix() in header[0]
+    if path.parent.name == "methods":
+        assert re.search(r"\b(19|20)\d\d\b|Published: ", header[0]), "its source, or that it has none"
+
+
+def test_the_files_that_the_readme_names_exist():
+    """A reader would look for a recipe that was renamed, or for results that were never kept."""
+    named = set(re.findall(r"[\w./-]*\b[a-z]\w*\.(?:yaml|py|png|json)\b", (FOLDER / "README.md").read_text()))
+    places = (FOLDER.parent, FOLDER, FOLDER / "methods")
+    assert [name for name in named if not any((place / name).is_file() for place in places)] == []
+
+
+# What a recipe says reaches the parts ---------------------------------------------------------------------
 
 
 def test_labels_say_what_is_trained():
     """Tables and figures are read by their labels."""
     labels = {
         "AT": {},
-        "standard": {"objective": {"name": "standard"}},
-        "AWP γ=0.01": {"perturbation": {"name": "awp"}},
+        "AT l2": {"threat": {"norm": "l2", "eps": 0.5}},
+        "standard": {"objective": "standard"},
+        "AWP γ=0.01": {"perturbation": "awp"},
         "WCI λ=0.1": {"perturbation": {"name": "wci", "strength": 0.1}},
         "WCI r=1 +F": {"perturbation": {"name": "wci", "frobenius": True}},
-        "noise r=1": {"perturbation": {"name": "noise"}},
+        "noise r=1": {"perturbation": "noise"},
         "wci penalty 0.1": {"penalty": {"name": "wci", "strength": 0.1}},
-        "TRADES β=6 + AWP γ=0.005": {"objective": {"name": "trades"}, "perturbation": {"name": "awp", "gamma": 0.005}},
-        "AT max of linf, l2": {"objective": {"name": "union"}},
-        "standard + CURE 4": {"objective": {"name": "standard"}, "input_regularizer": {"name": "cure"}},
+        "TRADES β=6 + AWP γ=0.005": {"objective": "trades", "perturbation": {"name": "awp", "gamma": 0.005}},
+        "AT max of linf, l2": {"objective": "union"},
+        "standard + CURE 4": {"objective": "standard", "input_regularizer": "cure"},
         "cutout + mixup": {"augment": {"policy": "cutout", "cutout_size": 4}, "mixing": {"mixup_alpha": 1}},
-        "label smoothing 0.1 + EMA 0.9": {"objective": {"label_smoothing": 0.1}, "train": {"ema_decay": 0.9}},
-        "GSAM ρ=0.05 α=0.2 + SWA": {"perturbation": {"name": "gsam"}, "train": {"swa_start_epoch": 1}},
+        "label smoothing 0.1 + EMA 0.9": {
+            "objective": {"label_smoothing": 0.1},
+            "averaging": {"name": "ema", "decay": 0.9},
+        },
+        "GSAM ρ=0.05 α=0.2 + SWA": {"perturbation": "gsam", "averaging": {"name": "swa", "start_epoch": 1}},
+        "eps warm-up + early stopping": {
+            "train": {"eps_warmup_epochs": 2},
+            "early_stopping": {"patience": 3},
+        },
     }
-    assert [method_label(recipe_from_dict(data)) for data in labels.values()] == list(labels)
-    assert method_label(recipe_from_dict({"penalty": {"name": "wci"}})) == "AT"  # monitoring only
+    assert [recipe_from_dict(data).method for data in labels.values()] == list(labels)
+    assert recipe_from_dict({"penalty": "wci"}).method == "AT"  # monitoring only
+
+
+def small_model() -> torch.nn.Module:
+    """Return a ResNet of four blocks, four channels wide."""
+    return create_model("resnet18", num_classes=3, layers=[1, 1, 1, 1], channels=[4, 4, 4, 4])
 
 
 def test_optimizers_by_name_and_without_decay_on_norms():
     """sgd is torch's SGD (timm's is Nesterov); decay_norm_and_bias=false takes vectors out of the decay."""
-    model = create_model("resnet18", num_classes=3, layers=[1, 1, 1, 1], channels=[4, 4, 4, 4])
-    recipe = recipe_from_dict({"optimizer": {"name": "sgd", "decay_norm_and_bias": False}})
-    sgd = build_optimizer(recipe, model)
+    model = small_model()
+    sgd = recipe_from_dict({"optimizer": {"decay_norm_and_bias": False}}).optimizer.build(model)
     assert type(sgd) is torch.optim.SGD
     assert not sgd.defaults["nesterov"]
     assert [g["weight_decay"] for g in sgd.param_groups] == [5e-4, 0.0]
     assert all(p.ndim <= 1 for p in sgd.param_groups[1]["params"])
     assert sum(len(g["params"]) for g in sgd.param_groups) == len(list(model.parameters()))
-    lamb = build_optimizer(recipe_from_dict({"optimizer": {"name": "lamb", "lr": 0.01}}), model)
+    adamw = recipe_from_dict({"optimizer": "adamw"}).optimizer
+    assert adamw == AdamW()
+    assert type(adamw.build(model)) is torch.optim.AdamW
+    assert adamw.build(model).defaults["lr"] == 1e-3
+    lamb = recipe_from_dict({"optimizer": {"name": "lamb", "lr": 0.01}}).optimizer.build(model)
     assert type(lamb).__name__ == "Lamb"
-    with pytest.raises(ValueError, match=r"optimizer.name: got 'adamww'.*Did you mean adamw"):
-        build_optimizer(recipe_from_dict({"optimizer": {"name": "adamww"}}), model)
+    with pytest.raises(RecipeError, match=r"optimizer.name: got 'adamww'.*Did you mean adamw"):
+        recipe_from_dict({"optimizer": {"name": "adamww"}})
     with pytest.raises(ValueError, match=r"second derivatives"):
-        build_optimizer(recipe_from_dict({"optimizer": {"name": "adahessian"}}), model)
-    with pytest.raises(ValueError, match=r"optimizer.kwargs: sgd refuses"):
-        build_optimizer(recipe_from_dict({"optimizer": {"kwargs": {"nonsense": 1}}}), model)
+        recipe_from_dict({"optimizer": "adahessian"}).optimizer.build(model)
+    with pytest.raises(ValueError, match=r"optimizer.kwargs: got {'nonsense': 1}, which SGD 0.1 refuses"):
+        recipe_from_dict({"optimizer": {"kwargs": {"nonsense": 1}}}).optimizer.build(model)
 
 
 def test_what_a_composed_recipe_says_reaches_the_wrapper():
     """Beside a perturbation the penalty's own settings were once dropped without a word."""
-    penalty = {"name": "frobenius_trace", "frobenius_weight": 1e-3, "trace_weight": 0.5, "trace_decay": 0.1}
-    for weight, measures in ((0.5, True), (0.0, False)):
-        recipe = recipe_from_dict({"perturbation": {"name": "awp"}, "penalty": penalty | {"trace_weight": weight}})
-        model = create_model("resnet18", num_classes=3, layers=[1, 1, 1, 1], channels=[4, 4, 4, 4])
-        optimizer = build_regularizer(recipe, build_optimizer(recipe, model), model, updates=10)
-        assert optimizer.penalty.measures_curvature is measures
+    penalty = {"name": "frobenius_trace", "frobenius_weight": 1e-3, "schedule": {"every": 3}}
+    estimator = {"name": "gauss_newton", "num_probes": 2}
+    for weight in (0.5, 0.0):
+        recipe = recipe_from_dict(
+            {
+                "perturbation": {"name": "awp", "gamma": 0.5},
+                "penalty": penalty | {"trace_weight": weight, "estimator": estimator},
+                "wrapper": {"trace_decay": 0.1, "layers": "weights"},
+            }
+        )
+        model = small_model()
+        optimizer = wrap(recipe, recipe.optimizer.build(model), model, steps_per_epoch=10)
+        assert (optimizer.penalty, optimizer.perturbation) == (recipe.penalty, recipe.perturbation)
+        assert optimizer.penalty.trace_strength == weight
         assert optimizer.penalty.frobenius_weight == 1e-3
-        assert optimizer.trace_decay == 0.1
+        assert optimizer.penalty.estimator.num_probes == 2
+        assert optimizer.penalty.schedule.every == 3
+        assert optimizer.perturbation.gamma == 0.5
+        assert (optimizer.trace_decay, optimizer.steps_per_epoch) == (0.1, 10)

@@ -17,7 +17,9 @@ from wcitrain.report.series import short_names
 LAYERS = ("backbone.conv1.weight", "backbone.layer1.0.conv1.weight", "backbone.fc.weight")
 
 
-def write_run(folder, group="at", seed=0, *, method="AT", robust=0.5, train_seconds=100.0, num_epochs=3, **options):
+def write_run(
+    folder, group="at", seed=0, *, method="AT", robust=0.5, train_seconds=100.0, num_epochs=3, **options
+):
     """Write a run folder: clean test accuracy is robust + 0.3, robust train accuracy robust + 0.1."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(f"name: {group}\nseed: {seed}\n")
@@ -36,10 +38,23 @@ def write_run(folder, group="at", seed=0, *, method="AT", robust=0.5, train_seco
         test = {"clean_accuracy": robust + 0.3, "clean_accuracy_interval": [robust + 0.28, robust + 0.32]}
         test |= {"robust_accuracy": robust, "robust_accuracy_interval": [robust - 0.02, robust + 0.02]}
         train = {"clean_accuracy": robust + 0.4, "robust_accuracy": robust + 0.1}
-        last = {"epoch": num_epochs, "train": train, "test": test, "robust_gap": 0.1, "wci": 3.3312, "wci_stderr": 0.05}
+        last = {
+            "epoch": num_epochs,
+            "train": train,
+            "test": test,
+            "robust_gap": 0.1,
+            "wci": 3.3312,
+            "wci_stderr": 0.05,
+        }
         best = copy.deepcopy(last) | {"epoch": 2 + seed}
         best["test"]["robust_accuracy"] += 0.03
-        summary = {"name": f"{group}-seed{seed}", "seed": seed, "group": group, "method": method, "status": "finished"}
+        summary = {
+            "name": f"{group}-seed{seed}",
+            "seed": seed,
+            "group": group,
+            "method": method,
+            "status": "finished",
+        }
         summary |= {"last": last, "best": best, "attack": "PGD-10 linf 8/255", "train_seconds": train_seconds}
         (folder / "summary.json").write_text(json.dumps(summary))
     return load_run(folder)
@@ -47,7 +62,9 @@ def write_run(folder, group="at", seed=0, *, method="AT", robust=0.5, train_seco
 
 def cells(table, method):
     """Return the cells of the one row whose method is ``method``."""
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if "|" in line]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if "|" in line
+    ]
     (row,) = [row for row in rows if row[0] == method]
     return dict(zip(rows[0], row, strict=True))
 
@@ -79,7 +96,9 @@ def test_seeds_of_a_group_become_mean_and_range(tmp_path):
 
 def test_at_best_reports_the_best_epoch(tmp_path):
     """The choice of the epoch must reach every column, or last and best would silently be mixed."""
-    assert cells(results_table([write_run(tmp_path / "a")], at="best"), "AT")["robust test"].startswith("53.0")
+    assert cells(results_table([write_run(tmp_path / "a")], at="best"), "AT")["robust test"].startswith(
+        "53.0"
+    )
     with pytest.raises(ValueError, match='got at=\'final\'; expected "last" or "best"'):
         results_table([write_run(tmp_path / "b")], at="final")
 
@@ -157,7 +176,11 @@ def test_a_half_written_last_line_is_left_out_with_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("metrics.jsonl", None, r"without metrics\.jsonl; expected a run folder: recipe\.yaml, metrics\.jsonl and"),
+        (
+            "metrics.jsonl",
+            None,
+            r"without metrics\.jsonl; expected a run folder: recipe\.yaml, metrics\.jsonl and",
+        ),
         ("recipe.yaml", None, r"without recipe\.yaml"),
         ("metrics.jsonl", "", r"got no whole line; expected one JSON object an epoch"),
         ("metrics.jsonl", 'oops\n{"epoch": 1}\n', r"metrics\.jsonl:1: got 'oops'"),
@@ -202,7 +225,13 @@ def test_a_report_writes_its_five_files_and_nothing_else(tmp_path):
     (out / "notes.txt").write_text("mine")
     (out / "table.md").write_text("old")
     paths = write_report(runs, out)
-    assert [path.name for path in paths] == ["table.md", "report.html", "curves.png", "tradeoff.png", "wci_layers.png"]
+    assert [path.name for path in paths] == [
+        "table.md",
+        "report.html",
+        "curves.png",
+        "tradeoff.png",
+        "wci_layers.png",
+    ]
     assert {path.name for path in out.iterdir()} == {path.name for path in paths} | {"notes.txt"}
     assert (out / "table.md").read_text("utf-8") == results_table(runs)
     assert (out / "report.html").read_text("utf-8") == report_page(group_rows(runs))
@@ -215,7 +244,9 @@ def test_a_report_writes_its_five_files_and_nothing_else(tmp_path):
 
 def test_figures_without_numbers_are_left_out(tmp_path):
     """One epoch, no WCI, one group and no finished run is the first report of every new user."""
-    paths = write_report([write_run(tmp_path / "a", num_epochs=1, has_wci=False, finished=False)], tmp_path / "out")
+    paths = write_report(
+        [write_run(tmp_path / "a", num_epochs=1, has_wci=False, finished=False)], tmp_path / "out"
+    )
     assert [path.name for path in paths] == ["table.md", "report.html", "curves.png"]
     assert_is_drawn(paths[2], 1800)
 
@@ -237,7 +268,9 @@ def test_figures_survive_values_that_are_not_numbers(tmp_path, values):
     keys = ("wci/total", f"wci/{LAYERS[0]}", "robust_gap", "val/robust_accuracy", "wci/total_stderr")
     extra = dict(zip(keys, (*values, *values), strict=False))
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", "b", method="B", extra=extra)]
-    runs.append(write_run(tmp_path / "c", "c", extra=dict.fromkeys((f"wci/{layer}" for layer in LAYERS), values[1])))
+    runs.append(
+        write_run(tmp_path / "c", "c", extra=dict.fromkeys((f"wci/{layer}" for layer in LAYERS), values[1]))
+    )
     for path in write_report(runs, tmp_path / "out")[2:]:
         assert_is_drawn(path, 1200 if path.name == "tradeoff.png" else 1800)
 
@@ -253,7 +286,9 @@ def test_layer_names_lose_only_what_all_of_them_share():
 def test_many_methods_and_layers_make_a_taller_figure(tmp_path):
     """Forty layers in the height of three would overprint their names; ten methods exhaust the palette."""
     extra = {f"wci/backbone.block{i}.weight": 1.0 + i for i in range(37)}
-    runs = [write_run(tmp_path / str(i), f"m{i}", method=f"m{i}", extra=extra, num_epochs=1) for i in range(10)]
+    runs = [
+        write_run(tmp_path / str(i), f"m{i}", method=f"m{i}", extra=extra, num_epochs=1) for i in range(10)
+    ]
     paths = write_report(runs, tmp_path / "out")
     assert imread(paths[4]).shape[0] > 150 * 0.2 * 40  # at least 0.2 inches a layer
     assert_is_drawn(paths[2], 1800)

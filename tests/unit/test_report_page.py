@@ -24,17 +24,27 @@ PIXEL = bytes.fromhex(  # a PNG of one pixel
 )
 
 
-def write_run(folder, group="at", seed=0, *, method="AT", robust=0.5, epochs=3, finished=True, settings=None, **extra):
-    """Write a run folder: clean accuracy is robust + 0.3, on train everything is 0.1 higher, WCI is 10 and 1 per epoch."""
+def write_run(
+    folder, group="at", seed=0, *, method="AT", robust=0.5, epochs=3, finished=True, settings=None, **extra
+):
+    """Write a run folder: clean accuracy is robust + 0.3, train 0.1 higher, WCI 10 and 1 more an epoch."""
     folder.mkdir(parents=True)
-    recipe = {"name": group, "seed": seed, "data": {"source": "digits"}, "model": {"name": "resnet18", "kwargs": {}}}
+    recipe = {
+        "name": group,
+        "seed": seed,
+        "data": {"source": "digits"},
+        "model": {"name": "resnet18", "kwargs": {}},
+    }
     recipe |= {"optimizer": {"lr": 0.1}, "train": {"epochs": 3}} | (settings or {})
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     lines = []
     for epoch in range(1, epochs + 1):
         line = {"epoch": epoch, "robust_gap": 0.1, "train_seconds": 10.0 * epoch, "wci/total": 11.0 * epoch}
         for split, shift in (("train", 0.1), ("val", 0.0)):
-            line |= {f"{split}/clean_accuracy": robust + shift + 0.3, f"{split}/robust_accuracy": robust + shift}
+            line |= {
+                f"{split}/clean_accuracy": robust + shift + 0.3,
+                f"{split}/robust_accuracy": robust + shift,
+            }
             line |= {f"{split}/robust_loss": 2.0 - shift}
         line |= {f"wci/{layer}": 10.0 ** (1 - i) * epoch for i, layer in enumerate(LAYERS)}
         lines.append(line | extra.get("metrics", {}))
@@ -53,9 +63,19 @@ def write_run(folder, group="at", seed=0, *, method="AT", robust=0.5, epochs=3, 
         summary = {"name": folder.name, "seed": seed, "group": group, "method": method, "status": "finished"}
         summary |= {"last": last, "best": last, "attack": "PGD-10 linf 8/255", "train_seconds": 10.0 * epochs}
         summary |= {
-            "cost": {"forward_passes": 4.0, "backward_passes": 7.0, "relative": 1.25, "relative_to_pgd10_at": 0.5}
+            "cost": {
+                "forward_passes": 4.0,
+                "backward_passes": 7.0,
+                "relative": 1.25,
+                "relative_to_pgd10_at": 0.5,
+            }
         }
-        summary |= {"peak_memory_mb": 1234.0, "num_parameters": 318186, "device": "cpu", "versions": {"torch": "2.6"}}
+        summary |= {
+            "peak_memory_mb": 1234.0,
+            "num_parameters": 318186,
+            "device": "cpu",
+            "versions": {"torch": "2.6"},
+        }
         (folder / "summary.json").write_text(json.dumps(summary | extra.get("summary", {})))
     return load_run(folder)
 
@@ -67,7 +87,7 @@ def add_json(run, path, document):
 
 
 class Page(HTMLParser):
-    """What a reader of the page meets: its elements, its text, its tables as rows of cells; refuses unbalanced tags."""
+    """What a reader of the page meets: elements, text, tables as rows of cells; refuses unbalanced tags."""
 
     def __init__(self, text):
         super().__init__()
@@ -116,7 +136,9 @@ class Page(HTMLParser):
                 title = re.split("[:,(]", attributes["aria-label"])[0].strip()
             if "data-y" in attributes:
                 key = (title, attributes["data-name"])
-                charts[key] = dict(zip(attributes["data-x"].split("|"), attributes["data-y"].split("|"), strict=True))
+                charts[key] = dict(
+                    zip(attributes["data-x"].split("|"), attributes["data-y"].split("|"), strict=True)
+                )
         return charts
 
 
@@ -131,7 +153,9 @@ def three(tmp_path):
     return [
         write_run(tmp_path / "at-s0", seed=0, robust=0.5),
         write_run(tmp_path / "at-s1", seed=1, robust=0.54),
-        write_run(tmp_path / "wci-s0", "wci", method="WCI r=1", robust=0.6, settings={"penalty": {"name": "wci"}}),
+        write_run(
+            tmp_path / "wci-s0", "wci", method="WCI r=1", robust=0.6, settings={"penalty": {"name": "wci"}}
+        ),
     ]
 
 
@@ -182,7 +206,9 @@ def test_every_run_and_method_appears_with_its_values(three):
         assert (line["robust test"], line["state"], line["epochs"]) == (robust, "finished", "3 of 3")
         assert (line["training"], line["written"]) == ("30 s", "2023-11-14 22:13")
     labels = [
-        attributes["data-entry"] for tag, attributes in page.elements if tag == "button" and "data-entry" in attributes
+        attributes["data-entry"]
+        for tag, attributes in page.elements
+        if tag == "button" and "data-entry" in attributes
     ]
     assert labels == ["0", "1"]
     cost = page.line("cost", "WCI r=1")
@@ -193,7 +219,11 @@ def test_every_run_and_method_appears_with_its_values(three):
 def test_curves_hold_the_metrics(three):
     """The value under the pointer must be the file's, in the unit the chart names."""
     series = page_of(*three)[0].series()
-    assert series["Robust accuracy", "AT, validation"] == {"epoch 1": "52.0", "epoch 2": "52.0", "epoch 3": "52.0"}
+    assert series["Robust accuracy", "AT, validation"] == {
+        "epoch 1": "52.0",
+        "epoch 2": "52.0",
+        "epoch 3": "52.0",
+    }
     assert series["Robust accuracy", "WCI r=1, train"]["epoch 3"] == "70.0"
     assert series["Robust loss", "AT, train"]["epoch 1"] == "1.90"
     assert series["Robust generalisation gap", "AT"]["epoch 2"] == "10.0"
@@ -205,7 +235,8 @@ def test_curves_hold_the_metrics(three):
 def test_the_claim_in_words_follows_the_numbers(tmp_path, three):
     """A page that names a winner where ranges overlap, or rows do not compare, teaches something false."""
     text = "".join(page_of(*three)[0].text)
-    assert "WCI r=1 has the highest robust test accuracy, 60.0 %; its 95 % interval is 58.0 to 62.0 %." in text
+    highest = "WCI r=1 has the highest robust test accuracy, 60.0 %"
+    assert f"{highest}; its 95 % interval is 58.0 to 62.0 %." in text
     assert "No other method's range or interval reaches its own" in text
     near = write_run(tmp_path / "near", "near", method="near", robust=0.57)
     text = "".join(page_of(*three, near)[0].text)  # 57 + 2 reaches 60 - 2
@@ -226,7 +257,10 @@ def test_the_diff_lists_exactly_the_settings_that_differ(tmp_path):
         write_run(tmp_path / "a", "a", settings=same | {"optimizer": {"lr": 0.1, "nesterov": True}}),
         write_run(tmp_path / "b", "b", settings=same | {"optimizer": {"lr": 0.2, "nesterov": True}}),
         write_run(
-            tmp_path / "c", "c", seed=1, settings=same | {"optimizer": {"lr": 0.1, "nesterov": True}, "ema": 0.9}
+            tmp_path / "c",
+            "c",
+            seed=1,
+            settings=same | {"optimizer": {"lr": 0.1, "nesterov": True}, "ema": 0.9},
         ),
     ]
     equal, differing = compare_settings(runs)
@@ -250,7 +284,10 @@ def test_the_diff_lists_exactly_the_settings_that_differ(tmp_path):
 
 def test_many_runs_are_lines_of_the_diff(tmp_path):
     """Twenty columns of run names cannot be read; twenty lines can."""
-    runs = [write_run(tmp_path / f"m{i}", f"m{i}", method=f"m{i}", settings={"optimizer": {"lr": i}}) for i in range(9)]
+    runs = [
+        write_run(tmp_path / f"m{i}", f"m{i}", method=f"m{i}", settings={"optimizer": {"lr": i}})
+        for i in range(9)
+    ]
     page, _ = page_of(*runs)
     table = page.tables[page.sections["settings"]]
     assert table[0] == ["run", "optimizer.lr"]
@@ -273,7 +310,11 @@ def test_names_cannot_become_markup(tmp_path):
     metrics = {f"wci/{evil}": 1.0, f"measures/{evil}": 2.0}
     summary = {"name": evil, "attack": evil, "device": evil, "stopped_early": evil, "versions": {evil: evil}}
     run = write_run(tmp_path / "a", evil, method=evil, settings=settings, metrics=metrics, summary=summary)
-    add_json(run, "measures/m.json", {"at": evil, "measures": {evil: {"value": 1.0, "stderr": 0.1, "settings": evil}}})
+    add_json(
+        run,
+        "measures/m.json",
+        {"at": evil, "measures": {evil: {"value": 1.0, "stderr": 0.1, "settings": evil}}},
+    )
     threat = {"norm": evil, "eps": 0.1}
     checks = [{"name": evil, "severity": evil, "text": evil}]
     add_json(
@@ -306,7 +347,9 @@ def test_unfinished_and_stopped_runs_are_marked(tmp_path):
 def test_sections_without_data_are_absent(tmp_path):
     """An empty heading makes the reader look for what is missing."""
     run = write_run(tmp_path / "a", finished=False, epochs=1)
-    (tmp_path / "a" / "metrics.jsonl").write_text('{"epoch": 1, "val/robust_accuracy": null, "wci/total": NaN}\n')
+    (tmp_path / "a" / "metrics.jsonl").write_text(
+        '{"epoch": 1, "val/robust_accuracy": null, "wci/total": NaN}\n'
+    )
     page, text = page_of(load_run(run.folder))
     assert list(page.sections) == ["results", "settings", "runs"]
     assert page.line("runs", "a")["robust test"] == "–"
@@ -325,9 +368,16 @@ def test_values_that_are_not_numbers_leave_gaps(tmp_path, value):
         "measures/x",
         "train_seconds",
     )
-    run = write_run(tmp_path / "a", metrics=dict.fromkeys(keys, value), summary={"train_seconds": value, "cost": None})
+    run = write_run(
+        tmp_path / "a", metrics=dict.fromkeys(keys, value), summary={"train_seconds": value, "cost": None}
+    )
     page, _ = page_of(run, write_run(tmp_path / "b", "b", method="B"))
-    drawn = [v for _, a in page.elements for k, v in a.items() if k in ("d", "points", "x", "y", "viewbox", "data-y")]
+    drawn = [
+        v
+        for _, a in page.elements
+        for k, v in a.items()
+        if k in ("d", "points", "x", "y", "viewbox", "data-y")
+    ]
     assert not [v for v in drawn if re.search("nan|inf", v)]
     assert page.line("runs", "a")["robust test"] == "50.0"
 
@@ -338,7 +388,9 @@ def test_measures_are_shown_with_their_errors(three):
     add_json(three[0], "measures/wci.json", wci)
     flat = {"value": 0.25, "stderr": None, "settings": "xi 0.5"}
     add_json(
-        three[2], "measures/flat.json", {"at": "best", "split": "test", "measures": {"average_flatness": flat, "b": {}}}
+        three[2],
+        "measures/flat.json",
+        {"at": "best", "split": "test", "measures": {"average_flatness": flat, "b": {}}},
     )
     (three[2].folder / "measures" / "broken.json").write_text("{")
     with pytest.warns(UserWarning, match=r"broken\.json: got no JSON"):
@@ -385,7 +437,13 @@ def test_evaluations_are_shown_per_threat_and_attack(three):
         page.line("evaluations", "ATlast test, 100 examples"),
         page.line("evaluations", "WCI r=1last test, 100 examples"),
     )
-    assert list(at)[2:] == ["clean", "linf 1/255, pgd-20", "linf 2/255, pgd-20", "corruption fog", "corruptions, mean"]
+    assert list(at)[2:] == [
+        "clean",
+        "linf 1/255, pgd-20",
+        "linf 2/255, pgd-20",
+        "corruption fog",
+        "corruptions, mean",
+    ]
     assert at["linf 2/255, pgd-20"] == "45.0 (40.0 to 50.0)"
     assert wci["linf 1/255, pgd-20"] == "30.0 [10.0, 90.0]"
     assert (wci["linf 2/255, pgd-20"], wci["corruption fog"]) == ("–", "30.0")
@@ -413,15 +471,19 @@ def test_files_of_one_run_are_not_averaged_as_if_they_were_runs(tmp_path):
         "80.0 (80.0 to 80.0)",
         "50.0 (50.0 to 50.0)",
     )
-    assert (both["linf 1/255, aa"], both["linf 1/255, worst case"]) == ("40.0 (40.0 to 40.0)", "30.0 (30.0 to 30.0)")
+    assert (both["linf 1/255, aa"], both["linf 1/255, worst case"]) == (
+        "40.0 (40.0 to 40.0)",
+        "30.0 (30.0 to 30.0)",
+    )
     fewer = page.line("evaluations", "ATlast test, 50 examples")
     assert (fewer["runs"], fewer["linf 1/255, pgd-20"]) == ("1", "70.0 [10.0, 90.0]")
-    assert page.line("evaluations", "ATlast test, 100 examples, seed 3")["linf 1/255, pgd-20"] == "60.0 [10.0, 90.0]"
+    line = page.line("evaluations", "ATlast test, 100 examples, seed 3")
+    assert line["linf 1/255, pgd-20"] == "60.0 [10.0, 90.0]"
     assert page.series()["Accuracy under linf pgd-20", "AT"] == {"eps × 255 1": "60.0", "eps × 255 2": "10.0"}
 
 
 def test_a_run_without_an_attack_is_counted_and_the_least_accuracy_of_a_run_counts(tmp_path):
-    """A mean over fewer runs than the row has would pass for all of them; a weaker attack for a stronger one."""
+    """A mean over fewer runs than the row has passes for all; a weaker attack for a stronger one."""
     runs = [write_run(tmp_path / f"at-s{seed}", seed=seed) for seed in range(2)]
     add_json(runs[0], "evaluations/a.json", evaluation(0.8, 0.3))
     add_json(runs[0], "evaluations/b.json", evaluation(0.8, 0.5))
@@ -454,10 +516,18 @@ def test_measures_taken_otherwise_stand_apart(tmp_path):
         ("d", 4.0, {"threat": "l2 0.5"}),
     ):
         document = (
-            header | change | {"measures": {"m": entry | {"value": value}, "norm": {"value": 9, "num_examples": None}}}
+            header
+            | change
+            | {"measures": {"m": entry | {"value": value}, "norm": {"value": 9, "num_examples": None}}}
         )
         add_json(run, f"measures/{name}.json", document)
-    wci = {"wci": 5.0, "at": "last", "split": "train", "loss": "robust loss", "threat": {"norm": "linf", "eps": 0.5}}
+    wci = {
+        "wci": 5.0,
+        "at": "last",
+        "split": "train",
+        "loss": "robust loss",
+        "threat": {"norm": "linf", "eps": 0.5},
+    }
     add_json(run, "measures/e.json", wci | {"num_examples": 40, "seed": 1})
     add_json(run, "measures/f.json", wci | {"num_examples": 77, "target_relative_error": 0.02, "wci": 6.0})
     page, _ = page_of(run)
@@ -521,12 +591,14 @@ def test_the_best_epoch_is_the_open_table_when_asked(tmp_path):
 def test_thirty_runs_of_thirty_epochs_stay_small(tmp_path):
     """A report that takes a browser seconds to open is not opened twice."""
     layers = {f"wci/backbone.layer{i}.conv.weight": 1.0 + i for i in range(20)}
-    runs = [write_run(tmp_path / f"m{i}", f"m{i}", method=f"m{i}", epochs=30, metrics=layers) for i in range(30)]
+    runs = [
+        write_run(tmp_path / f"m{i}", f"m{i}", method=f"m{i}", epochs=30, metrics=layers) for i in range(30)
+    ]
     assert len(report_page(group_rows(runs)).encode()) < 5_000_000
 
 
 def test_colours_can_be_read_in_both_themes():
-    """Text needs a contrast of 4.5 with its background, lines and markers one of 3 (WCAG 2.2, 1.4.3 and 1.4.11)."""
+    """Text needs a contrast of 4.5, lines and markers one of 3 (WCAG 2.2, 1.4.3 and 1.4.11)."""
     folder = Path(svg.__file__).parent
     light = dict(re.findall(r"--([\w-]+): (#\w{6})", (folder / "page.css").read_text()))
     dark = dict(re.findall(r"--([\w-]+): (#\w{6})", (folder / "dark.css").read_text()))

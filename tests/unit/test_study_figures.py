@@ -63,7 +63,9 @@ def test_two_recipes_of_one_method_keep_their_names_apart(tmp_path):
 
 def test_a_run_without_a_summary_has_its_folders_name_and_no_ring(tmp_path):
     """An unfinished run has no best epoch yet."""
-    figure = measures_through_training([Point(tmp_path / "new", 3, {"wci": 2.0}), Point(tmp_path / "new", 1, {})])
+    figure = measures_through_training(
+        [Point(tmp_path / "new", 3, {"wci": 2.0}), Point(tmp_path / "new", 1, {})]
+    )
     (line,) = figure.axes[0].lines
     assert line.get_label() == "new"
     assert line.get_xdata().tolist() == [1, 3]
@@ -81,7 +83,7 @@ def test_the_robust_loss_is_drawn_against_every_other_measure(points):
 
 
 def test_nothing_to_draw_gives_no_figure(points):
-    """A study of the robust loss alone has nothing to draw it against; it must not crash after hours of measuring."""
+    """A study of the robust loss alone has no partner to draw; it must not crash after hours of measuring."""
     only = [Point(p.run, p.epoch, {"robust_loss": p.measures["robust_loss"]}) for p in points]
     assert measures_against_loss(only) is None
     assert len(measures_through_training(only).axes) == 1
@@ -103,8 +105,14 @@ def test_one_measure_fills_the_page(points):
 
 def test_scatter_panels_hold_the_pairs_of_each_group():
     """A pair under another group's colour, or a shifted target, is another correlation."""
-    panels = {"wide": [1.0, 2.0, 50.0, math.nan], "narrow": [1.0, 2.0, 3.0, 4.0], "signed": [-1.0, 1.0, 10.0, 100.0]}
-    figure = scatter_page(panels, {"wide": "τ 0.3"}, [0.1, 0.2, 0.3, 0.4], "robust gap", ["AT", "AWP", "AT", "AWP"])
+    panels = {
+        "wide": [1.0, 2.0, 50.0, math.nan],
+        "narrow": [1.0, 2.0, 3.0, 4.0],
+        "signed": [-1.0, 1.0, 10.0, 100.0],
+    }
+    figure = scatter_page(
+        panels, {"wide": "τ 0.3"}, [0.1, 0.2, 0.3, 0.4], "robust gap", ["AT", "AWP", "AT", "AWP"]
+    )
     wide, narrow, signed = figure.axes
     assert wide.get_title() == "wide\nτ 0.3"
     assert [c.get_label() for c in wide.collections] == ["AT", "AWP"]

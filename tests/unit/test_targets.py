@@ -21,12 +21,19 @@ RECIPE = recipe_from_dict({"name": "tiny", "data": {"source": "digits"}, "model"
 
 def classifier(seed: int, num_classes: int = 10, in_chans: int = 1) -> Classifier:
     torch.manual_seed(seed)
-    return create_model("resnet18", num_classes=num_classes, in_chans=in_chans, stem="cifar", **MODEL["kwargs"]).eval()
+    return create_model(
+        "resnet18", num_classes=num_classes, in_chans=in_chans, stem="cifar", **MODEL["kwargs"]
+    ).eval()
 
 
 def export(folder: Path, model: Classifier, num_classes: int = 10, in_chans: int = 1) -> Path:
     """Write a model as a run exports it."""
-    metadata = {"architecture": "resnet18", "kwargs": json.dumps(MODEL["kwargs"]), "stem": "cifar", "seed": "0"}
+    metadata = {
+        "architecture": "resnet18",
+        "kwargs": json.dumps(MODEL["kwargs"]),
+        "stem": "cifar",
+        "seed": "0",
+    }
     metadata |= {"num_classes": str(num_classes), "in_chans": str(in_chans)}
     metadata |= {name: json.dumps(getattr(model, name).flatten().tolist()) for name in ("mean", "std")}
     save_exported_model(folder, model.backbone.state_dict(), metadata)
@@ -103,14 +110,16 @@ def test_pretrained_weights_of_other_classes_are_refused(tmp_path, monkeypatch):
 
 
 def test_settings_of_the_model_are_refused_where_an_export_says_what_it_is(run, tmp_path):
-    """They would be dropped in silence: an export holds its own model. A checkpoint or a file is built by the recipe."""
+    """They would be dropped in silence: an export holds its own model; others are built by the recipe."""
     alone = find_target(export(tmp_path / "alone", classifier(0)), None)
     before = find_target(run, None)
     assert recipe_of(before, None, ["model.name=resnet34"]).model.name == "resnet34"
     export(run / "model" / "last", classifier(0))
     for target in (before, find_target(run / "model" / "last", None), alone):
         for setting in ("model.name=resnet34", " model.stem = default", "model={name: resnet34}"):
-            with pytest.raises(ValueError, match="which says what its model is; expected settings of other sections"):
+            with pytest.raises(
+                ValueError, match="which says what its model is; expected settings of other sections"
+            ):
                 recipe_of(target, run / "recipe.yaml", ["threat.eps=0.1", setting])
         assert recipe_of(target, run / "recipe.yaml", ["threat.eps=0.1"]).threat.eps == 0.1
     torch.save(classifier(0).state_dict(), tmp_path / "w.pt")
@@ -126,7 +135,7 @@ def test_settings_of_the_model_are_refused_where_an_export_says_what_it_is(run, 
     ],
 )
 def test_an_export_for_other_data_is_refused(num_classes, in_chans, message, tmp_path):
-    """A model of fewer classes gives a loss on the labels that it knows, and a crash or nonsense on the others."""
+    """A model of fewer classes gives a loss on labels it knows, and a crash or nonsense on the others."""
     sizes = {"num_classes": num_classes, "in_chans": in_chans}
     target = find_target(export(tmp_path / "export", classifier(0, **sizes), **sizes), None)
     with pytest.raises(ValueError, match=message):
@@ -139,7 +148,11 @@ def test_a_normalisation_in_a_file_must_be_the_models():
     same = weights | {"mean": model.mean.flatten().double() * (1 + 1e-5), "std": model.std.clone()}
     load_weights(model, same, "file")
     assert torch.equal(model.backbone.conv1.weight, classifier(1).backbone.conv1.weight)
-    for name, value in (("mean", model.mean * 1.001), ("std", torch.full((3,), 0.25)), ("std", torch.tensor([0.9]))):
+    for name, value in (
+        ("mean", model.mean * 1.001),
+        ("std", torch.full((3,), 0.25)),
+        ("std", torch.tensor([0.9])),
+    ):
         fresh = classifier(0)
         with pytest.raises(
             ValueError, match=rf"file: got weights for images normalised with {name} .*Set model\.{name}"
@@ -157,7 +170,7 @@ def test_a_radius_that_is_no_number_is_explained(eps):
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", ""])
 def test_a_device_that_is_not_there_is_explained(device):
-    """Torch raises an assertion on one machine and a runtime error on another, and says nothing of the choice."""
+    """Torch raises an assertion here and a runtime error there, and says nothing of the choice."""
     with pytest.raises(ValueError, match=rf"--device: got '{device}'; expected auto, cpu"):
         device_of(device, RECIPE)
     assert device_of("cpu", RECIPE) == "cpu"

@@ -12,14 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from wcitrain import tracking
-from wcitrain.tracking import (
-    RunLog,
-    end_trackers,
-    log_epoch,
-    start_trackers,
-    tracker_names,
-    wandb_mode,
-)
+from wcitrain.tracking import RunLog, end_trackers, log_epoch, start_trackers, tracker_names, wandb_mode
 
 METRICS = {
     "step": 20,
@@ -49,7 +42,7 @@ def read_lines(folder: Path) -> list[dict]:
 
 
 def test_every_line_is_on_the_disk_as_soon_as_it_is_appended(tmp_path):
-    """A killed run would lose its last epochs to a buffer; floats rounded in the log would not match a resumed run."""
+    """A killed run would lose epochs to a buffer; rounded floats in the log would not match a resumed run."""
     log = RunLog(tmp_path / "run")
     for step in (1, 2):
         log.append({"step": step, "loss": 0.1 + 0.2, "layers": {"a": (1, 1e-300)}})
@@ -165,13 +158,20 @@ def test_tracker_names_are_what_was_asked_for_or_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     assert tracker_names("online", tensorboard=False) == ["wandb"]
-    with pytest.raises(ModuleNotFoundError, match=r"tracking\.tensorboard: got True; .*wcitrain\[tensorboard\]"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"tracking\.tensorboard: got True; .*wcitrain\[tensorboard\]"
+    ):
         tracker_names("disabled", tensorboard=True)
 
 
 def run_trackers(accelerator: Accelerator, folder: Path, resume_id: str | None = None) -> str | None:
     """Track one epoch and return the W&B id, if W&B took part."""
-    config = {"optimizer": {"lr": 0.1, "base": "sgd"}, "layers": ["a", "b"], "checkpoint_path": None, "amp": True}
+    config = {
+        "optimizer": {"lr": 0.1, "base": "sgd"},
+        "layers": ["a", "b"],
+        "checkpoint_path": None,
+        "amp": True,
+    }
     start_trackers(
         accelerator,
         project="tests",
@@ -190,7 +190,7 @@ def run_trackers(accelerator: Accelerator, folder: Path, resume_id: str | None =
 
 
 def test_wandb_offline_keeps_the_id_of_the_run_and_writes_the_layer_table(tmp_path):
-    """A resumed run would open a second page, and a new run in a new folder would write on the old one's page."""
+    """A resumed run would open a second page, and a new run in a new folder write on the old one's."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         first = run_trackers(Accelerator(cpu=True, log_with=["wandb"]), tmp_path / "a")
@@ -211,7 +211,7 @@ def test_wandb_offline_keeps_the_id_of_the_run_and_writes_the_layer_table(tmp_pa
 
 
 def test_tensorboard_stores_every_number_at_its_step(tmp_path):
-    """Text, None and nested settings make TensorBoard raise or write rubbish; numbers must come back as logged."""
+    """Text, None and nested settings make TensorBoard raise or write rubbish; numbers return as logged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_trackers(Accelerator(cpu=True, log_with=["tensorboard"], project_dir=tmp_path), tmp_path)

@@ -1,4 +1,4 @@
-"""The commands of ``wcitrain``, one a file: ``add(commands)`` declares its options, ``run(options)`` returns the exit status.
+"""The commands of ``wcitrain``, one a file: ``add`` declares the options, ``run`` returns the exit status.
 
 Their heavy imports are inside ``run``, so that declaring options costs nothing.
 """
@@ -13,5 +13,3 @@ COMMANDS = {
     "landscape": landscape,
     "report": report,
 }
-
-__all__ = ["COMMANDS"]

@@ -12,26 +12,23 @@ def add(commands: Any) -> None:
         "evaluate",
         help="measure the robust accuracy of a trained model, or compare two",
         description=(
-            "TARGET comes first: options with several values would take it. Measure accuracy in eval mode and float32, clean and "
-            "under attacks, with 95 % intervals, after checks of the model under attack. Writes <at>-<split>.npz (who survived "
-            "what), .json, and with several radii of a norm .png (the curve); what differs from the default is appended to the "
-            "name. Files of the same name are replaced. A killed command goes on where it was when it is given again. With "
-            "--compare: McNemar's test of two such files. One process only."
+            "TARGET comes first: options with several values would take it. Measure accuracy in eval mode "
+            "and float32, clean and under attacks, with 95 % intervals, after checks of the model under "
+            "attack. Writes <at>-<split>.npz (who survived what), .json, and with several radii of a norm "
+            ".png (the curve); what differs from the default is appended to the name. Files of the same name "
+            "are replaced. A killed command goes on where it was when it is given again. With --compare: "
+            "McNemar's test of two such files. One process only."
         ),
     )
-    evaluate.add_argument(
-        "target",
-        metavar="TARGET",
-        nargs="?",
-        help=TARGET_HELP,
-    )
+    evaluate.add_argument("target", metavar="TARGET", nargs="?", help=TARGET_HELP)
     evaluate.add_argument(
         "--attacks",
         nargs="*",
         default=["pgd-20", "margin-20"],
         metavar="ATTACK",
-        help="fgsm, pgd-STEPS, margin-STEPS (cw-STEPS), dlr-STEPS, each with xRESTARTS such as pgd-50x10; autoattack, "
-        "autoattack-plus, autoattack-rand, autoattack:apgd-ce+square; nothing for none (default: pgd-20 margin-20)",
+        help="fgsm, pgd-STEPS, margin-STEPS (cw-STEPS), dlr-STEPS, each with xRESTARTS such as pgd-50x10; "
+        "autoattack, autoattack-plus, autoattack-rand, autoattack:apgd-ce+square; nothing for none "
+        "(default: pgd-20 margin-20)",
     )
     evaluate.add_argument(
         "--norm", choices=("linf", "l2", "l1"), help="of radii without their own (default: the recipe's)"
@@ -71,15 +68,20 @@ def add(commands: Any) -> None:
         help="where to write (default: evaluations/ of the run, or beside the file or export)",
     )
     evaluate.add_argument("--batch-size", type=int, default=200, help="images a pass (default: 200)")
-    evaluate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    evaluate.add_argument(
+        "--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)"
+    )
     evaluate.add_argument(
         "--preflight",
         choices=("raise", "warn", "off"),
         default="raise",
-        help="checks of the model: stop at what makes the numbers meaningless, only say so, or none (default: raise)",
+        help="checks of the model: stop at meaningless numbers, only say so, or none (default: raise)",
     )
     evaluate.add_argument(
-        "--compare", nargs=2, metavar=("A.npz", "B.npz"), help="compare two evaluations on the same images; no TARGET"
+        "--compare",
+        nargs=2,
+        metavar=("A.npz", "B.npz"),
+        help="compare two evaluations on the same images; no TARGET",
     )
 
 

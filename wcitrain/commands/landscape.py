@@ -12,23 +12,22 @@ def add(commands: Any) -> None:
         "landscape",
         help="draw the loss landscape of a trained model",
         description=(
-            "Evaluate clean and robust loss along directions through the weights, the attack run anew at every point, and write "
-            "<directions>-<at>-<split>.npz and .png; what differs from the default (plane, clean, attack, radius, points, "
-            "directions, examples, seed) is appended to the name. Files of the same name are replaced. One process only."
+            "Evaluate clean and robust loss along directions through the weights, the attack run anew at "
+            "every point, and write <directions>-<at>-<split>.npz and .png; what differs from the default "
+            "(plane, clean, attack, radius, points, directions, examples, seed) is appended to the name. "
+            "Files of the same name are replaced. One process only."
         ),
     )
-    landscape.add_argument(
-        "target",
-        metavar="TARGET",
-        help=TARGET_HELP,
-    )
+    landscape.add_argument("target", metavar="TARGET", help=TARGET_HELP)
     landscape.add_argument(
         "--directions",
         choices=("random", "layer", "adversarial"),
         default="random",
-        help="random: filter-normalised; layer: relative to each layer; adversarial: where the robust loss rises most",
+        help="random: normalised by filter; layer: by layer; adversarial: where the robust loss rises most",
     )
-    landscape.add_argument("--two-d", action="store_true", help="the plane of two directions instead of single ones")
+    landscape.add_argument(
+        "--two-d", action="store_true", help="the plane of two directions instead of single ones"
+    )
     landscape.add_argument(
         "--radius", type=float, help="relative to the weights' norm (default: 0.5, adversarial 0.025)"
     )
@@ -38,19 +37,30 @@ def add(commands: Any) -> None:
     landscape.add_argument("--num-directions", type=int, metavar="D", help="(default: 3; a plane has two)")
     landscape.add_argument("--at", metavar="EPOCH", help=AT_HELP)
     landscape.add_argument(
-        "--split", choices=("train", "val", "test"), default="test", help="images, without augmentation (default: test)"
+        "--split",
+        choices=("train", "val", "test"),
+        default="test",
+        help="images, without augmentation (default: test)",
     )
     landscape.add_argument("--examples", type=int, default=200, metavar="N", help="images (default: 200)")
     landscape.add_argument("--clean", action="store_true", help="the loss without an attack only")
-    landscape.add_argument("--norm", choices=("linf", "l2"), help="of the attack (default: the recipe's threat)")
+    landscape.add_argument(
+        "--norm", choices=("linf", "l2"), help="of the attack (default: the recipe's threat)"
+    )
     landscape.add_argument("--eps", help="radius such as 8/255 (default: the recipe's threat)")
     landscape.add_argument("--steps", type=int, help="of PGD (default: the recipe's evaluation attack)")
-    landscape.add_argument("--seed", type=int, default=0, help="of image order, starts and directions (default: 0)")
+    landscape.add_argument(
+        "--seed", type=int, default=0, help="of image order, starts and directions (default: 0)"
+    )
     add_recipe(landscape)
     landscape.add_argument(
-        "--out", metavar="FOLDER", help="where to write (default: landscapes/ of the run, or beside the file or export)"
+        "--out",
+        metavar="FOLDER",
+        help="where to write (default: landscapes/ of the run, or beside the file or export)",
     )
-    landscape.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    landscape.add_argument(
+        "--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,10 +1,11 @@
-"""``wcitrain measure``: the WCI of a model in detail; any measures of any models; their correlation with the robust gap."""
+"""``wcitrain measure``: the WCI of a model in detail, any measures of any models, and their correlations."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 from wcitrain.commands.options import TARGET_HELP, add_recipe, source
+from wcitrain.curvature import ESTIMATORS
 
 
 def add(commands: Any) -> None:
@@ -13,19 +14,15 @@ def add(commands: Any) -> None:
         "measure",
         help="measure the WCI, flatness, sharpness, norms, ... of trained models",
         description=(
-            "Measure the Weight-Curvature Index of a model in eval mode and float32, print it layer by layer with standard "
-            "errors, and write wci-<at>-<split>.json and .png (a bar a layer); what differs from the default (clean, attack, "
-            "estimator, layers, seed) is appended to the name. Files of the same name are replaced. With several models, several "
-            "--measures, --at all or --correlate: a table, and measures-<at>-<split>.json beside each run, where what is measured "
-            "already is kept. One process only."
+            "Measure the Weight-Curvature Index of a model in eval mode and float32, print it layer by layer "
+            "with standard errors, and write wci-<at>-<split>.json and .png (a bar a layer); what differs "
+            "from the default (clean, attack, estimator, layers, seed) is appended to the name. Files of the "
+            "same name are replaced. With several models, several --measures, --at all or --correlate: a "
+            "table, and measures-<at>-<split>.json beside each run, where what is measured already is kept. "
+            "One process only."
         ),
     )
-    measure.add_argument(
-        "targets",
-        nargs="+",
-        metavar="TARGET",
-        help=TARGET_HELP,
-    )
+    measure.add_argument("targets", nargs="+", metavar="TARGET", help=TARGET_HELP)
     measure.add_argument(
         "--measures",
         nargs="+",
@@ -43,28 +40,32 @@ def add(commands: Any) -> None:
     measure.add_argument(
         "--correlate",
         action="store_true",
-        help="correlate every measure with the robust gap over the models; writes correlation.{md,json} and scatter plots",
+        help="correlate measures with the robust gap over models: correlation.{md,json} and scatter plots",
     )
     measure.add_argument(
-        "--at", metavar="EPOCH", help="last (default), best, a number of an epoch that a run kept, or all of those"
+        "--at",
+        metavar="EPOCH",
+        help="last (default), best, a number of an epoch that a run kept, or all of those",
     )
     measure.add_argument(
         "--split",
         choices=("train", "val", "test"),
         default="train",
-        help="images to measure on, in random order and without augmentation (default: train, whose loss the index is about)",
+        help="images, shuffled, without augmentation (default: train, whose loss the index is about)",
     )
     measure.add_argument(
         "--estimator",
-        choices=("auto", "gauss_newton", "hutchinson", "two_point"),
+        choices=tuple(ESTIMATORS),
         default="auto",
-        help="of the Hessian's trace; auto is gauss_newton, the Hessian itself for ReLU networks",
+        help="of the trace; auto is gauss_newton where possible, the Hessian itself for ReLU networks",
     )
     measure.add_argument(
         "--layers", default="weights", help="weights, weights+biases, all, or a glob over parameter names"
     )
     measure.add_argument(
-        "--split-qkv", action="store_true", help="count query, key and value of fused attention as three layers"
+        "--split-qkv",
+        action="store_true",
+        help="count query, key and value of fused attention as three layers",
     )
     measure.add_argument(
         "--examples",
@@ -73,7 +74,11 @@ def add(commands: Any) -> None:
         help="images (default: 1000, with several measures 500); with --target-error the most to read",
     )
     measure.add_argument(
-        "--gap-examples", type=int, default=1000, metavar="N", help="images of each split in robust_gap (default: 1000)"
+        "--gap-examples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="images of each split in robust_gap (default: 1000)",
     )
     measure.add_argument(
         "--target-error",
@@ -82,16 +87,20 @@ def add(commands: Any) -> None:
         help="measure until standard error / WCI is at most this, such as 0.05",
     )
     measure.add_argument("--clean", action="store_true", help="the loss without an attack")
-    measure.add_argument("--norm", choices=("linf", "l2"), help="of the attack (default: the recipe's threat)")
+    measure.add_argument(
+        "--norm", choices=("linf", "l2"), help="of the attack (default: the recipe's threat)"
+    )
     measure.add_argument("--eps", help="radius such as 8/255 (default: the recipe's threat)")
     measure.add_argument("--steps", type=int, help="of PGD (default: the recipe's evaluation attack)")
-    measure.add_argument("--seed", type=int, default=0, help="of image order, random starts and probes (default: 0)")
+    measure.add_argument(
+        "--seed", type=int, default=0, help="of image order, random starts and probes (default: 0)"
+    )
     add_recipe(measure)
     measure.add_argument(
         "--out",
         metavar="FOLDER",
-        help="where to write (default: measures/ of the run, or beside the file or export; with --correlate correlation/ "
-        "beside the first run)",
+        help="where to write (default: measures/ of the run, or beside the file or export; "
+        "with --correlate correlation/ beside the first run)",
     )
     measure.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
 
@@ -138,8 +147,8 @@ def _many(options: argparse.Namespace) -> int:
     for name, default in single.items():
         if getattr(options, name) != default:
             raise ValueError(
-                f"--{name.replace('_', '-')}: got {getattr(options, name)!r} with several models or measures; expected none: it is "
-                "for the index of one model in detail. Use --set, such as wci.estimator=hutchinson."
+                f"--{name.replace('_', '-')}: got {getattr(options, name)!r} with several models or "
+                "measures; expected none: it is for one index. Use --set wci.estimator=hutchinson."
             )
     names = NAMES if options.measures == ["all"] else tuple(dict.fromkeys(options.measures))
     if options.correlate and GAP not in names:
@@ -157,7 +166,9 @@ def _many(options: argparse.Namespace) -> int:
         seed=options.seed,
         device=options.device,
     )
-    models = measure_many(options.targets, how, **source(options), out=None if options.correlate else options.out)
+    models = measure_many(
+        options.targets, how, **source(options), out=None if options.correlate else options.out
+    )
     written = [model.path for model in models]
     if options.correlate:
         first = Path(options.targets[0])

@@ -11,9 +11,13 @@ def add(commands: Any) -> None:
     report = commands.add_parser("report", help="a table, figures and one HTML page from run folders")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     report.add_argument(
-        "--out", metavar="FOLDER", help="where to write (default: figures/ of the run, or report/ beside several)"
+        "--out",
+        metavar="FOLDER",
+        help="where to write (default: figures/ of the run, or report/ beside several)",
     )
-    report.add_argument("--at", choices=("last", "best"), default="last", help="epoch the table shows (default: last)")
+    report.add_argument(
+        "--at", choices=("last", "best"), default="last", help="epoch the table shows (default: last)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,7 +32,9 @@ def run(options: argparse.Namespace) -> int:
             print(f"Left out, no runs: {', '.join(map(str, skipped))}", file=sys.stderr)
     runs = [load_run(folder) for folder in folders]
     first = Path(options.runs[0])
-    out = Path(options.out) if options.out else first / "figures" if len(runs) == 1 else first.parent / "report"
+    out = (
+        Path(options.out) if options.out else first / "figures" if len(runs) == 1 else first.parent / "report"
+    )
     paths = write_report(runs, out, at=options.at)
     print(f"{results_table(runs, at=options.at)}\n\nWritten: {', '.join(map(str, paths))}")
     return 0

@@ -7,9 +7,14 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    sweep = commands.add_parser("sweep", help="train several recipes, settings and seeds, then report and measure")
-    sweep.add_argument("sweep", metavar="SWEEP", help="YAML file with `recipes` and `seeds`; see wcitrain/sweep.py")
-    sweep.add_argument("settings", nargs="*", metavar="key=value", help="settings that override every recipe's")
+    text = "train methods on bases with several settings and seeds, then report and measure"
+    sweep = commands.add_parser("sweep", help=text)
+    text = "YAML file with `bases`, `methods` and `seeds`; see wcitrain/sweep.py"
+    sweep.add_argument("sweep", metavar="SWEEP", help=text)
+    text = "settings that override every recipe's"
+    sweep.add_argument("settings", nargs="*", metavar="key=value", help=text)
+    text = "bases instead of the file's: names or files beside it"
+    sweep.add_argument("--bases", nargs="+", metavar="BASE", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,8 +25,12 @@ def run(options: argparse.Namespace) -> int:
 
     where = f"{options.sweep}: measure"
     studies = read_studies(sweep_content(options.sweep).get("measure"), where)
-    check_studies(studies, read_sweep(options.sweep, options.settings), where)
-    folders = run_sweep(options.sweep, options.settings)
+    recipes = read_sweep(options.sweep, options.settings, options.bases)
+    check_studies(studies, recipes, where)
+    folders = run_sweep(recipes)
+    if not folders:
+        print("no run has finished: nothing to report")
+        return 1
     runs = [load_run(folder) for folder in folders]
     out = folders[0].parent / f"{Path(options.sweep).stem}-report"
     paths = write_report(runs, out)

@@ -22,11 +22,11 @@ class TraceEstimate:
 
     @classmethod
     def from_samples(cls, samples: Tensor, weights: Tensor | None = None) -> "TraceEstimate":
-        """Combine independent unbiased samples [K, L], weighted (by their number of examples) when ``weights`` [K] is given.
+        """Combine independent unbiased samples [K, L] with ``weights`` [K], their numbers of examples.
 
             mean = Σ_k w_k x_k / Σ w,     Var(mean) = K/(K-1) · Σ_k w_k² (x_k − mean)² / (Σ w)²
 
-        The variance is the usual one of a ratio estimator; for equal weights it is the sample variance over K.
+        The variance is the usual one of a ratio estimator; for equal weights the sample variance over K.
         """
         num = len(samples)
         weights = torch.ones(num, dtype=samples.dtype, device=samples.device) if weights is None else weights

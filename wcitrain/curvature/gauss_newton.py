@@ -1,40 +1,104 @@
 """The trace of the Gauss–Newton matrix, layer by layer: one backward pass, unbiased in value and in gradient.
 
-Legend: N examples, C outputs, z logits [N, C], p = softmax(z), J_nl = dz_n / dW_l, H_n = S_n S_nᵀ the Hessian of example n's
-loss in z_n (factors S in `loss`), w_n its weight, G_l the Gauss–Newton block of layer l.
+Legend: N examples, C outputs, z logits [N, C], p = softmax(z), J_nl = dz_n / dW_l, S_n S_nᵀ the Hessian of
+example n's loss in z_n (factors S in `loss`), w_n its weight, G_l the Gauss–Newton block of layer l.
 
 With independent signs ε_n in {−1, +1}^C and u_n = √w_n S_n ε_n; for cross-entropy u_n = √p·ε − p (√p·ε),
 
-    t_l = Tr(G_l) = (1/N) Σ_n w_n ||J_nlᵀ S_n||_F²  =  E (1/N) || Σ_n J_nlᵀ u_n ||²                              (1)
+    t_l = Tr(G_l) = (1/N) Σ_n w_n ||J_nlᵀ S_n||_F²  =  E (1/N) || Σ_n J_nlᵀ u_n ||²                        (1)
 
-The signs remove the terms between examples, so no per-example gradients are needed, and examples may interact (BatchNorm
-in train mode): (1) is then the trace for the loss of that batch. The estimate is never negative. Differentiated with p in the
-graph its gradient is unbiased for that of t_l; with sampled labels in place of signs (as in Sophia) it would not be, because
-their score-function term is lost. Several outputs (clean and adversarial logits,
-also of different N) share one backward pass, with independent signs.
+The signs remove the terms between examples, so no per-example gradients are needed, and examples may interact
+(BatchNorm in train mode): (1) is then the trace for the loss of that batch. The estimate is never negative.
+Differentiated with p in the graph its gradient is unbiased for that of t_l; with sampled labels in place of
+signs (as in Sophia) it would not be, because their score-function term is lost. Several outputs (clean and
+adversarial logits, also of different N) share one backward pass, with independent signs.
 
-For networks of piecewise linear units with normalisation in eval mode Tr(G_l) *is* the trace of the layer's Hessian block;
-with GELU, SiLU or train-mode normalisation it is only its positive part. Targets do not enter.
+For networks of piecewise linear units with normalisation in eval mode Tr(G_l) *is* the trace of the layer's
+Hessian block; with GELU, SiLU or train-mode normalisation it is only its positive part. Targets do not enter.
 
-Cost of one probe: the forward pass that made the logits, and one backward; with ``create_graph`` one double backward on top.
+Cost of one probe: the forward pass that made the logits, and one backward; a double one with a graph.
 
-Variance of one probe: about 2 ||G_l||_F² from pairs of examples, whatever N, plus a term of order 1/N. So several small
-batches tell more than one large one with as many examples.
+Variance of one probe: about 2 ||G_l||_F² from pairs of examples, whatever N, plus a term of order 1/N. So
+several small batches tell more than one large one with as many examples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from wcitrain.curvature.estimate import TraceEstimate
+from wcitrain.curvature.estimator import Estimator, backward_with, obstacle, trained, weighted
 from wcitrain.curvature.hvp import refuse_wrong_derivatives
-from wcitrain.curvature.loss import Loss, Output, outputs_of
+from wcitrain.curvature.loss import Output, Outputs, outputs_of
+from wcitrain.curvature.passes import Passes, Step
+from wcitrain.method import PositiveCount, method
 from wcitrain.params import Layers
+
+NO_OUTPUTS = (
+    "the loss does not say which outputs it was computed from. Return wcitrain.cross_entropy(model(x_adv), "
+    'y), or on a smooth network set estimator "hutchinson".'
+)
+
+
+@method
+class GaussNewton(Estimator):
+    """Traces of the Gauss–Newton blocks by (1): unbiased in value and gradient, never negative.
+
+    Needs a loss that gives its outputs, and second derivatives for a penalty. Extra passes: none forward, 3
+    backward a probe (1 to measure only). It moves no weights, so it goes with weight perturbations.
+    """
+
+    num_probes: PositiveCount = Field(default=1, description="Independent sets of signs a batch.")
+    label: ClassVar[str] = "Gauss–Newton"
+    takes_differences: ClassVar[bool] = False
+    moves_weights: ClassVar[bool] = False
+    probe_cost: ClassVar[int] = 2
+
+    def draw(self, passes: Passes, num_probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return draws of (1)."""
+        loss = passes.evaluate()
+        samples = gauss_newton_samples(loss, passes.layers, num_probes=num_probes, generator=generator)
+        return samples, loss.total
+
+    def add_gradient(self, passes: Passes, shape: Tensor, strength: float) -> Step:
+        """Differentiate the draws on the outputs of the one pass."""
+        loss = passes.evaluate()
+        traces = gauss_newton_samples(
+            loss,
+            passes.layers,
+            num_probes=self.num_probes,
+            generator=passes.generator("gauss_newton"),
+            create_graph=strength > 0,
+            retain_graph=True,
+        ).mean(0)
+        added = weighted(traces, strength * shape, loss.total) if strength else None
+        return Step(backward_with(passes, loss.total, added), traces.detach())
+
+    def extra_passes(self, is_active: bool) -> tuple[int, int]:
+        """Return one backward a probe, three where it is differentiated."""
+        return 0, (3 if is_active else 1) * self.num_probes
+
+    def refuses(self, passes: Passes, needs_gradient: bool) -> str | None:
+        """Refuse a loss without outputs, and operations without (right) second derivatives."""
+        loss = passes.evaluate()
+        if not loss.outputs:
+            return NO_OUTPUTS
+
+        def attempt() -> None:
+            layers = passes.layers
+            samples = gauss_newton_samples(loss, layers, create_graph=needs_gradient, retain_graph=True)
+            passes.layer_gradients(loss.total, create_graph=samples.requires_grad)
+            if samples.requires_grad:  # not so for a linear model under squared error
+                torch.autograd.grad(samples.sum(), trained(passes.model), allow_unused=True)
+
+        return obstacle(passes, 2, attempt)
 
 
 def gauss_newton_samples(
-    outputs: Tensor | Output | Loss | Sequence[Output],
+    outputs: Outputs,
     layers: Mapping[str, Tensor],
     *,
     num_probes: int = 1,
@@ -45,7 +109,7 @@ def gauss_newton_samples(
     """Return independent unbiased draws of ``Tr(G_l)`` of the mean loss, equation (1), as a tensor [K, L].
 
     Args:
-        outputs: A `Loss` with outputs, one or several `Output`, or bare logits [N, C] (cross-entropy); with their graph.
+        outputs: A `Loss` with outputs, one or several `Output`, or bare logits [N, C] (cross-entropy).
         layers: Tensors by name; one that the logits do not depend on gets zero.
         num_probes: K, independent sets of signs.
         generator: Source of the signs; on any device.
@@ -56,7 +120,7 @@ def gauss_newton_samples(
         In float64 (float32 on MPS).
 
     Raises:
-        ValueError: No outputs; or ``create_graph`` through an operation whose second derivative torch gets wrong.
+        ValueError: No outputs; or ``create_graph`` and a second derivative that torch gets wrong (``hvp``).
     """
     terms = outputs_of(outputs, "gauss_newton")
     if create_graph:
@@ -79,27 +143,20 @@ def gauss_newton_samples(
 
 
 def gauss_newton_trace(
-    outputs: Tensor | Output | Loss | Sequence[Output],
-    layers: Mapping[str, Tensor],
-    *,
-    num_probes: int = 8,
-    generator: torch.Generator | None = None,
-    create_graph: bool = False,
+    outputs: Outputs, layers: Mapping[str, Tensor], *, num_probes: int = 8, **settings: Any
 ) -> TraceEstimate:
-    """Return the estimate of ``Tr(G_l)`` on one batch from ``num_probes`` draws; see ``gauss_newton_samples``.
+    """Return the estimate of ``Tr(G_l)`` on one batch; arguments as for ``gauss_newton_samples``.
 
-    The standard error is that of the probes on this batch, not that of the batch as a sample of the data.
+    The standard error is that of the probes on this batch, not that of the batch as a sample of the data. The
+    graph of the outputs stays usable.
 
     >>> model = torch.nn.Linear(2, 3, bias=False)
     >>> t = gauss_newton_trace(model(torch.ones(4, 2)), dict(model.named_parameters()), num_probes=16)
     >>> bool(t.mean > 0), t.num_probes
     (True, 16)
     """
-    return TraceEstimate.from_samples(
-        gauss_newton_samples(
-            outputs, layers, num_probes=num_probes, generator=generator, create_graph=create_graph, retain_graph=True
-        )
-    )
+    samples = gauss_newton_samples(outputs, layers, num_probes=num_probes, retain_graph=True, **settings)
+    return TraceEstimate.from_samples(samples)
 
 
 def _square_root_times_signs(term: Output, generator: torch.Generator | None, create_graph: bool) -> Tensor:
@@ -114,10 +171,8 @@ def _square_root_times_signs(term: Output, generator: torch.Generator | None, cr
         u = root * eps - p * (root * eps).sum(-1, keepdim=True)
     elif term.kind == "bce":
         u = ((torch.nn.functional.logsigmoid(z) + torch.nn.functional.logsigmoid(-z)) / 2).exp() * eps
-    elif term.kind == "mse":
-        u = 2**0.5 * eps
     else:
-        raise ValueError(f"Output.kind: got {term.kind!r}; expected cross_entropy, bce or mse. Choose one of them.")
+        u = 2**0.5 * eps
     weight = term.weight
     if isinstance(weight, Tensor):
         u = weight.to(u).sqrt().reshape(-1, *[1] * (u.ndim - 1 if weight.ndim else 0)) * u

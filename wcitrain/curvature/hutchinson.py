@@ -1,42 +1,138 @@
 """Hutchinson's estimator of the layer-wise trace of the Hessian, and of its gradient.
 
-Legend: L layers, K probes, W_l layer weights, H_lm blocks of the Hessian, v_l signs in {−1, +1}^{d_l}, θ all parameters.
+Legend: L layers, K probes, W_l layer weights, H_lm blocks of the Hessian, v_l signs in {−1, +1}^{d_l},
+θ all parameters.
 
 For a random vector v of independent signs over all layers one Hessian product gives every layer's trace,
 
-    t_l = Tr(H_ll) = E ⟨v_l, (H v)_l⟩,                                                                           (1)
-    Var = 2 (‖H_ll‖_F² − Σ_i (H_ll)_ii²) + Σ_{m ≠ l} ‖H_lm‖_F².                                                  (2)
+    t_l = Tr(H_ll) = E ⟨v_l, (H v)_l⟩,                                                                     (1)
+    Var = 2 (‖H_ll‖_F² − Σ_i (H_ll)_ii²) + Σ_{m ≠ l} ‖H_lm‖_F².                                            (2)
 
-The last sum, the cross-layer variance, is often most of it. *Block probes* (Hutchinson with v zero off one group of layers)
-keep in it only the layers m of l's own group, for one product a group: with one layer a group it is gone. Since blocks are
-differentiated alone, G groups cost less than G full probes: 15 single layers of a resnet10t about twice one (on a CPU).
+The last sum, the cross-layer variance, is often most of it. With *block probes* (v zero off one layer, one
+product a layer) it is gone. Since a block is differentiated alone, L of them cost less than L full probes:
+the 15 layers of a resnet10t about twice one (on a CPU).
 
-The gradient of Σ_l c_l t_l with c_l ≥ 0 constant: with u_l = √c_l v_l the cross terms vanish in E[uᵀ H u] = Σ_l c_l t_l, so
+The gradient of Σ_l c_l t_l with c_l ≥ 0 constant: with u_l = √c_l v_l the cross terms vanish in E[uᵀ H u] =
+Σ_l c_l t_l, so
 
-    ∇_θ Σ_l c_l t_l = E ∇_θ (uᵀ H u) = E ∂/∂h [H(W + h u) u]_θ  at h = 0                                         (3)
-                    ≈ E [ (H(W + h u) u − H(W − h u) u) / (2h) ]_θ,                                              (4)
+    ∇_θ Σ_l c_l t_l = E ∇_θ (uᵀ H u) = E ∂/∂h [H(W + h u) u]_θ  at h = 0                                   (3)
+                    ≈ E [ (H(W + h u) u − H(W − h u) u) / (2h) ]_θ,                                        (4)
 
-rows of H over all parameters. (3) by autograd takes third derivatives (``create_graph``), which BatchNorm in train mode
-lacks and ``F.layer_norm`` gets wrong; (4) needs second derivatives only.
+rows of H over all parameters. (3) by autograd takes third derivatives (``create_graph``), which BatchNorm in
+train mode lacks and ``F.layer_norm`` gets wrong; (4) needs second derivatives only.
 
-PyHessian runs (1) for all parameters as one block and stops when the running mean settles, which biases it; here K is fixed
-and the spread is reported.
+PyHessian runs (1) for all parameters as one block and stops when the running mean settles, which biases it;
+here K is fixed and the spread is reported.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wcitrain.curvature.estimate import TraceEstimate
-from wcitrain.curvature.hvp import absolute_step, gradients_with_graph, hvp
-from wcitrain.curvature.loss import Loss, LossFn, as_loss
-from wcitrain.curvature.probes import signs
+from wcitrain.curvature.estimator import Estimator, backward_with, obstacle, trained
+from wcitrain.curvature.hvp import gradients_with_graph, hvp, signs
+from wcitrain.curvature.loss import Loss
+from wcitrain.curvature.passes import Passes, Slopes, Step, carry_nan
+from wcitrain.method import PositiveCount, PositiveShare, method
 from wcitrain.params import Layers, wide
-from wcitrain.preserve import kept_random_state, perturbed, random_state, set_random_state
+from wcitrain.preserve import full_precision, kept_buffers, perturbed
 
-Groups = int | str | Sequence[Sequence[str]]
+
+@method
+class Hutchinson(Estimator):
+    """Traces of the Hessian by (1), with the gradient by (4) or, as ``autograd``, by (3).
+
+    Needs second derivatives; ``autograd`` third ones. Extra passes a probe: 2 forward and 6 backward by (4),
+    8 backward by (3); to measure only 2 backward, and one for all probes. On ReLU networks (4) sees the kinks
+    that ±h u crosses.
+    """
+
+    num_probes: PositiveCount = Field(default=1, description="Independent directions a batch.")
+    gradient: Literal["finite_difference", "autograd"] = Field(
+        default="finite_difference", description="How the penalty is differentiated."
+    )
+    radius: PositiveShare = Field(
+        default=0.01, description="Norm of the step of finite_difference over that of the weights, in (0, 1]."
+    )
+    label: ClassVar[str] = "Hutchinson"
+    probe_cost: ClassVar[int] = 4
+
+    def draw(self, passes: Passes, num_probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return draws of (1)."""
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            loss = passes.evaluate()
+        return hutchinson_samples(loss, passes.layers, num_probes=num_probes, generator=generator), loss.total
+
+    def add_gradient(self, passes: Passes, shape: Tensor, strength: float) -> Step:
+        """Add the gradient of uᵀHu, u_l = √c_l v_l, to that of the loss."""
+        if strength and self.gradient == "finite_difference":
+            return self._by_differences(passes, shape, strength)
+        layers = passes.layers
+        loss = passes.evaluate()
+        gradients = passes.layer_gradients(loss.total, create_graph=True)
+        terms, factor = [], strength or 1.0  # the directions carry √(factor · shape)
+        for probe in range(self.num_probes):
+            direction, sigma = passes.random_direction((factor * shape).sqrt(), probe)
+            products = hvp(gradients, layers.tensors, direction, create_graph=strength > 0)
+            terms.append(layers.dots(direction, products))
+        weighted = torch.stack(terms).mean(0)  # c_l t_l: no division by the σ of a layer of zero norm
+        shown = backward_with(passes, loss.total, weighted.sum().to(loss.total) if strength else None)
+        traces = weighted.detach() / wide(sigma).square()
+        return Step(shown, torch.where(layers.missing(gradients), torch.nan, traces))
+
+    def _by_differences(self, passes: Passes, shape: Tensor, strength: float) -> Step:
+        """Return (4) with ||h u|| = radius ||W||; the traces are the means of those at W ± h u."""
+        layers = passes.layers
+        norm = (layers.sizes() * strength * shape).sum().sqrt()  # ||u||
+        size = layers.squared_norms().sum().sqrt()
+        h = float(self.radius * torch.where(size > 0, size, 1.0) / torch.where(norm > 0, norm, 1.0))
+        estimates, losses = [], []
+        with full_precision(passes.model):
+            with kept_buffers(passes.model), passes.local():
+                for probe in range(self.num_probes):
+                    u, sigma = passes.random_direction((strength * shape).sqrt(), probe)
+                    draws = []
+                    with perturbed(layers.tensors, [h * x for x in u]) as move:
+                        for side in (+1, -1):
+                            move(side)
+                            loss = passes.evaluate().total
+                            product = _inner(passes.layer_gradients(loss, create_graph=True), u, loss)
+                            weight = side / (2 * h * self.num_probes)
+                            with Slopes(layers, u) as slope:
+                                passes.backward(product, weight)
+                            draws.append(slope.values / (weight * passes.share))
+                            losses.append(loss.detach())
+                    estimates.append((draws[0] + draws[1]) / (2 * wide(sigma).square()))
+            return Step(carry_nan(passes.plain(), sum(losses)), torch.stack(estimates).mean(0))
+
+    def extra_passes(self, is_active: bool) -> tuple[int, int]:
+        """Return what the class's docstring says."""
+        if not is_active:
+            return 0, 1 + 2 * self.num_probes
+        if self.gradient == "finite_difference":
+            return 2 * self.num_probes, 6 * self.num_probes
+        return 0, 8 * self.num_probes
+
+    def refuses(self, passes: Passes, needs_gradient: bool) -> str | None:
+        """Refuse operations without (right) second or, for ``autograd``, third derivatives."""
+        is_third = needs_gradient and self.gradient == "autograd"
+        loss, tensors = passes.evaluate(), passes.layers.tensors
+
+        def attempt() -> None:
+            gradients = gradients_with_graph(loss, tensors, order=3 if is_third else 2)
+            rows = trained(passes.model) if needs_gradient else tensors
+            ones = [torch.ones_like(t) for t in tensors]
+            products = hvp(gradients, tensors, ones, rows=rows, create_graph=is_third)
+            if is_third:
+                total = torch.stack([p.sum() for p in products]).sum()
+                torch.autograd.grad(total, trained(passes.model), allow_unused=True)
+
+        return obstacle(passes, 3 if is_third else 2, attempt)
 
 
 def hutchinson_samples(
@@ -44,183 +140,67 @@ def hutchinson_samples(
     layers: Mapping[str, Tensor],
     *,
     num_probes: int = 1,
-    groups: Groups = 1,
+    use_block_probes: bool = False,
     generator: torch.Generator | None = None,
     create_graph: bool = False,
 ) -> Tensor:
-    """Return independent unbiased draws of ``Tr(H_l)`` by equation (1) as a tensor [K, L].
+    """Return independent unbiased draws of ``Tr(H_l)`` by (1) as a tensor [K, L], float64 (float32 on MPS).
 
-    Cost: one backward with graph, then one Hessian product a probe and group. A draw may be negative, for ReLU networks too.
+    Cost: one backward with graph, then one Hessian product a probe, or a layer and probe with block probes.
+    A draw may be negative, for ReLU networks too.
 
     Args:
         loss: The scalar loss with its graph, which stays usable.
         layers: Tensors by name; one that the loss does not depend on gets zero.
         num_probes: K.
-        groups: Block probes: how many groups of consecutive layers; ``"layers"`` (each alone); or the groups themselves, as
-            sequences of names in which every layer occurs once. 1: full probes.
-        generator: Source of the signs; on any device. The signs do not depend on ``groups``.
-        create_graph: Keep the draws differentiable: their gradient is equation (3), unbiased for that of ``Tr(H_l)``.
-
-    Returns:
-        In float64 (float32 on MPS).
+        use_block_probes: Probe each layer alone.
+        generator: Source of the signs, which are the same for block probes; on any device.
+        create_graph: Keep the draws differentiable: their gradient is (3), unbiased for that of ``Tr(H_l)``.
 
     Raises:
-        ValueError: ``groups`` is no partition of the layers; or a derivative that PyTorch gets wrong (``hvp``).
+        ValueError: A derivative that PyTorch gets wrong (``hvp``).
     """
     sized = Layers(layers)
-    masks = _masks(sized, groups)
     gradients = gradients_with_graph(loss, sized.tensors, order=3 if create_graph else 2)
+    groups = torch.eye(len(sized)) if use_block_probes else torch.ones(1, len(sized))
+    masks = [sized.spread(group.to(sized.tensors[0].device)) for group in groups]
     samples = []
     for _ in range(num_probes):
         v = signs(sized.tensors, generator)
-        samples.append(torch.stack([_block(gradients, sized, v, mask, create_graph) for mask in masks]).sum(0))
+        blocks = [_block(gradients, sized, v, mask, create_graph) for mask in masks]
+        samples.append(torch.stack(blocks).sum(0))
     return torch.stack(samples)
 
 
 def hutchinson_trace(
-    loss: Tensor | Loss,
-    layers: Mapping[str, Tensor],
-    *,
-    num_probes: int = 8,
-    groups: Groups = 1,
-    generator: torch.Generator | None = None,
-    create_graph: bool = False,
+    loss: Tensor | Loss, layers: Mapping[str, Tensor], *, num_probes: int = 8, **settings: Any
 ) -> TraceEstimate:
-    """Return the estimate of ``Tr(H_l)`` on one batch from ``num_probes`` draws; see ``hutchinson_samples``.
+    """Return the estimate of ``Tr(H_l)`` on one batch; arguments as for ``hutchinson_samples``.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> hutchinson_trace((w**3).sum(), {"w": w}).mean  # a diagonal Hessian: exact in every draw
     tensor([18.], dtype=torch.float64)
     """
-    return TraceEstimate.from_samples(
-        hutchinson_samples(
-            loss, layers, num_probes=num_probes, groups=groups, generator=generator, create_graph=create_graph
-        )
-    )
+    return TraceEstimate.from_samples(hutchinson_samples(loss, layers, num_probes=num_probes, **settings))
 
 
-def hutchinson_penalty_gradient(
-    loss_fn: LossFn,
-    layers: Mapping[str, Tensor],
-    parameters: Sequence[Tensor],
-    coefficients: Tensor,
-    *,
-    num_probes: int = 1,
-    relative_step: float | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[list[Tensor], Tensor]:
-    """Return ``∇_θ Σ_l c_l Tr(H_l)`` by equation (4), averaged over the probes, and the draws of the traces [K, L].
-
-    Unbiased up to O(h²). The step is ‖h u‖ = ``relative_step`` ‖W‖: truncation grows as its square, rounding as its inverse, and
-    the default (``best_step``) balances them. On small convolutional tanh and GELU networks the error of (4) against float64
-    was 2e-4 to 3e-4 of the gradient in float32 (least, 1e-4, near 2e-3) and 5e-9 in float64, while gradients of two probes
-    differ by 0.8 to 0.9 of it: the choice is not delicate. On ReLU networks (4) sees the kinks that ±h u crosses, (3) does not.
-
-    Cost of one probe: two Hessian products, each with its forward pass and first backward, at W ± h u. Weights come back bit
-    for bit; all passes see the same global random numbers (dropout), whose state is left as it was, but for the signs where
-    no generator is given. Buffers are the caller's to protect (``preserve.undisturbed``), and so is full precision
-    (``preserve.full_precision``: TF32 is too coarse).
-
-    Args:
-        loss_fn: Returns the differentiable mean loss; called ``2 num_probes`` times.
-        layers: Tensors by name (leaves).
-        parameters: θ, with respect to which the gradient is taken (the layers, biases, normalisation scales, ...).
-        coefficients: ``c_l ≥ 0`` [L], held constant.
-        num_probes: K.
-        relative_step: ‖h u‖ / ‖W‖ over all layers, > 0; by default 6e-6 in float64, 5e-3 in float32.
-        generator: Source of the signs; on any device.
-
-    Returns:
-        The gradient, shaped like ``parameters``; and the draws ⟨v_l, (H u)_l⟩ / √c_l, mean of W ± h u: unbiased like (1), with
-        the cross terms of (2) times c_m / c_l; NaN for a layer with c_l = 0.
-
-    Raises:
-        ValueError: A coefficient is negative or not a number.
-    """
-    if not bool((coefficients >= 0).all()):
-        raise ValueError(
-            f"coefficients: got {coefficients.tolist()}; expected numbers >= 0, one a layer. Clamp the traces they come from."
-        )
-    sized = Layers(layers)
-    detached = [t.detach() for t in sized.tensors]
-    device = detached[0].device
-    roots = wide(coefficients.detach().to(device)).sqrt()
-    factors = sized.spread(roots)
-    states = random_state(device)
-    gradient = [torch.zeros_like(p) for p in parameters]
-    samples = []
-    for _ in range(num_probes):
-        v = signs(detached, generator)
-        u = [f * s for f, s in zip(factors, v, strict=True)]
-        h = absolute_step(relative_step, detached, u)
-        traces = torch.zeros_like(roots)
-        with kept_random_state(device), perturbed(sized.tensors, [h * x for x in u]) as move:
-            for side in (+1, -1):
-                move(side)
-                set_random_state(states, device)
-                Hu = hvp(as_loss(loss_fn()).total, sized.tensors, u, rows=[*parameters, *sized.tensors])
-                torch._foreach_add_(gradient, [side / (2 * h * num_probes) * x for x in Hu[: len(gradient)]])
-                traces += sized.dots(v, Hu[len(gradient) :]) / torch.where(roots > 0, 2 * roots, torch.nan)
-        samples.append(traces)
-    return gradient, torch.stack(samples)
+def _inner(gradients: Sequence[Tensor | None], direction: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return <g, u> with its graph, over the layers whose gradient has one; ``0 · like`` where none has."""
+    pairs = [(g, u) for g, u in zip(gradients, direction, strict=True) if g is not None and g.requires_grad]
+    return torch.stack([0 * like, *((g * u).sum() for g, u in pairs)]).sum()
 
 
 def _block(
     gradients: Sequence[Tensor | None],
     sized: Layers,
     v: Sequence[Tensor],
-    mask: Sequence[Tensor | None],
+    mask: Sequence[Tensor],
     create_graph: bool,
 ) -> Tensor:
-    """Return ⟨v_l, (H v)_l⟩ [L] for the probe v restricted to one group of layers; zero outside the group."""
-    inside = [i for i, factor in enumerate(mask) if factor is not None]
-    probe = [x if factor is None else factor * x for x, factor in zip(v, mask, strict=True)]
-    products: list[Tensor | None] = [None] * len(probe)
-    rows = hvp(
-        [gradients[i] for i in inside],
-        [sized.tensors[i] for i in inside],
-        [probe[i] for i in inside],
-        create_graph=create_graph,
-    )
-    for i, row in zip(inside, rows, strict=True):
-        products[i] = row
-    return sized.dots(probe, products)
-
-
-def _masks(sized: Layers, groups: Groups) -> list[list[Tensor | None]]:
-    """Return for every group one factor of zeros and ones for each tensor; None where it is zero throughout."""
-    masks: list[list[Tensor | None]] = []
-    position = {name: i for i, name in enumerate(sized)}
-    for group in _names(sized, groups):
-        indicator = torch.zeros(len(sized))
-        indicator[[position[name] for name in group]] = 1
-        factors = zip(sized.spread(indicator), sized.tensors, strict=True)
-        masks.append([factor.to(t.device) if factor.any() else None for factor, t in factors])
-    return masks
-
-
-def _names(sized: Layers, groups: Groups) -> list[list[str]]:
-    """Return the groups as lists of layers' names that partition the layers."""
-    names = list(sized)
-    if groups == "layers":
-        return [[name] for name in names]
-    if isinstance(groups, str):
-        raise ValueError(f'groups: got {groups!r}; expected a number, "layers", or lists of names. Use one of them.')
-    if isinstance(groups, int):
-        if not 1 <= groups <= len(names):
-            raise ValueError(
-                f"groups: got {groups}; expected 1 to {len(names)}, the number of layers. "
-                'Use "layers" for one group a layer.'
-            )
-        ends = [len(names) * g // groups for g in range(groups + 1)]
-        return [names[start:end] for start, end in pairwise(ends)]
-    chosen = [name for group in groups for name in group]
-    if sorted(chosen) != sorted(names) or not all(groups):
-        unknown = sorted(set(chosen) - set(names))
-        missing = sorted(set(names) - set(chosen))
-        repeated = sorted({name for name in chosen if chosen.count(name) > 1})
-        raise ValueError(
-            f"groups: got lists of names with unknown {unknown[:3]}, missing {missing[:3]}, repeated {repeated[:3]}; expected "
-            "every layer once and no empty group. Correct the lists."
-        )
-    return [list(group) for group in groups]
+    """Return ⟨u_l, (H u)_l⟩ [L] for u = mask · v; tensors where the mask is zero are not differentiated."""
+    u = [m * x for m, x in zip(mask, v, strict=True)]
+    inside = [i for i, m in enumerate(mask) if m.any()]
+    g, tensors = [gradients[i] for i in inside], [sized.tensors[i] for i in inside]
+    rows = hvp(g, tensors, [u[i] for i in inside], create_graph=create_graph)
+    products = dict(zip(inside, rows, strict=True))
+    return sized.dots(u, [products.get(i) for i in range(len(u))])

@@ -1,9 +1,9 @@
-"""A loss that knows how it depends on the network's outputs: what the Gauss–Newton estimators need beside the number.
+"""A loss that knows how it depends on the network's outputs, as the Gauss–Newton estimators need it.
 
 Legend: N examples, C outputs, z network outputs ("logits") [N, C], p = softmax(z), q = sigmoid(z).
 
-A loss is the mean over examples of terms w_n ℓ(z_n). Each ``Output`` names ℓ by ``kind``; the Hessian of ℓ in z factors as
-S Sᵀ (`gauss_newton`), and does not depend on the targets:
+A loss is the mean over examples of terms w_n ℓ(z_n). Each ``Output`` names ℓ by ``kind``; the Hessian of ℓ in
+z factors as S Sᵀ (`gauss_newton`), and does not depend on the targets:
 
 | kind              | ℓ(z)                               | ∂²ℓ/∂z²          | S                    |
 |-------------------|------------------------------------|------------------|----------------------|
@@ -11,16 +11,18 @@ S Sᵀ (`gauss_newton`), and does not depend on the targets:
 | ``bce``           | −Σ_c [y log q + (1−y) log(1−q)]_c  | diag(q (1−q))    | diag √(q (1−q))      |
 | ``mse``           | Σ_c (z_c − y_c)²                   | 2 I              | √2 I                 |
 
-Label smoothing and soft targets are cross-entropy. So is KL(p ‖ softmax(z)) as a function of z alone; with p trained too, as in
-TRADES, see ``objectives.terms.kl_output``.
+Label smoothing and soft targets are cross-entropy. So is KL(p ‖ softmax(z)) as a function of z alone; with p
+trained too, as in TRADES, see ``objectives.pairing.kl_output``.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Kind = Literal["cross_entropy", "bce", "mse"]
 
 
 class Output(NamedTuple):
@@ -30,14 +32,14 @@ class Output(NamedTuple):
     """
 
     logits: Tensor
-    kind: Literal["cross_entropy", "bce", "mse"] = "cross_entropy"
+    kind: Kind = "cross_entropy"
     weight: float | Tensor = 1.0
 
 
 class Loss(NamedTuple):
     """A differentiable total, its named parts (detached, for the log), and the outputs it was computed from.
 
-    ``outputs`` is empty where the loss does not say: then only the estimators that need nothing but the total apply.
+    ``outputs`` is empty where the loss does not say: then only estimators that need just the total apply.
     """
 
     total: Tensor
@@ -46,18 +48,21 @@ class Loss(NamedTuple):
 
 
 LossFn = Callable[[], Tensor | Loss]
+Outputs = Tensor | Output | Loss | Sequence[Output]
+KINDS = get_args(Kind)
 
 
 def cross_entropy(logits: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> Loss:
-    """Return the mean cross-entropy of ``logits`` [N, C] with classes ``y`` [N] or soft targets [N, C] that sum to one.
+    """Return the mean cross-entropy of ``logits`` [N, C] with classes ``y`` [N] or soft targets [N, C].
 
     Raises:
         ValueError: Soft targets that do not sum to one: the loss would have another Hessian.
     """
     if y.ndim == logits.ndim and bool(((y.sum(-1) - 1).abs() > 1e-3).any()):
         raise ValueError(
-            f"cross_entropy: got soft targets with sums from {float(y.sum(-1).min()):.3g} to {float(y.sum(-1).max()):.3g}; "
-            "expected 1 in every row. Normalise them, or use binary_cross_entropy for several labels an image."
+            f"cross_entropy: got soft targets with sums from {float(y.sum(-1).min()):.3g} to "
+            f"{float(y.sum(-1).max()):.3g}; expected 1 in every row. Normalise them, or use "
+            "binary_cross_entropy for several labels an image."
         )
     logits = logits if logits.dtype == torch.float64 else logits.float()
     total = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
@@ -81,9 +86,8 @@ def mean_squared_error(outputs: Tensor, targets: Tensor) -> Loss:
 
 def _check_two_dimensional(where: str, outputs: Tensor) -> None:
     if outputs.ndim != 2:
-        raise ValueError(
-            f"{where}: got outputs of shape {tuple(outputs.shape)}; expected [N, C]. Use unsqueeze(1) for C = 1."
-        )
+        got = tuple(outputs.shape)
+        raise ValueError(f"{where}: got outputs of shape {got}; expected [N, C]. Use unsqueeze(1) for C = 1.")
 
 
 def as_loss(value: Tensor | Loss) -> Loss:
@@ -91,11 +95,11 @@ def as_loss(value: Tensor | Loss) -> Loss:
     return value if isinstance(value, Loss) else Loss(value)
 
 
-def outputs_of(value: Tensor | Output | Loss | Sequence[Output], where: str) -> tuple[Output, ...]:
+def outputs_of(value: Outputs, where: str) -> tuple[Output, ...]:
     """Return the outputs in ``value``; a bare tensor of logits means cross-entropy.
 
     Raises:
-        ValueError: There are none, or one is not [N, C].
+        ValueError: There are none, or one is not [N, C] or of another kind.
     """
     if isinstance(value, Loss):
         outputs = value.outputs
@@ -107,11 +111,13 @@ def outputs_of(value: Tensor | Output | Loss | Sequence[Output], where: str) -> 
         outputs = tuple(value)
     if not outputs:
         raise ValueError(
-            f"{where}: got a loss that does not say which outputs it was computed from; expected one with `outputs`. Return "
-            "wcitrain.cross_entropy(model(x_adv), y) or Loss(total, {}, (Output(logits),)), or use an estimator that needs only "
-            "the loss (two_point, hutchinson)."
+            f"{where}: got a loss that does not say which outputs it was computed from; expected one with "
+            "`outputs`. Return wcitrain.cross_entropy(model(x_adv), y) or Loss(total, {}, "
+            "(Output(logits),)), or use an estimator that needs only the loss (two_point, hutchinson)."
         )
     for output in outputs:
         if output.logits.ndim != 2:
             raise ValueError(f"{where}: got outputs of shape {tuple(output.logits.shape)}; expected [N, C].")
+        if output.kind not in KINDS:
+            raise ValueError(f"Output.kind: got {output.kind!r}; expected {', '.join(KINDS)}. Choose one.")
     return outputs

@@ -1,50 +1,101 @@
-"""The exact trace of the last linear layer's Hessian: a closed form of features and logits, differentiable and nearly free.
+"""The exact trace of the last linear layer's Hessian: a closed form, differentiable and nearly free.
 
-Legend: N examples, C classes, D features, h_n features entering the layer [N, D], z_n = W h_n (+ b) its logits [N, C],
-p = softmax(z), q = sigmoid(z), w_n weight of an example; t = Tr(H) for H the Hessian of the mean loss in vec(W).
+Legend: N examples, C classes, D features, h_n features entering the layer [N, D], z_n = W h_n (+ b) its
+logits [N, C], p = softmax(z), q = sigmoid(z), w_n weight of an example; t = Tr(H) for H the Hessian of the
+mean loss in vec(W).
 
 z is linear in W, so H = (1/N) Σ_n w_n (∂²ℓ/∂z²)_n ⊗ h_n h_nᵀ, and with the table of `loss`
 
-    cross_entropy:   t = (1/N) Σ_n w_n ||h_n||² (1 − ||p_n||²)                                                   (1)
-    bce:             t = (1/N) Σ_n w_n ||h_n||² Σ_c q_nc (1 − q_nc)                                              (2)
-    mse:             t = (1/N) Σ_n w_n ||h_n||² 2 C                                                              (3)
+    cross_entropy:   t = (1/N) Σ_n w_n ||h_n||² (1 − ||p_n||²)                                             (1)
+    bce:             t = (1/N) Σ_n w_n ||h_n||² Σ_c q_nc (1 − q_nc)                                        (2)
+    mse:             t = (1/N) Σ_n w_n ||h_n||² 2 C                                                        (3)
 
-Targets, soft or smoothed, do not enter. A bias that counts as part of the same layer is one more feature, equal to one:
-||h||² becomes ||h||² + 1 and h·h' becomes h·h' + 1.
-
-TRADES' KL(p ‖ r), p = softmax(W h) at the clean and r = softmax(W h') at the adversarial image, depends on W twice. With
-a_c = log p_c − log r_c, A = 1 − ||p||², B = 1 − ||r||², example by example,
-
-    t = mean { ||h||² [A − 2 Σ_c p_c² (a_c − KL)] + ||h'||² B − 2 (h·h') A }                                     (4)
-
-when both branches are differentiated, as TRADES' authors do, and mean ||h'||² B when p is held constant. (4) can be negative.
+Targets, soft or smoothed, do not enter.
 
 Cost: none beyond the forward pass that made the logits. Sums are made in float64 where the device has it.
 """
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from wcitrain.curvature.loss import Loss, Output, outputs_of
-from wcitrain.params import unwrapped, wide
+from wcitrain.curvature.estimator import Estimator, backward_with, weighted
+from wcitrain.curvature.loss import Loss, Output, Outputs, outputs_of
+from wcitrain.curvature.passes import Passes, Step
+from wcitrain.method import method
+from wcitrain.params import Layers, unwrapped, wide
 
 
-def top_layer_trace(
-    outputs: Tensor | Output | Loss | Sequence[Output], features: Tensor | Sequence[Tensor], *, has_bias: bool = False
-) -> Tensor:
-    """Return the exact trace [] of the last layer's Hessian of the mean loss, equations (1) to (3) summed over outputs.
+@method
+class TopLayer(Estimator):
+    """The closed form for the head's weight, exact on every batch; the head is then the only layer.
 
-    Differentiable in everything behind ``features`` and ``outputs``, the layer's own weights included. Outputs must be what
-    the layer returned (no temperature after it): ``HeadFeatures.features_of`` finds the features of given outputs and checks it.
+    Needs a linear head and a loss that gives its outputs. Extra passes: none.
+    """
+
+    label: ClassVar[str] = "top layer"
+    takes_differences: ClassVar[bool] = False
+    moves_weights: ClassVar[bool] = False
+    has_all_layers: ClassVar[bool] = False
+    probe_cost: ClassVar[int] = 1
+
+    def layers(self, model: nn.Module, layers: str, *, split_qkv: bool = False) -> Layers:
+        """Return the head's weight as the only layer.
+
+        Raises:
+            ValueError: Other layers are asked for.
+        """
+        if layers != "weights" or split_qkv:
+            raise ValueError(
+                f"layers: got {layers!r}{' with split_qkv' * split_qkv} and estimator top_layer, whose only "
+                "layer is the head's weight; expected 'weights'. Leave it out."
+            )
+        name, head = find_head(model)
+        return Layers({f"{name}.weight".removeprefix("."): head.weight})
+
+    def draw(self, passes: Passes, num_probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the trace, the same for every probe."""
+        loss, trace = _evaluate(passes)
+        return trace.detach().expand(num_probes, 1), loss.total
+
+    def add_gradient(self, passes: Passes, shape: Tensor, strength: float) -> Step:
+        """Differentiate the closed form on features and outputs of the one pass."""
+        loss, trace = _evaluate(passes)
+        added = weighted(trace, strength * shape, loss.total) if strength else None
+        return Step(backward_with(passes, loss.total, added), trace.detach().to(shape))
+
+    def extra_passes(self, is_active: bool) -> tuple[int, int]:
+        """Return none."""
+        return 0, 0
+
+    def refuses(self, passes: Passes, needs_gradient: bool) -> str | None:
+        """Refuse outputs that are not the head's, and heads that are not linear."""
+        try:
+            _evaluate(passes)
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+def _evaluate(passes: Passes) -> tuple[Loss, Tensor]:
+    """Return the loss of one pass and the head's trace [1]."""
+    with HeadFeatures(passes.model) as head:
+        loss = passes.evaluate()
+    return loss, top_layer_trace(loss, head.features_of(loss)).reshape(1)
+
+
+def top_layer_trace(outputs: Outputs, features: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return the exact trace [] of the last layer's Hessian: (1) to (3), summed over outputs.
+
+    Differentiable in everything behind ``features`` and ``outputs``, the layer's own weights included.
+    Outputs must be what the layer returned (no temperature after it): ``HeadFeatures.features_of`` finds the
+    features of given outputs and checks it.
 
     Args:
         outputs: A `Loss` with outputs, one or several `Output`, or bare logits [N, C] (cross-entropy).
         features: What entered the layer, one tensor [N, D] an output.
-        has_bias: Count the layer's bias as part of the same layer; by default the weight alone.
 
     Returns:
         In float64 (float32 on MPS).
@@ -61,134 +112,86 @@ def top_layer_trace(
     features = [features] if isinstance(features, Tensor) else list(features)
     if len(features) != len(terms):
         raise ValueError(
-            f"top_layer: got {len(features)} tensors of features for {len(terms)} outputs; expected one each. "
-            "HeadFeatures.features_of(loss) finds them."
+            f"top_layer: got {len(features)} tensors of features for {len(terms)} outputs; expected one "
+            "each. HeadFeatures.features_of(loss) finds them."
         )
-    return torch.stack(
-        [_term_trace(term, _squared_norms(h, term.logits, has_bias)) for term, h in zip(terms, features, strict=True)]
-    ).sum()
+    traces = [_term_trace(term, h) for term, h in zip(terms, features, strict=True)]
+    return torch.stack(traces).sum()
 
 
-def kl_top_layer_trace(
-    clean_logits: Tensor,
-    adv_logits: Tensor,
-    clean_features: Tensor,
-    adv_features: Tensor,
-    *,
-    detach_clean: bool = False,
-    has_bias: bool = False,
-) -> Tensor:
-    """Return the exact trace [] of the last layer's Hessian of mean KL(p ‖ r), equation (4); differentiable.
-
-    TRADES' whole loss, CE(clean) + β KL, has ``top_layer_trace(clean) + β kl_top_layer_trace(...)``.
-
-    Args:
-        clean_logits, adv_logits: z and z' [N, C].
-        clean_features, adv_features: h and h' [N, D].
-        detach_clean: Whether the loss holds p constant (some implementations do; the authors' does not).
-        has_bias: Count the layer's bias as part of the same layer.
-
-    Raises:
-        ValueError: Shapes that do not fit.
-    """
-    outputs_of((Output(clean_logits), Output(adv_logits)), "kl_top_layer")
-    if clean_logits.shape != adv_logits.shape:
+def _term_trace(term: Output, features: Tensor) -> Tensor:
+    """Return (1), (2) or (3) for one output."""
+    if features.ndim != 2 or len(features) != len(term.logits):
         raise ValueError(
-            f"kl_top_layer: got logits of shapes {tuple(clean_logits.shape)} and {tuple(adv_logits.shape)}; expected the same. "
-            "Pass the clean and adversarial versions of the same images."
+            f"top_layer: got features of shape {tuple(features.shape)} with outputs of shape "
+            f"{tuple(term.logits.shape)}; expected [N, D] and [N, C]. Pass what enters the last linear layer."
         )
-    clean_squares = _squared_norms(clean_features, clean_logits, has_bias)
-    adv_squares = _squared_norms(adv_features, adv_logits, has_bias)
-    log_p, log_r = wide(clean_logits).log_softmax(-1), wide(adv_logits).log_softmax(-1)
-    p = log_p.exp()
-    spread_p, spread_r = 1 - p.square().sum(-1), 1 - log_r.exp().square().sum(-1)  # A, B
-    if detach_clean:
-        return (adv_squares * spread_r).mean()
-    a = log_p - log_r
-    kl = (p * a).sum(-1, keepdim=True)
-    clean_curvature = spread_p - 2 * (p.square() * (a - kl)).sum(-1)
-    products = (wide(clean_features) * wide(adv_features)).sum(-1) + has_bias
-    return (clean_squares * clean_curvature + adv_squares * spread_r - 2 * products * spread_p).mean()
+    squares = wide(features).square().sum(-1)  # ||h_n||² [N]
+    z = wide(term.logits)
+    if term.kind == "cross_entropy":
+        curvature = 1 - z.softmax(-1).square().sum(-1)
+    elif term.kind == "bce":
+        curvature = (z.sigmoid() * (-z).sigmoid()).sum(-1)
+    else:
+        curvature = torch.full_like(squares, 2 * z.shape[1])
+    weight = term.weight.to(squares) if isinstance(term.weight, Tensor) else term.weight
+    return (weight * squares * curvature).mean()
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
     """Return the name and module of the model's last linear layer.
 
-    What timm's ``get_classifier()`` returns on the model or on its ``backbone``; for other models the last ``nn.Linear`` in the
-    order of registration, which need not be the last to run: ``HeadFeatures.features_of`` checks that.
+    What timm's ``get_classifier()`` returns on the model or on its ``backbone``; for other models the last
+    ``nn.Linear`` in the order of registration, which need not be the last to run:
+    ``HeadFeatures.features_of`` checks that.
 
     Raises:
-        ValueError: There is none, or the classifier is another kind of module (a convolution, ``nn.Identity``, several heads).
+        ValueError: There is none, or the classifier is something else (a convolution, several heads).
     """
     model = unwrapped(model)
+    names = {module: name for name, module in model.named_modules()}
     owners: list[Any] = [model, getattr(model, "backbone", None)]
     owner = next((m for m in owners if hasattr(m, "get_classifier")), None)
     if owner is not None:
         head = owner.get_classifier()
     else:
-        head = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
-    if not isinstance(head, nn.Linear):
-        found = "no nn.Linear at all" if head is None else f"a classifier of type {type(head).__name__}"
+        head = next((m for m in reversed(names) if isinstance(m, nn.Linear)), None)
+    if not isinstance(head, nn.Linear) or head not in names:
+        got = "no nn.Linear at all" if head is None else f"a classifier of type {type(head).__name__}"
         raise ValueError(
-            f"top_layer: got {type(model).__name__} with {found}; expected an nn.Linear head, for which the trace has a closed "
-            "form. Use estimator gauss_newton for this model."
+            f"top_layer: got {type(model).__name__} with {got}; expected an nn.Linear head of its own, for "
+            "which the trace has a closed form. Use estimator gauss_newton for this model."
         )
-    name = next((name for name, m in model.named_modules() if m is head), None)
-    if name is None:
-        raise ValueError(
-            f"top_layer: got {type(model).__name__}, whose get_classifier() returns a layer outside the model; expected one of its "
-            "own. Use estimator gauss_newton for this model."
-        )
-    return name, head
-
-
-class _Call(NamedTuple):
-    """One forward pass of the head."""
-
-    features: Tensor
-    logits: Tensor
+    return names[head], head
 
 
 class HeadFeatures:
-    """Collects what enters the model's last linear layer in every forward pass made inside the context, with its graph.
+    """Collects what enters the model's last linear layer in every forward pass inside the context.
 
         with HeadFeatures(model) as head:
             loss = cross_entropy(model(x_adv), y)
         t = top_layer_trace(loss, head.features_of(loss))
 
-    It holds the graphs of these passes as long as it lives: run the attack outside.
-
-    Args:
-        model: With a head that ``find_head`` finds; wrappers (DDP) are looked through. A ``torch.compile``d model does not call
-            hooks that were registered later: ``features_of`` raises then.
-
-    Attributes:
-        name, head: The layer, by the user's own name.
-        features: One tensor [N, D] a forward pass, in order.
+    ``features`` holds a tensor [N, D] a forward pass, with its graph, in order: run the attack outside. A
+    ``torch.compile``d model does not call hooks that were registered later: ``features_of`` raises then.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.name, self.head = find_head(model)
-        self._calls: list[_Call] = []
+        self.features: list[Tensor] = []
+        self._logits: list[Tensor] = []
 
-    def __enter__(self) -> "HeadFeatures":
+    def __enter__(self) -> Self:
         self._handle = self.head.register_forward_hook(self._record)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._handle.remove()
 
-    @property
-    def features(self) -> list[Tensor]:
-        """What entered the layer, one tensor [N, D] a forward pass, in order."""
-        return [call.features for call in self._calls]
-
-    def features_of(self, outputs: Tensor | Output | Loss | Sequence[Output]) -> list[Tensor]:
+    def features_of(self, outputs: Outputs) -> list[Tensor]:
         """Return the features [N, D] from which the head computed each of ``outputs``.
 
-        Found by value (the latest pass first), so that it does not matter how many passes there were and in which order.
+        Found by value, the latest pass first: number and order of the passes do not matter.
 
         Raises:
             ValueError: An output that is not what the head returned: for it the closed form would be wrong.
@@ -196,56 +199,21 @@ class HeadFeatures:
         return [self._features_of(term.logits) for term in outputs_of(outputs, "top_layer")]
 
     def _features_of(self, logits: Tensor) -> Tensor:
-        for call in reversed(self._calls):
-            returned = call.logits.detach().to(logits)
-            if call.logits is logits or _same(returned, logits.detach()):
-                return call.features
+        wanted = logits.detach().nan_to_num()  # NaN equals itself here: others report divergence
+        for features, returned in zip(reversed(self.features), reversed(self._logits), strict=True):
+            if torch.equal(returned.detach().to(logits).nan_to_num(), wanted):
+                return features
         raise ValueError(
-            f"top_layer: got outputs {tuple(logits.shape)} that none of {len(self._calls)} recorded passes of {self.name} "
-            "returned; expected the head's own outputs, unscaled, computed inside the context by a model that is not compiled. "
-            "Otherwise use estimator gauss_newton."
+            f"top_layer: got outputs {tuple(logits.shape)} that none of {len(self.features)} recorded passes "
+            f"of {self.name} returned; expected the head's own outputs, unscaled, computed inside the "
+            "context by a model that is not compiled. Otherwise use estimator gauss_newton."
         )
 
     def _record(self, module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
-        if len(args) != 1:
+        if len(args) != 1 or args[0].ndim != 2:
             raise ValueError(
-                f"top_layer: got a call of {self.name} with {len(args)} positional arguments; expected one, the features. Call the "
-                "head as head(features), or use estimator gauss_newton."
+                f"top_layer: got inputs of shapes {[tuple(x.shape) for x in args]} at {self.name}; expected "
+                "[N, D], one vector an image. For other heads use estimator gauss_newton."
             )
-        (features,) = args
-        if features.ndim != 2:
-            raise ValueError(
-                f"top_layer: got features of shape {tuple(features.shape)} at {self.name}; expected [N, D], one vector an image. "
-                "Use estimator gauss_newton for a head that runs on every token or position."
-            )
-        self._calls.append(_Call(features, logits))
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    """Tell whether two tensors hold the same numbers, NaN counting as a number: divergence is reported elsewhere."""
-    return left.shape == right.shape and torch.equal(left.nan_to_num(), right.nan_to_num())
-
-
-def _squared_norms(features: Tensor, logits: Tensor, has_bias: bool) -> Tensor:
-    """Return ||h_n||² [N], plus one for the bias."""
-    if features.ndim != 2 or len(features) != len(logits):
-        raise ValueError(
-            f"top_layer: got features of shape {tuple(features.shape)} with outputs of shape {tuple(logits.shape)}; expected "
-            "[N, D] and [N, C]. Pass what enters the last linear layer."
-        )
-    return wide(features).square().sum(-1) + has_bias
-
-
-def _term_trace(term: Output, squares: Tensor) -> Tensor:
-    """Return equation (1), (2) or (3) for one output, given ||h_n||² [N]."""
-    z = wide(term.logits)
-    if term.kind == "cross_entropy":
-        curvature = 1 - z.softmax(-1).square().sum(-1)
-    elif term.kind == "bce":
-        curvature = (z.sigmoid() * (-z).sigmoid()).sum(-1)
-    elif term.kind == "mse":
-        curvature = torch.full_like(squares, 2 * z.shape[1])
-    else:
-        raise ValueError(f"Output.kind: got {term.kind!r}; expected cross_entropy, bce or mse. Choose one of them.")
-    weight = term.weight.to(squares) if isinstance(term.weight, Tensor) else term.weight
-    return (weight * squares * curvature).mean()
+        self.features.append(args[0])
+        self._logits.append(logits)

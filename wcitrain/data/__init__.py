@@ -1,4 +1,4 @@
-"""Images in [0, 1]: sources by name, splits, and batches that are a function of (seed, epoch, position) alone."""
+"""Images in [0, 1]: sources by name, splits, and batches as a function of (seed, epoch, position) alone."""
 
 from wcitrain.data.augment import Augmentation
 from wcitrain.data.extra import PseudoLabels, load_extra, pseudo_label

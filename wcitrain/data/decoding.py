@@ -1,7 +1,7 @@
 """From one image, whatever holds it, to uint8 levels of one size.
 
-Images pass through PIL wherever they come from, so that sizes, modes and broken files are treated alike and an error
-names the image. Threads, streaming processes and iterable data sets all decode here.
+Images pass through PIL wherever they come from, so that sizes, modes and broken files are treated alike and
+an error names the image. Threads, streaming processes and iterable data sets all decode here.
 
 Legend: C channels, H and W pixels, N images.
 """
@@ -40,14 +40,16 @@ def open_rgb(file: Any, where: str) -> Image.Image:
     """Return the image in ``file`` (a path or a binary file) as RGB.
 
     Raises:
-        ValueError: PIL cannot read it, or it has more than 8 bits a channel, which ``convert`` would clip to white.
+        ValueError: PIL cannot read it, or it has more than 8 bits a channel, which ``convert`` would clip.
     """
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
             return image.convert("RGB")
-    except Exception as error:  # PIL raises many kinds for broken files: OSError, SyntaxError, struct.error, ...
+    except (
+        Exception
+    ) as error:  # PIL raises many kinds for broken files: OSError, SyntaxError, struct.error, ...
         raise ValueError(
             f"data: got an unreadable image {where} ({error}); expected an 8-bit image that PIL can decode. "
             "Replace the file or remove it."
@@ -59,12 +61,14 @@ class Decoder(Dataset):
 
     Args:
         source: Where the images come from.
-        image_size: Side in pixels to which every image is resized (bicubic, aspect ratio not kept); None keeps sizes.
-        like: The decoder whose first image fixes the shape; None lets the image at ``first`` of this source fix it.
+        image_size: Side in pixels to which images are resized (bicubic, aspect ratio not kept); None: as is.
+        like: The decoder whose first image fixes the shape; by default the image at ``first`` fixes it.
         first: Position of that image.
     """
 
-    def __init__(self, source: Source, image_size: int | None = None, like: "Decoder | None" = None, first: int = 0):
+    def __init__(
+        self, source: Source, image_size: int | None = None, like: "Decoder | None" = None, first: int = 0
+    ):
         self.source = source
         self.image_size = image_size
         self.shape: tuple[int, ...] = like.shape if like else self._read(first).shape
@@ -79,9 +83,9 @@ class Decoder(Dataset):
         levels = self._read(position)
         if levels.shape != self.shape:
             raise ValueError(
-                f"data.image_size: got None for images of different sizes, {_size(self.shape)} in {self.shape_from} "
-                f"and {_size(levels.shape)} in {self.source.locate(position)}; expected one size. "
-                "Set data.image_size to the pixels they should be resized to."
+                f"data.image_size: got None for images of different sizes, {_size(self.shape)} in "
+                f"{self.shape_from} and {_size(levels.shape)} in {self.source.locate(position)}; expected "
+                "one size. Set data.image_size to the pixels they should be resized to."
             )
         return levels
 
@@ -91,7 +95,7 @@ class Decoder(Dataset):
 
 
 def to_levels(image: Image.Image, image_size: int | None) -> np.ndarray:
-    """Return an "L" or "RGB" image as uint8 [C, H, W], resized to a square of ``image_size`` pixels unless None."""
+    """Return an "L" or "RGB" image as uint8 [C, H, W], resized to a square of ``image_size`` unless None."""
     if image_size is not None and image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     levels = np.array(image)

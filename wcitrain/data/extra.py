@@ -1,8 +1,9 @@
-"""Extra training images: generated sets as ``.npz``, image folders, and pseudo-labels where labels are missing.
+"""Extra training images: generated sets as ``.npz``, image folders, pseudo-labels for missing labels.
 
-Generated images are the largest single gain in adversarial training (Gowal et al. 2110.09468, Wang et al. 2302.04638);
-real unlabelled images with pseudo-labels came before (Carmon et al. 1905.13736). This file reads both as an ``ImageSet``;
-``mixed.MixedSet`` puts a share of them into every batch. That none of them is a test image is the reader's to know.
+Generated images are the largest single gain in adversarial training (Gowal et al. 2110.09468, Wang et al.
+2302.04638); real unlabelled images with pseudo-labels came before (Carmon et al. 1905.13736). This file reads
+both as an ``ImageSet``; ``mixed.MixedSet`` puts a share of them into every batch. That none of them is a test
+image is the reader's to know.
 
 Legend: C channels, H and W pixels, K classes, N images.
 """
@@ -37,10 +38,10 @@ def load_extra(
     """Open extra training images of the channels, size and classes of a data set.
 
     Args:
-        path: A ``.npz`` with ``image`` or ``images``, uint8 [N, H, W, C] or [N, C, H, W] (gray also [N, H, W]), and ``label``
-            or ``labels``, whole numbers [N]: read once, N C H W bytes of memory. Or a folder of images: with labels
-            ``<class>/**/<image>``, in which classes are numbered by their names in ``like``, whatever their order; without,
-            any images below it.
+        path: A ``.npz`` with ``image`` or ``images``, uint8 [N, H, W, C] or [N, C, H, W] (gray also [N, H,
+            W]), and ``label`` or ``labels``, whole numbers [N]: read once, N C H W bytes of memory. Or a
+            folder of images: with labels ``<class>/**/<image>``, in which classes are numbered by their names
+            in ``like``, whatever their order; without, any images below it.
         like: The data set whose training they extend.
         labels: "given" reads labels; "pseudo" ignores any and makes all of them -1, for ``pseudo_label``.
         max_images: Use so many: in turns over the classes, or at random without labels; None uses all.
@@ -50,7 +51,7 @@ def load_extra(
         num_workers: Threads or processes that decode, and processes that augment.
 
     Raises:
-        ValueError: The images are not there, not readable or do not fit; ``extra.path`` or another recipe key is named.
+        ValueError: Images are missing, unreadable or do not fit; ``extra.path`` or another key is named.
     """
     path = Path(path)
     if labels not in ("given", "pseudo"):
@@ -71,18 +72,20 @@ def load_extra(
         decoder = Decoder(source, image_size, first=int(positions[0]))
         _check_shape(decoder, like, path)
         if isinstance(source, ArraySource) and decoder.shape[1:] == source.pixels.shape[1:3]:
-            return ImageSet(decoder, positions, _as_levels(source.pixels, positions), num_workers)  # no second copy
+            # No second copy.
+            return ImageSet(decoder, positions, _as_levels(source.pixels, positions), num_workers)
         return ImageSet.load(decoder, positions, in_memory=in_memory, num_workers=num_workers)
     except ValueError as error:
         if str(error).startswith("extra."):
             raise
-        raise ValueError(f"extra.path: {error}") from error  # an image that cannot be read, or sizes that differ
+        # An image that cannot be read, or sizes that differ.
+        raise ValueError(f"extra.path: {error}") from error
 
 
 class PseudoLabels(NamedTuple):
     """Images with the labels that a model gave them, and what to look at before they are trained on.
 
-    ``counts`` are the images of each class, int64 [K]; ``mean_confidence`` is the mean probability of the class given.
+    ``counts`` are images a class, int64 [K]; ``mean_confidence`` is the mean probability of that class.
     """
 
     images: ImageSet
@@ -95,8 +98,8 @@ def pseudo_label(
 ) -> PseudoLabels:
     """Label images by the class a model finds most likely, in eval mode; the model is left as it was found.
 
-    ``result.images.y`` can be stored, and given back with ``images.with_labels``, so that a resumed run on another device
-    trains on the same labels. Costs one forward pass.
+    ``result.images.y`` can be stored, and given back with ``images.with_labels``, so that a resumed run on
+    another device trains on the same labels. Costs one forward pass.
 
     Args:
         images: Any images; their labels do not matter.
@@ -114,9 +117,9 @@ def pseudo_label(
             logits = model(x)
             if logits.shape != (len(x), num_classes) or not bool(torch.isfinite(logits).all()):
                 raise ValueError(
-                    f"extra.labels: got logits {list(logits.shape)} with minimum {float(logits.min())} on images that begin "
-                    f"with number {int(index[0])}; expected finite ones [{len(x)}, {num_classes}]. Use a trained model of "
-                    "these classes."
+                    f"extra.labels: got logits {list(logits.shape)} with minimum {float(logits.min())} on "
+                    f"images that begin with number {int(index[0])}; expected finite ones "
+                    f"[{len(x)}, {num_classes}]. Use a trained model of these classes."
                 )
             best = logits.float().softmax(1).max(1)
             confidence += float(best.values.double().sum())
@@ -135,16 +138,18 @@ def _open_npz(path: Path, like: Splits, labels: str) -> ArraySource:
             numbers = _first(arrays, ("label", "labels")) if labels == "given" else None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"extra.path: got {path}, which NumPy cannot read without pickle ({error}); expected plain arrays. Write it anew "
-            "with numpy.savez."
+            f"extra.path: got {path}, which NumPy cannot read without pickle ({error}); expected plain "
+            "arrays. Write it anew with numpy.savez."
         ) from error
     if images is None:
-        raise ValueError(f"extra.path: got arrays {name_some(keys)} in {path}; expected image or images. Rename one.")
+        raise ValueError(
+            f"extra.path: got arrays {name_some(keys)} in {path}; expected image or images. Rename one."
+        )
     channels = like.in_chans
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
         raise ValueError(
-            f"extra.path: got images {images.dtype} {list(images.shape)} in {path}; expected uint8 [N, H, W, {channels}] or "
-            f"[N, {channels}, H, W]. Convert them."
+            f"extra.path: got images {images.dtype} {list(images.shape)} in {path}; expected uint8 "
+            f"[N, H, W, {channels}] or [N, {channels}, H, W]. Convert them."
         )
     if images.ndim == 4 and images.shape[3] != channels and images.shape[1] == channels:
         images = images.transpose(0, 2, 3, 1)
@@ -152,24 +157,24 @@ def _open_npz(path: Path, like: Splits, labels: str) -> ArraySource:
         images = images[..., 0]
     if (channels == 1) != (images.ndim == 3) or (images.ndim == 4 and images.shape[3] != channels):
         raise ValueError(
-            f"extra.path: got images {list(images.shape)} in {path}; expected {channels} channels, first or last. Convert them."
+            f"extra.path: got images {list(images.shape)} in {path}; expected {channels} channels."
         )
     if labels == "given":
         if numbers is None:
             raise ValueError(
-                f"extra.path: got arrays {name_some(keys)} in {path}; expected label or labels too. Add them, or set "
-                "extra.labels=pseudo."
+                f"extra.path: got arrays {name_some(keys)} in {path}; expected label or labels too. Add "
+                "them, or set extra.labels=pseudo."
             )
         if numbers.shape != (len(images),) or numbers.dtype.kind not in "iu":
             raise ValueError(
-                f"extra.path: got labels {numbers.dtype} {list(numbers.shape)} in {path}; expected whole numbers "
-                f"[{len(images)}], one for each image. Convert them."
+                f"extra.path: got labels {numbers.dtype} {list(numbers.shape)} in {path}; expected whole "
+                f"numbers [{len(images)}], one for each image. Convert them."
             )
         low, high = int(numbers.min()), int(numbers.max())
         if low < 0 or high >= like.num_classes:
             raise ValueError(
-                f"extra.path: got labels {low} to {high} in {path}; expected 0 to {like.num_classes - 1}. Correct them, or set "
-                "extra.labels=pseudo."
+                f"extra.path: got labels {low} to {high} in {path}; expected 0 to {like.num_classes - 1}. "
+                "Correct them, or set extra.labels=pseudo."
             )
         y = torch.from_numpy(numbers.astype(np.int64))
     else:
@@ -187,14 +192,15 @@ def _open_folder(path: Path, classes: tuple[str, ...], labels: str) -> FileSourc
     if labels == "given":
         if not any(entry.is_dir() and entry.name[0] != "." for entry in path.iterdir()):
             raise ValueError(
-                f"extra.path: got {path} without class folders; expected <class>/<image>. Sort the images into folders, or "
-                "set extra.labels=pseudo."
+                f"extra.path: got {path} without class folders; expected <class>/<image>. Sort the images "
+                "into folders, or set extra.labels=pseudo."
             )
         return scan_folder(path, classes, key="extra.path")
     paths = list_images(path)
     if not paths:
         raise ValueError(
-            f"extra.path: got no images in {path}; expected files that end in {' '.join(IMAGE_SUFFIXES)}. Correct extra.path."
+            f"extra.path: got no images in {path}; expected files that end in {' '.join(IMAGE_SUFFIXES)}. "
+            "Correct extra.path."
         )
     return FileSource(paths, torch.full((len(paths),), -1), classes)
 
@@ -205,7 +211,7 @@ def _choose(labels: Tensor, limit: int | None, seed: int) -> Tensor:
         return torch.arange(len(labels))
     if not 1 <= limit <= len(labels):
         raise ValueError(
-            f"extra.max_images: got {limit}; expected 1 to the {len(labels)} images there are. Lower it or remove it."
+            f"extra.max_images: got {limit}; expected 1 to the {len(labels)} images there are. Lower it."
         )
     if labels[0] < 0:
         order = torch.randperm(len(labels), generator=generator_from("cpu", seed, "max_images"))
@@ -219,8 +225,8 @@ def _check_shape(decoder: Decoder, like: Splits, path: Path) -> None:
     size = like.image_size if isinstance(like.image_size, tuple) else (like.image_size, like.image_size)
     if decoder.shape != (like.in_chans, *size):
         raise ValueError(
-            f"extra.path: got images {list(decoder.shape)} in {path}; expected {[like.in_chans, *size]}, the channels, height "
-            "and width of the training images. Convert them, or set data.image_size."
+            f"extra.path: got images {list(decoder.shape)} in {path}; expected {[like.in_chans, *size]}, "
+            "the channels, height and width of the training images. Convert them, or set data.image_size."
         )
 
 

@@ -2,15 +2,16 @@
 
 An epoch is one sequence of places, of which a share f belongs to extra images. Place n is extra where
 
-    e(n+1) > e(n),    e(n) = ⌊n f + 1/2⌋,                                                                          (1)
+    e(n+1) > e(n),    e(n) = ⌊n f + 1/2⌋,                                                                  (1)
 
-so that any B places in a row hold B f extra images if that is whole, and else the whole number below or above. This
-depends on nothing but the place: the batch, its micro-batches and the parts of the ranks are cuts of one sequence, each
-with its share. Place n shows labelled image n - e(n) of the epoch or extra image e(n); the labelled ones are those of
-training without extra images, in the same order, with the same crops. The epoch ends with the labelled images.
+so that any B places in a row hold B f extra images if that is whole, and else the whole number below or
+above. This depends on nothing but the place: the batch, its micro-batches and the parts of the ranks are cuts
+of one sequence, each with its share. Place n shows labelled image n - e(n) of the epoch or extra image e(n);
+the labelled ones are those of training without extra images, in the same order, with the same crops. The
+epoch ends with the labelled images.
 
-Extra images are drawn without replacement, pass after pass over them: with X of them an epoch, the t-th of epoch k is
-number c = k X + t of all, and comes from pass ⌊c/M⌋. Passes do not end with epochs.
+Extra images are drawn without replacement, pass after pass over them: with X of them an epoch, the t-th of
+epoch k is number c = k X + t of all, and comes from pass ⌊c/M⌋. Passes do not end with epochs.
 
 Legend: B batch, f share, M extra images, N labelled images, X extra places of an epoch.
 """
@@ -35,15 +36,15 @@ Places = TypeVar("Places", int, Tensor)
 
 @dataclass(frozen=True, eq=False)
 class MixedSet:
-    """The counterpart of ``ImageSet`` for training with extra images; for measuring it is its labelled images.
+    """The counterpart of ``ImageSet`` for training with extra images; measured are its labelled images.
 
     Attributes:
         train: The labelled images; they decide the length of an epoch.
-        extra: Images of the same shape and classes, with given or pseudo-labels; streamed ones have workers of their own.
-        fraction: Share f of extra images in a batch, 0.001 to 0.999; rounded to a fraction with a denominator up to 1000.
+        extra: Images of the same shape and classes, labelled or pseudo-labelled; streams have own workers.
+        fraction: Share f of extra images in a batch, 0.001 to 0.999, rounded to a denominator up to 1000.
 
     Raises:
-        ValueError: The sets do not fit together or the fraction is outside its range; the recipe key is named.
+        ValueError: The sets do not fit together or the fraction is out of range; the recipe key is named.
     """
 
     train: ImageSet
@@ -53,30 +54,31 @@ class MixedSet:
     def __post_init__(self) -> None:
         if not 0.001 <= self.fraction <= 0.999:
             raise ValueError(
-                f"extra.fraction: got {self.fraction}; expected 0.001 to 0.999 of a batch. Remove extra to use none."
+                f"extra.fraction: got {self.fraction}; expected 0.001 to 0.999 of a batch. Remove extra to "
+                "use none."
             )
         for images, name in ((self.train, "training"), (self.extra, "extra")):
             if not isinstance(images, ImageSet):
                 raise ValueError(
-                    f"extra.path: got {name} images of type {type(images).__name__}; expected an ImageSet, as images that are "
-                    "read front to back cannot be mixed. Use another data.name or no extra images."
+                    f"extra.path: got {name} images of type {type(images).__name__}; expected an ImageSet, "
+                    "as a stream cannot be mixed. Use another data.name or no extra images."
                 )
         if self.extra.decoder.shape != self.train.decoder.shape:
             raise ValueError(
-                f"extra.path: got images {list(self.extra.decoder.shape)}; expected {list(self.train.decoder.shape)}, the "
-                "channels and size of the training images. Convert them, or set data.image_size."
+                f"extra.path: got images {list(self.extra.decoder.shape)}; expected "
+                f"{list(self.train.decoder.shape)} of the training images. Convert, or set data.image_size."
             )
         if not self._num_extra(self.num_places):
             raise ValueError(
-                f"extra.fraction: got {self.fraction} with {len(self.train)} training images; expected at least one extra image an "
-                "epoch. Raise it."
+                f"extra.fraction: got {self.fraction} with {len(self.train)} training images; expected at "
+                "least one extra image an epoch. Raise it."
             )
         num_classes = len(self.train.decoder.source.class_names)
         low, high = int(self.extra.y.min()), int(self.extra.y.max())
         if low < 0 or high >= num_classes:
             raise ValueError(
-                f"extra.labels: got labels {low} to {high}; expected 0 to {num_classes - 1}. Give images without labels "
-                "pseudo-labels first."
+                f"extra.labels: got labels {low} to {high}; expected 0 to {num_classes - 1}. Give images "
+                "without labels pseudo-labels first."
             )
 
     def __len__(self) -> int:
@@ -115,7 +117,7 @@ class MixedSet:
         return int((len(self) + Fraction(1, 2)) / (1 - self._share))
 
     def num_updates(self, batch_size: int) -> int:
-        """Return the whole batches of an epoch; ⌊N / (B - E)⌋ where a batch holds a whole number E = B f of extra images."""
+        """Return the whole batches of an epoch: ⌊N / (B - E)⌋ where E = B f extra images a batch is whole."""
         return self.num_places // batch_size
 
     def batches(
@@ -134,8 +136,9 @@ class MixedSet:
         drop_last: bool = False,
         augmentation: Augmentation | None = None,
     ) -> Iterator[Batch]:
-        """Iterate over one epoch of training; arguments as in ``ImageSet.batches``, ``shuffle`` and ``drop_last`` both True.
+        """Iterate over one epoch of training.
 
+        Arguments are those of ``ImageSet.batches``, ``shuffle`` and ``drop_last`` both True.
         ``Batch.index`` of an extra image is -1 - its position, so that it is never taken for a labelled one.
 
         Raises:
@@ -143,8 +146,8 @@ class MixedSet:
         """
         if not (shuffle and drop_last):
             raise ValueError(
-                f"batches: got shuffle={shuffle}, drop_last={drop_last} for labelled and extra images; expected both True, as "
-                "they are for training. Measure on .train or .subset(n)."
+                f"batches: got shuffle={shuffle}, drop_last={drop_last} for labelled and extra images; "
+                "expected both True, as they are for training. Measure on .train or .subset(n)."
             )
         places = rank_places(self.num_places, batch_size, start=start, rank=rank, world=world, drop_last=True)
         settings: dict[str, Any] = {"crop_padding": crop_padding, "flip": flip, "augmentation": augmentation}
@@ -153,7 +156,9 @@ class MixedSet:
         extra = Epoch.draw(self.extra, rows, seed, "augment extra", epoch, **settings)
         return self._merge(places, labelled, extra, torch.device(device))
 
-    def _merge(self, places: list[Tensor], labelled: Epoch, extra: Epoch, device: torch.device) -> Iterator[Batch]:
+    def _merge(
+        self, places: list[Tensor], labelled: Epoch, extra: Epoch, device: torch.device
+    ) -> Iterator[Batch]:
         """Yield labelled and extra images at their places."""
         before = [self._num_extra(place) for place in places]
         is_extra = [self._num_extra(place + 1) > count for place, count in zip(places, before, strict=True)]
@@ -176,7 +181,9 @@ class MixedSet:
         m, x = len(self.extra), self._num_extra(self.num_places)
         first = epoch * x // m
         passes = range(first, ((epoch + 1) * x - 1) // m + 1)
-        orders = [torch.randperm(m, generator=generator_from("cpu", seed, "extra", number)) for number in passes]
+        orders = [
+            torch.randperm(m, generator=generator_from("cpu", seed, "extra", number)) for number in passes
+        ]
         return torch.cat([torch.arange(0), *orders])[epoch * x - first * m :][:x]
 
     def _num_extra(self, n: Places) -> Places:

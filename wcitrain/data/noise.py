@@ -1,6 +1,6 @@
-"""Symmetric label noise as a function of (seed, image[, epoch]): no state, no order, the same on every device.
+"""Symmetric label noise, a function of (seed, image[, epoch]): no state, no order, equal on every device.
 
-    y' = y with probability 1 - τ,  else a class drawn uniformly                                                  (1)
+    y' = y with probability 1 - τ,  else a class drawn uniformly                                          (1)
 
 Legend: N labels, C classes, τ share.
 """
@@ -29,18 +29,16 @@ def noisy_labels(
 
     Args:
         y: Labels, int64 [N] in 0 .. num_classes - 1; not modified.
-        index: What tells the images apart, int64 [N], as in ``Batch.index`` of an ``ImageSet`` or a ``MixedSet``; may be
-            negative. That of a ``StreamSet`` counts images of an epoch and names none: give ``epoch`` and the rank's seed.
+        index: What tells the images apart, int64 [N], as in ``Batch.index`` of an ``ImageSet`` or a
+            ``MixedSet``; may be negative. That of a ``StreamSet`` counts images of an epoch and names none:
+            give ``epoch`` and the rank's seed.
         share: τ, the probability that a label is drawn anew, in [0, 1].
         num_classes: C, at least 2.
         seed: Seed of the noise.
-        epoch: Draw anew in each epoch, which smooths labels on average; None fixes the noise for the whole training,
-            so that it can be memorised.
-        exclude_true: False draws from all C classes, so that a share τ (1 - 1/C) of the labels is wrong; True from the
-            C - 1 others, so that a share τ is wrong ("symmetric" noise in the other reading of the word).
-
-    Returns:
-        int64 [N] on the device of ``y``.
+        epoch: Draw anew in each epoch, which smooths labels on average; None fixes the noise for the whole
+            training, so that it can be memorised.
+        exclude_true: Draw from the C - 1 other classes, so that a share τ of the labels is wrong ("symmetric"
+            in the other reading of the word). False: from all C, so that a share τ (1 - 1/C) is wrong.
 
     Raises:
         ValueError: ``share`` or ``num_classes`` is outside its range, or the shapes differ.
@@ -51,8 +49,7 @@ def noisy_labels(
         raise ValueError(f"label_noise: got {num_classes} classes; expected at least 2. Use no label noise.")
     if y.shape != index.shape:
         raise ValueError(
-            f"noisy_labels: got labels {list(y.shape)} and indices {list(index.shape)}; expected one index for each. "
-            "Pass both from one batch."
+            f"noisy_labels: got labels {list(y.shape)} and indices {list(index.shape)}; expected the same."
         )
     is_noisy = _uniform(index, UNIT, seed, "label noise", epoch) < math.ceil(share * UNIT)
     if exclude_true:
@@ -63,10 +60,10 @@ def noisy_labels(
 
 
 def _uniform(index: Tensor, n: int, *where: object) -> Tensor:
-    """Return a number of 0 .. n - 1 for every index, from a seed that names the place ``where``; int64, like ``index``.
+    """Return a number of 0 .. n - 1 for every index, int64 like it, from a seed that names ``where``.
 
-    The finaliser of splitmix64 (Steele, Lea & Flood 2014) of index + seed: int64 products wrap around like unsigned ones.
-    Modulo favours small numbers by less than n / 2^62.
+    The finaliser of splitmix64 (Steele, Lea & Flood 2014) of index + seed: int64 products wrap around like
+    unsigned ones. Modulo favours small numbers by less than n / 2^62.
     """
     z = index * _signed(0x9E3779B97F4A7C15) + _signed(seed_from(*where))
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)

@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Images that are already in memory: ``pixels`` uint8 [N, H, W] (gray) or [N, H, W, 3], 0 to ``levels``."""
+    """Images already in memory: ``pixels`` uint8 [N, H, W] (gray) or [N, H, W, 3], 0 to ``levels``."""
 
     pixels: np.ndarray
     labels: Tensor
@@ -62,12 +62,14 @@ class FileSource:
         return self.paths[position]
 
 
-def scan_folder(folder: Path, classes: tuple[str, ...] | None = None, *, key: str = "data.root") -> FileSource:
+def scan_folder(
+    folder: Path, classes: tuple[str, ...] | None = None, *, key: str = "data.root"
+) -> FileSource:
     """List ``folder/<class>/**/<image>``; nothing is decoded and hidden files and folders are ignored.
 
     Args:
         folder: One split of an image folder.
-        classes: The classes of the training split, which number the labels; None takes those found, sorted by name.
+        classes: The classes of the training split, which number the labels; by default those found, sorted.
         key: The recipe key that errors name.
 
     Raises:
@@ -75,12 +77,14 @@ def scan_folder(folder: Path, classes: tuple[str, ...] | None = None, *, key: st
     """
     found = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
     if not found:
-        raise ValueError(f"{key}: got {folder} without folders; expected one folder of images per class. Add them.")
+        raise ValueError(
+            f"{key}: got {folder} without folders; expected one folder of images per class. Add them."
+        )
     classes = found if classes is None else classes
     if unknown := [name for name in found if name not in classes]:
         raise ValueError(
-            f"{key}: got classes {name_some(unknown)} in {folder}; expected only those of the training folder, "
-            f"{name_some(classes)}. Remove them or add training images."
+            f"{key}: got classes {name_some(unknown)} in {folder}; expected only those of the training "
+            f"folder, {name_some(classes)}. Remove them or add training images."
         )
     paths: list[str] = []
     labels: list[int] = []
@@ -88,8 +92,8 @@ def scan_folder(folder: Path, classes: tuple[str, ...] | None = None, *, key: st
         images = list_images(folder / name)
         if not images:
             raise ValueError(
-                f"{key}: got no images in {folder / name}; expected files that end in {' '.join(IMAGE_SUFFIXES)}. "
-                "Add images or remove the folder."
+                f"{key}: got no images in {folder / name}; expected files that end in "
+                f"{' '.join(IMAGE_SUFFIXES)}. Add images or remove the folder."
             )
         paths += images
         labels += [classes.index(name)] * len(images)
@@ -107,7 +111,7 @@ def list_images(folder: Path) -> list[str]:
 
 
 class Opened(NamedTuple):
-    """What a source consists of before anything is selected; ``val`` is None when it has to be cut from ``train``."""
+    """What a source holds before anything is selected; ``val`` is None where it is cut from ``train``."""
 
     train: Source
     val: Source | None
@@ -136,13 +140,16 @@ def open_torchvision(kind: str, *, root: str, download: bool, **_: Any) -> Opene
     """Open CIFAR10, CIFAR100 or SVHN below ``root``."""
 
     def part(is_train: bool) -> ArraySource:
-        which: dict[str, Any] = {"split": "train" if is_train else "test"} if kind == "SVHN" else {"train": is_train}
+        which: dict[str, Any] = (
+            {"split": "train" if is_train else "test"} if kind == "SVHN" else {"train": is_train}
+        )
         try:
             data = getattr(torchvision.datasets, kind)(root, download=download, **which)
         except RuntimeError as error:
             raise ValueError(
-                f"data.root: got {root} without {kind}, or with a damaged one ({error}); expected the files that "
-                f"torchvision looks for in {Path(root).resolve()}. Correct data.root, or set data.download=true."
+                f"data.root: got {root} without {kind}, or with a damaged one ({error}); expected the files "
+                f"that torchvision looks for in {Path(root).resolve()}. Correct data.root, or set "
+                "data.download=true."
             ) from error
         pixels = data.data.transpose(0, 2, 3, 1) if kind == "SVHN" else data.data  # [N, H, W, 3]
         labels = torch.as_tensor(data.labels if kind == "SVHN" else data.targets).long()
@@ -157,15 +164,17 @@ def open_folder(*, root: str, train_split: str, val_split: str | None, test_spli
     folders = [Path(root, split) for split in (train_split, val_split, test_split) if split is not None]
     for folder in [Path(root), *folders]:
         if not folder.is_dir():
-            there = name_some(sorted(p.name for p in Path(root).iterdir())) if Path(root).is_dir() else "nothing"
+            there = (
+                name_some(sorted(p.name for p in Path(root).iterdir())) if Path(root).is_dir() else "nothing"
+            )
             raise ValueError(
-                f"data.root: got no folder {folder} ({root} holds {there or 'nothing'}); expected one folder per "
-                "split. Correct data.root, data.train_split, data.val_split or data.test_split."
+                f"data.root: got no folder {folder} ({root} holds {there or 'nothing'}); expected one "
+                "folder per split. Correct data.root, data.train_split, data.val_split or data.test_split."
             )
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError(
-            f"data.test_split: got splits {name_some([str(f) for f in folders])}, two of which are one folder; expected "
-            "different ones: selecting on test images is selecting the result. Correct the splits."
+            f"data.test_split: got splits {name_some([str(f) for f in folders])}, two of which are one "
+            "folder; expected different ones: selecting on test images is selecting the result."
         )
     train = scan_folder(folders[0])
     *val, test = [scan_folder(folder, train.class_names) for folder in folders[1:]]

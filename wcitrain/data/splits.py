@@ -1,14 +1,14 @@
 """Data sets by name and their split into training, validation and test images in [0, 1].
 
-The test images stay where they are until somebody asks for ``Splits.test``, so that training cannot look at them by
-accident. Validation images are cut from the training images or come from a split of their own; they are never the test
-images. Which images are used depends on ``split_seed`` alone, and only they are decoded.
+The test images stay where they are until somebody asks for ``Splits.test``, so that training cannot look at
+them by accident. Validation images are cut from the training images or come from a split of their own; they
+are never the test images. Which images are used depends on ``split_seed`` alone, and only they are decoded.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -80,16 +80,16 @@ def load_splits(
         source: "digits" (1,797 gray 8x8 images that come with scikit-learn; 797 are for testing), "cifar10",
             "cifar100", "svhn" (torchvision), "folder" (``root/<split>/<class>/<image>``) or "timm".
         root: Folder of the data; all sources but digits need one.
-        name: For timm: what ``timm.data.create_dataset`` opens, such as "hfds/<user>/<set>". Names that begin with
-            wds/, tfds/ or hfids/ are read front to back and need ``val_split``, ``image_size`` and ``num_classes``;
-            resuming them is exact at epoch boundaries only (``StreamSet``).
+        name: For timm: what ``timm.data.create_dataset`` opens, such as "hfds/<user>/<set>". Names that begin
+            with wds/, tfds/ or hfids/ are read front to back and need ``val_split``, ``image_size`` and
+            ``num_classes``; resuming them is exact at epoch boundaries only (``StreamSet``).
         train_split: Folder or name of the training split (folder, timm).
         test_split: Folder or name of the test split (folder, timm).
-        val_split: Folder or name of a split that is used whole for validation; None cuts ``val_size`` training images.
-        download: Fetch missing data (cifar10, cifar100, svhn, timm). With several processes, let one go first.
+        val_split: Folder or name of a split used whole for validation; by default ``val_size`` are cut.
+        download: Fetch missing data (cifar10, cifar100, svhn, timm). Let one process go before the others.
         num_classes: Checked against the data; needed only where those cannot tell.
-        image_size: Side in pixels to which images are resized, aspect ratio not kept; None keeps their common size.
-        max_train: Use so many training images, in turns over the classes, before validation is cut; None uses all.
+        image_size: Side in pixels to which images are resized, aspect ratio not kept; None keeps their size.
+        max_train: Use so many training images (by default all), in turns over the classes, before the cut.
         max_test: The same for the test images.
         val_size: Images cut from the training images, in proportion to the classes.
         split_seed: Chooses the images of ``max_train``, ``max_test`` and ``val_size``.
@@ -97,7 +97,7 @@ def load_splits(
         num_workers: Threads, or processes when not in memory, that decode.
 
     Raises:
-        ValueError: The data are not there or not usable, or settings contradict them; the recipe key is named.
+        ValueError: The data are missing or not usable, or settings contradict them; the recipe key is named.
     """
     if source not in SOURCES:
         raise ValueError(f"data.source: got {source!r}; expected one of {', '.join(SOURCES)}. Choose one.")
@@ -105,23 +105,25 @@ def load_splits(
         raise ValueError(f"data.root: got None; expected the folder of data.source={source}. Set data.root.")
     splits = [split for split in (train_split, val_split, test_split) if split is not None]
     if len(set(splits)) < len(splits):
-        raise ValueError(f"data.test_split: got splits {name_some(splits)}; expected different ones. Rename one.")
+        raise ValueError(
+            f"data.test_split: got splits {name_some(splits)}; expected different ones. Rename one."
+        )
     if source not in ("folder", "timm") and (train_split, val_split, test_split) != ("train", None, "test"):
         raise ValueError(
-            f"data.train_split: got splits {name_some(splits)}; expected the defaults, as {source} has splits of its "
-            "own. Remove data.train_split, data.val_split and data.test_split."
+            f"data.train_split: got splits {name_some(splits)}; expected the defaults, as {source} has "
+            "splits of its own. Remove data.train_split, data.val_split and data.test_split."
         )
     if num_workers < 0:
         raise ValueError(f"data.num_workers: got {num_workers}; expected at least 0. Use 0 for no workers.")
-    where = {"root": root, "name": name, "download": download, "image_size": image_size}
+    where: dict[str, Any] = {"root": root, "name": name, "download": download, "image_size": image_size}
     where |= {"train_split": train_split, "val_split": val_split, "test_split": test_split}
     if source == "timm" and (name or "").split("/")[0].lower() in ITERABLE_PREFIXES:
         if max_train is not None or max_test is not None or in_memory is True:
             raise ValueError(
-                f"data.name: got {name!r} with max_train={max_train}, max_test={max_test}, in_memory={in_memory}; "
-                "expected none of these for data that are read front to back. Remove them."
+                f"data.name: got {name!r} with max_train={max_train}, max_test={max_test}, "
+                f"in_memory={in_memory}; expected none of these for data read front to back. Remove them."
             )
-        return _open_streams(num_classes=num_classes, num_workers=num_workers, **where)  # type: ignore[arg-type]
+        return _open_streams(num_classes=num_classes, num_workers=num_workers, **where)
 
     opened = SOURCES[source](**where)
     num_classes = _check_classes(opened.train, num_classes)
@@ -164,11 +166,11 @@ def _choose(labels: Tensor, limit: int | None, seed: int, key: str) -> Tensor:
 
 
 def _cut_validation(labels: Tensor, positions: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the sorted positions of the training and of ``val_size`` validation images, in proportion to classes."""
+    """Return the sorted positions of training and of ``val_size`` validation images, in class proportions."""
     if not 1 <= val_size < len(positions):
         raise ValueError(
-            f"data.val_size: got {val_size}; expected at least 1 and fewer than the {len(positions)} training images. "
-            "Change data.val_size or raise data.max_train."
+            f"data.val_size: got {val_size}; expected at least 1 and fewer than the {len(positions)} "
+            "training images. Change data.val_size or raise data.max_train."
         )
     order = class_order(labels[positions], seed, proportional=True)
     return positions[order[val_size:].sort().values], positions[order[:val_size].sort().values]
@@ -177,7 +179,9 @@ def _cut_validation(labels: Tensor, positions: Tensor, val_size: int, seed: int)
 def _check_subset(key: str, limit: int | None, available: int) -> None:
     """Raise ValueError unless ``limit`` images can be chosen out of the available ones."""
     if limit is not None and not 1 <= limit <= available:
-        raise ValueError(f"{key}: got {limit}; expected 1 to the {available} images there are. Lower it or remove it.")
+        raise ValueError(
+            f"{key}: got {limit}; expected 1 to the {available} images there are. Lower it or remove it."
+        )
 
 
 def _check_classes(source: Source, num_classes: int | None) -> int:
@@ -202,8 +206,8 @@ def _check_every_class_is_trained(source: Source, train: Tensor, num_classes: in
     counts = torch.bincount(source.labels[train], minlength=num_classes)
     if missing := [source.class_names[i] for i in torch.nonzero(counts == 0).flatten().tolist()]:
         raise ValueError(
-            f"{key}: got {len(train)} training images, none of class {name_some(missing)}; expected at least one of "
-            f"each of the {num_classes} classes. Raise data.max_train, lower data.val_size or remove the class."
+            f"{key}: got {len(train)} training images, none of class {name_some(missing)}; expected at "
+            f"least one of each of the {num_classes}. Raise data.max_train or lower data.val_size."
         )
 
 
@@ -223,7 +227,9 @@ def _open_streams(
     given = {"val_split": val_split, "image_size": image_size, "num_classes": num_classes}
     if val_split is None or image_size is None or num_classes is None:
         missing = ", ".join(f"data.{key}" for key, value in given.items() if value is None)
-        raise ValueError(f"{missing}: got None; expected a value, as {name} is read front to back. Set {missing}.")
+        raise ValueError(
+            f"{missing}: got None; expected a value, as {name} is read front to back. Set {missing}."
+        )
 
     def part(split: str) -> StreamSet:
         create = partial(create_dataset, name, root, split, download)
@@ -236,7 +242,9 @@ def _open_streams(
         return StreamSet(create, num_images, image_size, num_workers)
 
     names = tuple(map(str, range(num_classes)))
-    return Splits(part(train_split), part(val_split), partial(part, test_split), num_classes, 3, image_size, names)
+    return Splits(
+        part(train_split), part(val_split), partial(part, test_split), num_classes, 3, image_size, names
+    )
 
 
 def _is_remote(name: str | None) -> bool:

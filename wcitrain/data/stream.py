@@ -1,8 +1,9 @@
-"""Training on data sets that can only be read front to back: WebDataset, TFDS, streamed Hugging Face data sets.
+"""Training on data that can only be read front to back: WebDataset, TFDS, streamed Hugging Face data sets.
 
-The promises of ``ImageSet`` shrink to what such a reader keeps. Shards are shuffled, then images within a buffer, from
-``(seed, epoch)``; the number of ranks and workers changes which images share a batch. Resuming is exact at epoch
-boundaries only: within an epoch ``start`` reads and drops batches, and depends on the reader repeating its order.
+The promises of ``ImageSet`` shrink to what such a reader keeps. Shards are shuffled, then images within a
+buffer, from ``(seed, epoch)``; the number of ranks and workers changes which images share a batch. Resuming
+is exact at epoch boundaries only: within an epoch ``start`` reads and drops batches, and depends on the
+reader repeating its order.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ class StreamSet:
         return replace(self, limit=n)
 
     def num_updates(self, batch_size: int) -> int:
-        """Return the whole batches of ``batch_size`` images, over all ranks and micro-batches, in one epoch."""
+        """Return the whole batches of ``batch_size`` images, over ranks and micro-batches, in one epoch."""
         return len(self) // batch_size
 
     def batches(
@@ -71,19 +72,19 @@ class StreamSet:
     ) -> Iterator[Batch]:
         """Iterate over one epoch; arguments as in ``ImageSet.batches``.
 
-        Training (``shuffle`` and ``drop_last``) gives each rank shards of its own. Evaluation (neither) reads the whole
-        stream on every rank and takes [r::w] of each batch, so that every image is seen exactly once.
-        ``Batch.index`` counts the images this rank has read. An augmentation is drawn, with crop and flip, from the number
-        of images that a process has read before, so that other numbers of workers augment otherwise.
+        Training (``shuffle`` and ``drop_last``) gives each rank shards of its own. Evaluation (neither) reads
+        the whole stream on every rank and takes [r::w] of each batch, so that every image is seen exactly
+        once. ``Batch.index`` counts the images this rank has read. An augmentation is drawn, with crop and
+        flip, from the number of images that a process has read before: other worker counts augment otherwise.
 
         Raises:
-            ValueError: At the call, for one of ``shuffle`` and ``drop_last`` without the other, for training on a
-                ``subset``, or for a batch size that does not fit; while reading, for a stream that ends early.
+            ValueError: At the call, for one of ``shuffle`` and ``drop_last`` without the other, for training
+                on a ``subset``, or for a batch size that does not fit; while reading, for an early end.
         """
         if shuffle != drop_last or (shuffle and self.limit is not None):
             raise ValueError(
-                f"batches: got shuffle={shuffle}, drop_last={drop_last} for a stream of {len(self)} images; expected "
-                "both to train on a whole stream or neither to measure. Pass both or neither."
+                f"batches: got shuffle={shuffle}, drop_last={drop_last} for a stream of {len(self)} images; "
+                "expected both to train on a whole stream or neither to measure. Pass both or neither."
             )
         check_batch(len(self), batch_size, rank=rank, world=world, drop_last=drop_last)
         local = batch_size // world if drop_last else batch_size
@@ -123,7 +124,8 @@ class StreamSet:
         where: tuple[int, int, int],  # names the augmentation seeds
     ) -> Iterator[Batch]:
         """Read, cut, augment and scale batch after batch."""
-        seen, levels = 0, torch.tensor(255.0, device=device)  # a tensor divides exactly on CUDA, a number does not
+        # A tensor divides exactly on CUDA, a number does not.
+        seen, levels = 0, torch.tensor(255.0, device=device)
         for number, (pixels, y) in enumerate(loader):
             keep = min(len(y), needed - seen)
             pixels, y, index = pixels[:keep][part], y[:keep][part], torch.arange(seen, seen + keep)[part]
@@ -135,14 +137,14 @@ class StreamSet:
             if seen == needed:
                 return
         raise ValueError(
-            f"data.name: got {seen} images from the stream; expected {needed}, of the {self.num_images} it declares. "
-            "Correct the declared number, look for unreadable images, or lower data.num_workers."
+            f"data.name: got {seen} images from the stream; expected {needed}, of the {self.num_images} it "
+            "declares. Correct the declared number, look for unreadable images, or lower data.num_workers."
         )
 
 
 @dataclass
 class _Augmenter:
-    """Decodes, crops, mirrors and augments the images that one process reads, in the order in which it reads them."""
+    """Decodes, crops, mirrors and augments the images that one process reads, in the order it reads them."""
 
     image_size: int
     crop_padding: int

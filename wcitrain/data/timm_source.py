@@ -1,7 +1,4 @@
-"""Map-style data sets opened by ``timm.data.create_dataset``, and guards against what timm would quietly mix up.
-
-Legend: N images.
-"""
+"""Map-style data sets of ``timm.data.create_dataset``, and guards against what timm would quietly mix up."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +24,7 @@ class DatasetSource:
 
     def read(self, position: int) -> Image.Image:
         """Return the image at ``position``; raise ValueError with its place if it cannot be read."""
-        # timm's own __getitem__ replaces an unreadable image by the next one and only logs it; its reader does not.
+        # timm's own __getitem__ replaces an unreadable image by the next one; its reader does not.
         if hasattr(self.dataset, "reader"):
             with self.dataset.reader[position][0] as file:
                 return open_rgb(file, self.locate(position))
@@ -60,41 +57,43 @@ def open_timm(
     train = sources["data.train_split"]
     for key, dataset in datasets.items():
         # torchvision sets know train and not train; timm takes any unknown name for the latter.
-        if hasattr(dataset, "train") and (key == "data.val_split" or dataset.train != (key == "data.train_split")):
+        if hasattr(dataset, "train") and (
+            key == "data.val_split" or dataset.train != (key == "data.train_split")
+        ):
             raise ValueError(
-                f"{key}: got {splits[key]!r}, which is the {'training' if dataset.train else 'test'} split of {name}; "
-                "expected train_split=train, test_split=test and no val_split. Change it."
+                f"{key}: got {splits[key]!r}, which is the {'training' if dataset.train else 'test'} split "
+                f"of {name}; expected train_split=train, test_split=test and no val_split. Change it."
             )
         # timm reads all of root when it finds no folder for a split.
         if key != "data.train_split" and _paths(dataset) & _paths(datasets["data.train_split"]):
             raise ValueError(
-                f"{key}: got {splits[key]!r}, which shares images with data.train_split={train_split!r}; expected "
-                f"a folder for each split in {root}. Add the folders or correct the names."
+                f"{key}: got {splits[key]!r}, which shares images with data.train_split={train_split!r}; "
+                f"expected a folder for each split in {root}. Add the folders or correct the names."
             )
         if sources[key].class_names != train.class_names:
             raise ValueError(
-                f"{key}: got classes {name_some(sources[key].class_names)}; expected those of the training split, "
-                f"{name_some(train.class_names)}. Make them equal."
+                f"{key}: got classes {name_some(sources[key].class_names)}; expected those of the training "
+                f"split, {name_some(train.class_names)}. Make them equal."
             )
     if val_split is not None and _paths(datasets["data.val_split"]) & _paths(datasets["data.test_split"]):
         raise ValueError(
-            f"data.val_split: got {val_split!r}, which shares images with data.test_split={test_split!r}; expected "
-            "different images. Correct the names, or remove data.val_split to cut validation from training."
+            f"data.val_split: got {val_split!r}, which shares images with data.test_split={test_split!r}; "
+            "expected different images. Correct the names, or remove data.val_split to cut some."
         )
     test = sources["data.test_split"]
     return Opened(train, sources.get("data.val_split"), lambda: test, len(test.labels))
 
 
 def create_dataset(name: str | None, root: str | None, split: str, download: bool, **settings: Any) -> Any:
-    """Return ``timm.data.create_dataset(...)``; raise ValueError with the settings and its reason if it fails."""
+    """Return ``timm.data.create_dataset(...)``, or raise ValueError with the settings and its reason."""
     if not name:
         raise ValueError("data.name: got None; expected what timm.data.create_dataset opens. Set data.name.")
     try:
         return timm.data.create_dataset(name, root=root, split=split, download=download, **settings)
     except Exception as error:  # assertions, missing packages, missing files, ...: each reader has its own
         raise ValueError(
-            f"data.name: got {name!r} (root {root!r}, split {split!r}); expected what timm.data.create_dataset opens. "
-            f"It said: {type(error).__name__}: {error}. Correct the settings or install what is missing."
+            f"data.name: got {name!r} (root {root!r}, split {split!r}); expected what "
+            f"timm.data.create_dataset opens. It said: {type(error).__name__}: {error}."
         ) from error
 
 

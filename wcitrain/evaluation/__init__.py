@@ -1,4 +1,4 @@
-"""Clean, robust and corrupted accuracy, example by example, with intervals, tests and checks of the model under attack."""
+"""Clean, robust and corrupted accuracy, example by example, with intervals, tests and checks of the model."""
 
 from wcitrain.evaluation.accuracy import AccuracyMeasurement, measure_accuracy
 from wcitrain.evaluation.corruptions import CORRUPTIONS, corrupt

@@ -1,7 +1,7 @@
 """Clean and robust accuracy of a model, and the layer-wise WCI of its robust loss, in one pass over a set.
 
-The model is measured in eval mode on the weights it has, and left as it was. Batches are dealt whole to the processes and
-random starts depend on the batch alone, so any number of processes measures the same thing.
+The model is measured in eval mode on the weights it has, and left as it was. Batches are dealt whole to the
+processes and random starts depend on the batch alone, so any number of processes measures the same thing.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-TRACE_EXAMPLES = 50  # examples behind one draw of the traces: several draws a batch, so that their spread is known
+# Examples behind one draw of the traces: several draws a batch, so that their spread is known.
+TRACE_EXAMPLES = 50
 
 
 @dataclass(frozen=True)
 class AccuracyMeasurement:
-    """Accuracies in [0, 1] and mean cross-entropies on ``num_examples`` images; ``wci`` where it was asked for."""
+    """Accuracies in [0, 1], mean cross-entropies on ``num_examples`` images, ``wci`` where asked for."""
 
     num_examples: int
     clean_accuracy: float
@@ -61,23 +62,26 @@ def measure_accuracy(
     """Measure a model on images, clean and under PGD.
 
     Args:
-        model: Maps images in [0, 1] to logits; float32 is used even where Accelerate prepared it for bfloat16.
+        model: Maps images in [0, 1] to logits; in float32 even where Accelerate prepared it for bfloat16.
         batches: ``(x, y, index)``, all of them on every process; process r takes each batch r, r + world, ...
         threat, num_steps, step_size, num_restarts: Of the attack, see ``attacks.pgd``; it starts at random.
         seed: Of the random starts and of the trace estimator's signs.
-        layers: Tensors of which to measure the Gauss–Newton trace at the adversarial examples: one backward more.
+        layers: Tensors whose Gauss–Newton trace is measured at the adversarial examples, one backward more.
         accelerator: Adds up over processes; None for one.
 
     Raises:
         ValueError: ``batches`` is empty.
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    rows: list[tuple[Tensor, Tensor]] = []  # one a batch: [5] sums, and [K, 1 + L] trace samples with their weights
+    # One a batch: [5] sums, and [K, 1 + L] trace samples with their weights.
+    rows: list[tuple[Tensor, Tensor]] = []
     with undisturbed(model, training=False), full_precision(model):
         for number, (x, y, _) in enumerate(batches):
             if number % world == rank:
                 generator = generator_from(x.device, seed, "evaluation", number)
-                rows.append(_measure_batch(model, x, y, threat, num_steps, step_size, num_restarts, generator, layers))
+                rows.append(
+                    _measure_batch(model, x, y, threat, num_steps, step_size, num_restarts, generator, layers)
+                )
     if accelerator is not None and world > 1:
         rows = _gather(rows, accelerator)
     if not rows:
@@ -102,7 +106,7 @@ def _measure_batch(
     generator: torch.Generator,
     layers: Mapping[str, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (number, clean correct, clean loss, robust correct, robust loss) [5], and trace samples [K, 1 + L]."""
+    """Return number, clean correct and loss, robust correct and loss [5], and trace samples [K, 1 + L]."""
 
     def losses(images: Tensor) -> Tensor:
         return F.cross_entropy(model(images).float(), y, reduction="none")

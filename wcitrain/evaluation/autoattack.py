@@ -1,12 +1,12 @@
 """AutoAttack (Croce & Hein 2020, arXiv 2003.01690) stage by stage, through the package ``pyautoattack``.
 
-The parts run in the order, with the settings, seeds and batches of ``AutoAttack.run_standard_evaluation``, so that every flag
-is the one it would give; between them the evaluation saves how far it is, which upstream's own state file does not allow (it
-cannot be read back). Different from upstream:
+The parts run in the order, with the settings, seeds and batches of ``AutoAttack.run_standard_evaluation``, so
+that every flag is the one it would give; between them the evaluation saves how far it is, which upstream's
+own state file does not allow (it cannot be read back). Different from upstream:
 
 - Target classes are at most the number of classes less one; upstream stops with an index error.
-- Parts that few classes make impossible are left out and named: ``apgd-dlr`` needs three classes, ``apgd-t`` four.
-- Chosen parts run with the settings of the standard version; upstream's "custom" has five restarts of APGD and FAB.
+- Parts that few classes make impossible are left out and named: ``apgd-dlr`` needs three, ``apgd-t`` four.
+- Chosen parts run with the settings of the standard version; upstream's "custom" restarts five times.
 - Parameters take no gradient meanwhile (FAB calls ``backward``, which would add to ``.grad``).
 
 Random numbers are drawn for a batch, so flags depend on the batch size a little, upstream's too.
@@ -39,14 +39,19 @@ def require_autoattack() -> Any:
         if error.name != "pyautoattack":
             raise
         raise ModuleNotFoundError(
-            "attacks: got autoattack, but the package pyautoattack is not installed; expected it. "
-            'pip install "wcitrain[eval]"',
+            'attacks: got autoattack; expected the package pyautoattack. pip install "wcitrain[eval]"',
             name="pyautoattack",
         ) from error
 
 
 def autoattack_stages(
-    plan: EnsemblePlan, model: nn.Module, threat: ThreatModel, *, num_classes: int, seed: int, device: torch.device
+    plan: EnsemblePlan,
+    model: nn.Module,
+    threat: ThreatModel,
+    *,
+    num_classes: int,
+    seed: int,
+    device: torch.device,
 ) -> tuple[list[Stage], tuple[str, ...]]:
     """Return AutoAttack's parts, and one sentence for each that was left out.
 
@@ -77,7 +82,9 @@ def autoattack_stages(
         if name not in kept
     )
     if not kept:
-        raise ValueError(f"{plan.name}: {'; '.join(notes)}; expected a part that can run. Add apgd-ce or fab-t.")
+        raise ValueError(
+            f"{plan.name}: {'; '.join(notes)}; expected a part that can run. Add apgd-ce or fab-t."
+        )
     restarts = adversary.fab.n_restarts
     return [
         _stage(adversary, name, 1 if "fab-t" in kept[: kept.index(name)] else restarts, seed) for name in kept
@@ -85,7 +92,7 @@ def autoattack_stages(
 
 
 def _stage(adversary: Any, name: str, fab_restarts: int, seed: int) -> Stage:
-    """Return one part, set up as upstream has it when its turn comes (fab after fab-t keeps fab-t's single restart)."""
+    """Return one part, set up as upstream has it at its turn (fab after fab-t keeps its single restart)."""
 
     def attack(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
         if name == "apgd-t":

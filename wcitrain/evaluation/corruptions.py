@@ -1,15 +1,15 @@
-"""Common corruptions of images in [0, 1], five severities each (Hendrycks & Dietterich 2019, arXiv 1903.12261).
+"""Common corruptions of images in [0, 1], in five severities (Hendrycks & Dietterich, arXiv 1903.12261).
 
-Legend: B images x [B, C, H, W], s severity 1..5, c the constants of a severity, u random numbers of an example.
+Legend: B images x [B, C, H, W], s severity 1..5, c constants of a severity, u random numbers of an example.
 
-The constants are those of CIFAR-10-C, made for images of 32 by 32 pixels; on larger images they are mild. The images are *not*
-the released CIFAR-10-C files: these functions compute in float without rounding to 8 bits (JPEG alone rounds), draw other
-random numbers, and filter with torch (OpenCV, scikit-image, ImageMagick and Pillow there), so compare with published numbers
-on the released files only. Glass blur, elastic transform, snow, frost and spatter are left out; ``gaussian_blur`` and
-``saturate`` are among the authors' four extra ones.
+The constants are those of CIFAR-10-C, made for images of 32 by 32 pixels; on larger images they are mild. The
+images are *not* the released CIFAR-10-C files: these functions compute in float without rounding to 8 bits
+(JPEG alone rounds), draw other random numbers, and filter with torch (OpenCV, scikit-image, ImageMagick and
+Pillow there), so compare with published numbers on the released files only. Glass blur, elastic transform,
+snow, frost and spatter are left out; ``gaussian_blur`` and ``saturate`` are two of the authors' extra ones.
 
-Random numbers are functions of (seed, corruption, place of the example), not of severity or batch: severities differ by their
-constants alone (except shot noise, whose counts are drawn anew).
+Random numbers are functions of (seed, corruption, place of the example), not of severity or batch: severities
+differ by their constants alone (except shot noise, whose counts are drawn anew).
 """
 
 import math
@@ -26,9 +26,8 @@ from wcitrain.seeding import generator_from
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-Draw = Callable[
-    [Callable[[torch.Generator], Tensor]], Tensor
-]  # one call per example, stacked [B, ...] on the images' device
+# One call per example, stacked [B, ...] on the images' device.
+Draw = Callable[[Callable[[torch.Generator], Tensor]], Tensor]
 
 
 def gaussian_noise(x: Tensor, s: int, draw: Draw) -> Tensor:
@@ -78,7 +77,9 @@ def motion_blur(x: Tensor, s: int, draw: Draw) -> Tensor:
     down, right = (torch.sin(angle) * steps).round().long(), (torch.cos(angle) * steps).round().long()
     kernel = torch.zeros(len(x), 2 * radius + 1, 2 * radius + 1)
     which = torch.arange(len(x))[:, None].expand_as(down)
-    kernel.index_put_((which, down + radius, right + radius), (weight / weight.sum()).expand_as(down), accumulate=True)
+    kernel.index_put_(
+        (which, down + radius, right + radius), (weight / weight.sum()).expand_as(down), accumulate=True
+    )
     return _filtered(x, kernel.to(x), "replicate")
 
 
@@ -120,7 +121,7 @@ def contrast(x: Tensor, s: int, draw: Draw) -> Tensor:
 
 
 def saturate(x: Tensor, s: int, draw: Draw) -> Tensor:
-    """c_0 S + c_1 for the saturation S of HSV; first less of it, from severity 3 on more. Gray counts as red, whose hue is 0."""
+    """c_0 S + c_1 for the saturation S of HSV: first less, from severity 3 on more. Gray counts as red."""
     factor, shift = ((0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2))[s - 1]
     value = x.amax(1, keepdim=True)
     depth = value - x  # V S k_i, where k depends on the hue alone
@@ -133,7 +134,9 @@ def saturate(x: Tensor, s: int, draw: Draw) -> Tensor:
 def pixelate(x: Tensor, s: int, draw: Draw) -> Tensor:
     """Down to a share c of the side and back up, by Pillow's box filter both times."""
     c = (0.95, 0.9, 0.85, 0.75, 0.65)[s - 1]
-    rows, columns = (_box(side, small) @ _box(small, side) for side in x.shape[2:] if (small := max(1, int(c * side))))
+    rows, columns = (
+        _box(side, small) @ _box(small, side) for side in x.shape[2:] if (small := max(1, int(c * side)))
+    )
     return torch.einsum("ih,bchw,wj->bcij", rows.T.to(x), x, columns.to(x))
 
 
@@ -170,8 +173,8 @@ def chosen_corruptions(names: Sequence[str] | str, num_channels: int) -> tuple[s
     """Return corruptions by name; ``"all"`` is what images of so many channels can have.
 
     Raises:
-        ValueError: An unknown name, ``"all"`` beside others, or a name for colour images only with images of another number
-            of channels.
+        ValueError: An unknown name, ``"all"`` beside others, or a name for colour images only with images of
+            another number of channels.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     possible = [name for name in CORRUPTIONS if num_channels == 3 or name not in COLOUR_ONLY]
@@ -185,7 +188,7 @@ def chosen_corruptions(names: Sequence[str] | str, num_channels: int) -> tuple[s
         if name not in possible:
             why = f" of images with {num_channels} channels" if name in CORRUPTIONS else ""
             raise ValueError(
-                f"corruptions: got {name!r}{why}; expected all, or some of {', '.join(possible)}. Choose from these."
+                f"corruptions: got {name!r}{why}; expected all, or some of {', '.join(possible)}."
             )
     return tuple(dict.fromkeys(names))
 
@@ -196,7 +199,7 @@ def corrupt(
     """Return corrupted images, in [0, 1].
 
     Args:
-        x: Images [B, C, H, W] in [0, 1]; not modified. ``jpeg`` needs one or three channels, ``saturate`` three.
+        x: Images [B, C, H, W] in [0, 1]; not modified. ``jpeg`` needs 1 or 3 channels, ``saturate`` 3.
         name: One of ``CORRUPTIONS``.
         severity: 1 to 5.
         places: Place of each image in its set, which decides its random numbers; 0 to B - 1 by default.
@@ -224,14 +227,15 @@ def corrupt(
 def _filtered(x: Tensor, kernels: Tensor, padding: str) -> Tensor:
     """Return images [B, C, H, W] correlated with a kernel [B, k, k] of odd side each."""
     num, channels, side = len(x), x.shape[1], kernels.shape[-1] // 2
-    mode = padding if min(x.shape[2:]) > side else "replicate"  # a reflection needs more pixels than it mirrors
+    # A reflection needs more pixels than it mirrors.
+    mode = padding if min(x.shape[2:]) > side else "replicate"
     padded = F.pad(x, (side,) * 4, mode=mode)
     weight = kernels.repeat_interleave(channels, 0)[:, None]
     return F.conv2d(padded.reshape(1, -1, *padded.shape[2:]), weight, groups=num * channels).reshape(x.shape)
 
 
 def _box(num: int, new: int) -> Tensor:
-    """Return the matrix [num, new] that resizes a row: new pixel j is the mean of the pixels whose centres lie in its place."""
+    """Return the matrix [num, new] of a resize: each new pixel is the mean of those centred in its place."""
     scale = num / new
     distance = (torch.arange(num)[:, None] + 0.5 - (torch.arange(new) + 0.5) * scale) / max(scale, 1)
     weight = ((distance > -0.5 + 1e-6) & (distance <= 0.5 + 1e-6)).float()
@@ -239,10 +243,10 @@ def _box(num: int, new: int) -> Tensor:
 
 
 def _plasma(u: Tensor, decay: float) -> Tensor:
-    """Return a height map in [0, 1] for noise ``u`` [B, S, S] in [-1, 1], S a power of two: diamond-square on a torus.
+    """Return a height map in [0, 1] on a torus, from noise ``u`` [B, S, S] in [-1, 1], S a power of two.
 
-    Each point is the mean of its four neighbours at a distance h plus w² u, first diagonal ones, then upright ones; then h
-    halves and w, at first 100, is divided by ``decay`` (Fournier, Fussell & Carpenter 1982).
+    Diamond-square: each point is the mean of its four neighbours at a distance h plus w² u, first diagonal,
+    then upright ones; then h halves and w, at first 100, is divided by ``decay`` (Fournier et al. 1982).
     """
     height, step, w = torch.zeros_like(u), u.shape[1], 100.0
     while step >= 2:

@@ -11,16 +11,19 @@ from wcitrain.evaluation.intervals import wilson_interval
 DPI = 150
 INK = "#333333"
 MARKERS, LINES = "osD^vP", ("-", "--", "-.", ":")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everybody
+# Okabe and Ito: told apart by everybody.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def accuracy_curve(evaluation: Evaluation, norm: Norm, title: str) -> Figure:
-    """Return a figure of the accuracies within the balls of one norm, from the clean one at radius 0; bars are 95 % intervals.
+    """Return a figure of the accuracies within the balls of one norm, from the clean one at radius 0.
 
-    With several attacks the worst case of each radius is black. Points at one radius are drawn beside each other. pyplot knows
-    nothing about the figure.
+    Bars are 95 % intervals. With several attacks the worst case of each radius is black. Points at one radius
+    are drawn beside each other. pyplot knows nothing about the figure.
     """
-    threats = sorted((t for t in evaluation.threats if t.norm == norm and t.eps > 0), key=lambda threat: threat.eps)
+    threats = sorted(
+        (t for t in evaluation.threats if t.norm == norm and t.eps > 0), key=lambda threat: threat.eps
+    )
     attacks = list(dict.fromkeys(r.attack for r in evaluation.attacks if r.threat in threats))
     figure = Figure(figsize=(7, 4.5), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -30,7 +33,9 @@ def accuracy_curve(evaluation: Evaluation, norm: Norm, title: str) -> Figure:
     names = [*attacks, *([WORST] if len(attacks) > 1 else [])]
     apart = min(0.008 * radii.max(), 0.5 * np.diff(radii).min(initial=1.0) / len(names))
     for k, name in enumerate(names):
-        flags = [evaluation.worst(t) if name == WORST else evaluation.result(t, name).is_robust for t in threats]
+        flags = [
+            evaluation.worst(t) if name == WORST else evaluation.result(t, name).is_robust for t in threats
+        ]
         shares = np.array([float(values.double().mean()) for values in (evaluation.is_clean, *flags)])
         ends = np.array([wilson_interval(float(share), evaluation.num_examples) for share in shares])
         reach = np.abs(ends.T - shares)

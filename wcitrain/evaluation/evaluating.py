@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wcitrain.attacks import ThreatModel, attack_loss
+from wcitrain.digest import digest
 from wcitrain.evaluation import preflight as checks
 from wcitrain.evaluation.autoattack import autoattack_stages, require_autoattack
 from wcitrain.evaluation.corruptions import SEVERITIES, chosen_corruptions, corrupt
@@ -20,7 +21,7 @@ from wcitrain.evaluation.evaluation import AttackResult, Evaluation
 from wcitrain.evaluation.findings import Finding, PreflightWarning
 from wcitrain.evaluation.naming import EnsemblePlan, GradientPlan, Plan, parse_attack
 from wcitrain.evaluation.stages import gradient_stages, is_right, run_stages
-from wcitrain.evaluation.state import AttackState, digest, model_digest
+from wcitrain.evaluation.state import AttackState, model_digest
 from wcitrain.measures.examples import Examples
 from wcitrain.params import unwrapped
 from wcitrain.preserve import full_precision, undisturbed
@@ -44,35 +45,32 @@ def evaluate(
     progress: bool = True,
     preflight: Preflight = "raise",
 ) -> Evaluation:
-    """Measure a model's accuracy, clean, under every attack within every threat model, and on corrupted images.
+    """Measure a model's accuracy: clean, under every attack within every threat model, and corrupted.
 
-    An example is robust when the model is right on it without an attack and at the final iterate of every restart; only
-    examples that are still robust are attacked further (the first restart attacks all, for the mean loss). Logits that are
-    not finite are wrong. The model is run in
-    eval mode and float32 and left as it was: modes, buffers, gradients, ``requires_grad``, random state, also on exceptions.
+    An example is robust when the model is right on it without an attack and at the final iterate of every
+    restart; only examples that are still robust are attacked further (the first restart attacks all, for the
+    mean loss). Logits that are not finite are wrong. The model is run in eval mode and float32 and left as it
+    was: modes, buffers, gradients, ``requires_grad``, random state, also on exceptions.
 
     Args:
-        model: Maps images in [0, 1] to logits [B, C], C >= 2; DistributedDataParallel and ``torch.compile`` are looked through.
+        model: Maps images in [0, 1] to logits [B, C], C >= 2; DDP and ``torch.compile`` are looked through.
         data: Iterable of (x, y, ...); all of it, or the first ``num_examples``, is kept in memory.
         threats: One threat model or several; several radii of one norm are a curve.
         attacks: Names, see ``parse_attack``: ``"pgd-20"``, ``"margin-100x5"``, ``"autoattack"``, ...
         corruptions: Names, see ``CORRUPTIONS``, or ``"all"``; all five severities are taken.
         num_examples: At least 1; None for all.
-        batch_size: At least 1. Gradient attacks do not depend on it beyond rounding; AutoAttack draws random numbers by batch
-            and does, a little.
+        batch_size: At least 1. Gradient attacks do not depend on it beyond rounding; AutoAttack draws random
+            numbers by batch and does, a little.
         seed: Of starts, AutoAttack and corruptions.
-        folder: Where the state of every attack is kept; the same call goes on from there after a kill, if weights, images,
-            settings, versions and the losses without an attack are the same. None keeps nothing.
+        folder: Where the state of every attack is kept; the same call goes on from there after a kill, if
+            weights, images, settings, versions and the losses without an attack are the same.
         device: Where to compute; by default where the model is. A model that is moved for it is moved back.
         progress: Show bars on a terminal.
-        preflight: ``"raise"``: findings that make the numbers meaningless stop before any attack, the others warn. ``"warn"``:
-            all warn. ``"off"``: no checks. All findings are in the result.
-
-    Returns:
-        Flags of every example, see ``Evaluation``.
+        preflight: ``"raise"``: findings that make the numbers meaningless stop before any attack, the others
+            warn. ``"warn"``: all warn. ``"off"``: no checks. All findings are in the result.
 
     Raises:
-        ValueError: An unknown attack or corruption, no or wrong examples, a model of another precision, a finding.
+        ValueError: Unknown attack or corruption, no or wrong examples, another precision, a finding.
         TypeError: Threats that are none.
         ModuleNotFoundError: AutoAttack without the package pyautoattack.
 
@@ -81,12 +79,15 @@ def evaluate(
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
         >>> x = torch.rand(20, 1, 4, 4)
         >>> y = model(x).argmax(1)
-        >>> result = evaluate(model, [(x, y)], ThreatModel("linf", 0.1), attacks="pgd-5", preflight="off", progress=False)
+        >>> threat = ThreatModel("linf", 0.1)
+        >>> result = evaluate(model, [(x, y)], threat, attacks="pgd-5", preflight="off", progress=False)
         >>> result.clean_accuracy, result.robust_accuracy() < 1
         (1.0, True)
     """
     plans = _plans(attacks)
-    balls: tuple[Any, ...] = (threats,) if isinstance(threats, ThreatModel | str) else tuple(dict.fromkeys(threats))
+    balls: tuple[Any, ...] = (
+        (threats,) if isinstance(threats, ThreatModel | str) else tuple(dict.fromkeys(threats))
+    )
     _check_settings(balls, plans, num_examples, batch_size, preflight)
     x, y = _examples(data, num_examples, batch_size)
     names = chosen_corruptions(corruptions, x.shape[1]) if corruptions else ()
@@ -97,7 +98,10 @@ def evaluate(
         num_classes = _num_classes(module, first, y, plans)
         is_clean, clean_losses, is_finite = _clean(module, x, y, batch_size, seed, place)
         if preflight != "off":
-            some = [*checks.check_logits(is_finite), *checks.before(module, first, labels, plans, flags, seed)]
+            some = [
+                *checks.check_logits(is_finite),
+                *checks.before(module, first, labels, plans, flags, seed),
+            ]
             found += some
             _tell(some, preflight)
         versions = {"torch": torch.__version__, "wcitrain": version("wcitrain")}
@@ -115,7 +119,9 @@ def evaluate(
                     _attack(module, x, y, threat, plan, state, batch_size, num_classes, seed, place, progress)
                 )
         corrupted = _corrupted(module, x, y, names, batch_size, seed, place, progress)
-    evaluation = Evaluation(y, is_clean, clean_losses, tuple(results), corrupted, images, settings, tuple(found))
+    evaluation = Evaluation(
+        y, is_clean, clean_losses, tuple(results), corrupted, images, settings, tuple(found)
+    )
     if preflight == "off":
         return evaluation
     _tell(some := checks.after(evaluation, num_classes), "warn")
@@ -137,13 +143,17 @@ def _check_settings(
     for threat in threats:
         if not isinstance(threat, ThreatModel):
             raise TypeError(
-                f'threats: got {threat!r}; expected a ThreatModel, or several. Give ThreatModel("linf", 8 / 255).'
+                f"threats: got {threat!r}; expected a ThreatModel, or several. "
+                'Give ThreatModel("linf", 8 / 255).'
             )
     if plans and not threats:
-        raise ValueError("threats: got none; expected a ThreatModel, or several. Give one, or attacks=() for none.")
+        raise ValueError(
+            "threats: got none; expected a ThreatModel, or several. Give one, or attacks=() for none."
+        )
     if (num_examples is not None and num_examples < 1) or batch_size < 1:
         raise ValueError(
-            f"evaluate: got num_examples={num_examples}, batch_size={batch_size}; expected at least 1 (num_examples=None for all)."
+            f"evaluate: got num_examples={num_examples}, batch_size={batch_size}; expected at least 1 "
+            "(num_examples=None for all)."
         )
     if preflight not in ("raise", "warn", "off"):
         raise ValueError(f"preflight: got {preflight!r}; expected 'raise', 'warn' or 'off'. Choose one.")
@@ -157,8 +167,8 @@ def _examples(data: Iterable[Any], num_examples: int | None, batch_size: int) ->
     x, y = torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
     if not x.is_floating_point() or x.ndim != 4 or y.ndim != 1 or y.is_floating_point():
         raise ValueError(
-            f"data: got images {tuple(x.shape)} of {x.dtype} and labels {tuple(y.shape)} of {y.dtype}; expected [B, C, H, W] in "
-            "[0, 1], and class numbers [B]. Divide levels by 255."
+            f"data: got images {tuple(x.shape)} of {x.dtype} and labels {tuple(y.shape)} of {y.dtype}; "
+            "expected [B, C, H, W] in [0, 1], and class numbers [B]. Divide levels by 255."
         )
     return x.float(), y.long()
 
@@ -167,15 +177,16 @@ def _examples(data: Iterable[Any], num_examples: int | None, batch_size: int) ->
 def _attackable(
     model: nn.Module, device: torch.device | str | None
 ) -> Iterator[tuple[nn.Module, torch.device, list[bool]]]:
-    """Yield the user's own module in eval mode and float32 on the device, frozen, and the modes it was in; put all back."""
+    """Yield the user's own module in eval mode, float32 and frozen, and its modes; put all back."""
     module = unwrapped(model)
     parameters = list(module.parameters())
     home = next((p.device for p in parameters), torch.device("cpu"))
     place = home if device is None else torch.device(device)
     others = sorted({str(p.dtype) for p in parameters if p.is_floating_point() and p.dtype != torch.float32})
     if others:
-        raise ValueError(f"model: got parameters in {', '.join(others)}; expected float32, whose gradients attacks need. "
-                         "Call model.float() first.")  # fmt: skip
+        raise ValueError(
+            f"model: got parameters in {', '.join(others)}; expected float32. Call model.float() first."
+        )
     flags = [m.training for m in module.modules()]
     frozen = [p.requires_grad for p in parameters]
     if place != home:
@@ -199,12 +210,12 @@ def _num_classes(model: nn.Module, x: Tensor, y: Tensor, plans: Sequence[Plan]) 
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ValueError(
-            f"model: got {got} for {len(x)} images; expected logits [{len(x)}, C] with C >= 2. Wrap the model."
+            f"model: got {got} for {len(x)} images; expected logits [{len(x)}, C], C >= 2. Wrap it."
         )
     if int(y.min()) < 0 or int(y.max()) >= logits.shape[1]:
         raise ValueError(
-            f"data: got labels {int(y.min())} to {int(y.max())} for a model of {logits.shape[1]} classes; expected 0 to "
-            f"{logits.shape[1] - 1}. Is this the data it was trained on?"
+            f"data: got labels {int(y.min())} to {int(y.max())} for a model of {logits.shape[1]} classes; "
+            f"expected 0 to {logits.shape[1] - 1}. Is this the data it was trained on?"
         )
     for loss in {plan.loss for plan in plans if isinstance(plan, GradientPlan)}:
         attack_loss(loss)(logits[:1], y[:1].to(logits.device))
@@ -215,7 +226,7 @@ def _num_classes(model: nn.Module, x: Tensor, y: Tensor, plans: Sequence[Plan]) 
 def _clean(
     model: nn.Module, x: Tensor, y: Tensor, batch_size: int, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return without an attack, [N] each: whether it is right, the cross-entropy, and whether the logits are finite."""
+    """Return without an attack, [N] each: is it right, the cross-entropy, are the logits finite."""
     torch.manual_seed(seed_from(seed, "clean"))  # a randomised model: the same after a kill
     rows = []
     for images, labels in zip(x.split(batch_size), y.to(device).split(batch_size), strict=True):
@@ -242,12 +253,26 @@ def _attack(
     """Run what is left of one attack."""
     notes: tuple[str, ...] = ()
     if isinstance(plan, EnsemblePlan):
-        stages, notes = autoattack_stages(plan, model, threat, num_classes=num_classes, seed=seed, device=device)
+        stages, notes = autoattack_stages(
+            plan, model, threat, num_classes=num_classes, seed=seed, device=device
+        )
     else:
         stages = gradient_stages(plan, model, threat, seed)
     with tqdm(unit=" images", desc=f"{plan.name} {threat}", disable=None if progress else True) as bar:
-        run_stages(stages, model, x, y, state, threat=threat, batch_size=batch_size, device=device, seed=seed, bar=bar)
-    after = {stage.name: share for stage, share in zip(stages, state.after, strict=False)}  # stops when none is left
+        run_stages(
+            stages,
+            model,
+            x,
+            y,
+            state,
+            threat=threat,
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            bar=bar,
+        )
+    # Not strict: stages stop when no robust example is left.
+    after = {stage.name: share for stage, share in zip(stages, state.after, strict=False)}
     return AttackResult(threat, plan.name, state.is_robust, state.losses, after, state.furthest, notes)
 
 
@@ -284,6 +309,8 @@ def _tell(findings: Sequence[Finding], preflight: str) -> None:
     """Raise or warn."""
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors and preflight == "raise":
-        raise ValueError("preflight: " + " ".join(map(str, errors)) + " (preflight='warn' evaluates nevertheless.)")
+        raise ValueError(
+            "preflight: " + " ".join(map(str, errors)) + " (preflight='warn' evaluates nevertheless.)"
+        )
     for finding in findings:
         warnings.warn(str(finding), PreflightWarning, stacklevel=3)

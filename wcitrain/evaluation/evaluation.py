@@ -1,4 +1,4 @@
-"""``Evaluation``: who survived what, example by example; its table, its file, and the comparison of two models."""
+"""``Evaluation``: who survived what, example by example; its table and file, and two models compared."""
 
 import json
 import math
@@ -30,7 +30,7 @@ class AttackResult:
         threat: Norm and radius.
         attack: Name, see ``parse_attack``.
         is_robust: Truth values [N]: right without an attack and after every restart or part of it.
-        losses: Cross-entropies [N] of all examples after the first restart of a gradient attack (NaN for AutoAttack).
+        losses: Cross-entropies [N] of all examples after a gradient attack's first restart (AutoAttack: NaN).
         after: Robust accuracy after each restart or part, by its name.
         furthest: Longest perturbation that fooled the model, in the threat's norm.
         notes: What was left out, and why.
@@ -51,7 +51,7 @@ class AttackResult:
 
     @property
     def is_on_cross_entropy(self) -> bool:
-        """Whether it raises the loss that is in ``losses``: after an attack on another one they are not its maximum."""
+        """Whether it raises the loss in ``losses``, which are not its maximum after an attack on another."""
         return self.attack.startswith(("pgd-", "fgsm"))
 
 
@@ -108,35 +108,48 @@ class Evaluation:
         raise KeyError(f"{attack} within {threat}")
 
     def worst(self, *threats: ThreatModel) -> Tensor:
-        """Return truth values [N]: robust to every attack within every one of ``threats`` (all of them by default)."""
+        """Return truth values [N]: robust to every attack within each of ``threats`` (by default all)."""
         flags = [r.is_robust for r in self.attacks if not threats or r.threat in threats]
         return torch.stack([self.is_clean, *flags]).all(0)
 
     def robust_accuracy(self, *threats: ThreatModel) -> float:
-        """Return the share that survives every attack within every one of ``threats`` (all of them by default)."""
+        """Return the share that survives every attack within each of ``threats`` (by default all)."""
         return _share(self.worst(*threats))
 
     def corrupted_accuracy(self) -> float:
         """Mean accuracy over corruptions and severities; NaN without any."""
-        return float(np.mean([_share(flags) for flags in self.corrupted.values()])) if self.corrupted else math.nan
+        return (
+            float(np.mean([_share(flags) for flags in self.corrupted.values()]))
+            if self.corrupted
+            else math.nan
+        )
 
     def table(self) -> str:
-        """Return accuracies in per cent with 95 % intervals (Wilson), and mean losses (bootstrap), one row an attack.
+        """Return accuracies in per cent and mean losses, with 95 % intervals, one row an attack.
 
-        The loss is the cross-entropy of all examples after the first restart, for attacks on it.
+        Intervals of accuracies are Wilson's, those of losses from a bootstrap. The loss is the cross-entropy
+        of all examples after the first restart, for attacks on it.
         """
         rows = [("", CLEAN, *self._numbers(self.is_clean, self.clean_losses))]
         for threat in self.threats:
             results = [result for result in self.attacks if result.threat == threat]
             rows += [
-                (str(threat), r.attack, *self._numbers(r.is_robust, r.losses if r.is_on_cross_entropy else None))
+                (
+                    str(threat),
+                    r.attack,
+                    *self._numbers(r.is_robust, r.losses if r.is_on_cross_entropy else None),
+                )
                 for r in results
             ]
             if len(results) > 1:
                 rows.append((str(threat), WORST, *self._numbers(self.worst(threat))))
         if len(self.threats) > 1:
             rows.append(("all threats", WORST, *self._numbers(self.worst())))
-        loss = "CE, first restart" if any(len(r.after) > 1 for r in self.attacks if r.is_on_cross_entropy) else "CE"
+        loss = (
+            "CE, first restart"
+            if any(len(r.after) > 1 for r in self.attacks if r.is_on_cross_entropy)
+            else "CE"
+        )
         text = _aligned(("threat", "attack", "accuracy %", "95 % interval", loss, "95 % interval"), rows)
         return "\n\n".join([text, *([self._corruption_table()] if self.corrupted else [])])
 
@@ -182,10 +195,16 @@ class Evaluation:
                 }
                 for r in self.attacks
             ],
-            "worst_case": [{"threat": asdict(threat), **share(self.worst(threat))} for threat in self.threats],
+            "worst_case": [
+                {"threat": asdict(threat), **share(self.worst(threat))} for threat in self.threats
+            ],
             "worst_case_of_all": share(self.worst()),
             "corruptions": {
-                name: {str(severity): _share(flags) for (n, severity), flags in self.corrupted.items() if n == name}
+                name: {
+                    str(severity): _share(flags)
+                    for (n, severity), flags in self.corrupted.items()
+                    if n == name
+                }
                 for name, _ in self.corrupted
             },
             "corrupted_accuracy": _finite(self.corrupted_accuracy()),
@@ -193,14 +212,19 @@ class Evaluation:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write flags, losses, labels and indices as .npz with a JSON header; nothing in it is pickled. Return the path."""
+        """Write flags, losses, labels and indices as .npz with a JSON header, no pickle; return the path."""
         path = Path(path)
         header = {
             "format": FORMAT,
             "digest": self.digest,
             "settings": dict(self.settings),
             "attacks": [
-                {"threat": asdict(r.threat), "attack": r.attack, "after": dict(r.after), "furthest": r.furthest}
+                {
+                    "threat": asdict(r.threat),
+                    "attack": r.attack,
+                    "after": dict(r.after),
+                    "furthest": r.furthest,
+                }
                 | {"notes": list(r.notes)}
                 for r in self.attacks
             ],
@@ -238,7 +262,15 @@ class Evaluation:
             found = header["format"]
             if found == FORMAT:
                 return cls._of(header, {key: torch.from_numpy(value) for key, value in arrays.items()})
-        except (ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise ValueError(
                 f"{path}: got another file ({error}); expected one of Evaluation.save. Check the path."
             ) from error
@@ -263,7 +295,9 @@ class Evaluation:
                 )
                 for k, row in enumerate(header["attacks"])
             ),
-            corrupted={(name, s): tensors[f"corrupted_{k}"] for k, (name, s) in enumerate(header["corruptions"])},
+            corrupted={
+                (name, s): tensors[f"corrupted_{k}"] for k, (name, s) in enumerate(header["corruptions"])
+            },
             digest=header["digest"],
             settings=header["settings"],
             findings=tuple(Finding(**finding) for finding in header["findings"]),
@@ -279,7 +313,7 @@ class Comparison:
     num_examples: int
 
     def table(self) -> str:
-        """Return one row a threat and attack: accuracies in per cent, examples only one gets right, p-value."""
+        """Return one row a threat and attack: accuracies in %, examples only one gets right, p-value."""
         rows = []
         for threat, attack, a, b, test in self.rows:
             shares = f"{100 * a:.1f}", f"{100 * b:.1f}", f"{100 * (b - a):+.1f}"
@@ -288,18 +322,18 @@ class Comparison:
 
 
 def compare(a: Evaluation, b: Evaluation) -> Comparison:
-    """Compare two models on the same examples with McNemar's exact test: clean, and under every attack that both met.
+    """Compare two models on the same examples with McNemar's exact test.
 
-    The worst case of a threat is compared where both met the same attacks in it. The p-values are not corrected for their
-    number.
+    Clean, and under every attack that both met. The worst case of a threat is compared where both met the
+    same attacks in it. The p-values are not corrected for their number.
 
     Raises:
         ValueError: The examples differ (labels, or the digest of the images), or no attack is shared.
     """
     if a.labels.shape != b.labels.shape or not torch.equal(a.labels, b.labels) or a.digest != b.digest:
         raise ValueError(
-            f"compare: got evaluations of {a.num_examples} and {b.num_examples} examples that are not the same images "
-            "and labels in the same order; expected the same. Evaluate both on the same split, data and number of examples."
+            f"compare: got evaluations of {a.num_examples} and {b.num_examples} examples that are not the "
+            "same images and labels in the same order; expected the same. Evaluate both on one split."
         )
     pairs = [("", CLEAN, a.is_clean, b.is_clean)]
     for threat in a.threats:
@@ -310,9 +344,11 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
     if len(pairs) == 1 and (a.attacks or b.attacks):
         met = ["; ".join(f"{r.attack} {r.threat}" for r in e.attacks) or "none" for e in (a, b)]
         raise ValueError(
-            f"compare: got attacks {met[0]} and {met[1]}; expected a shared one. Evaluate both under one attack."
+            f"compare: got attacks {met[0]} and {met[1]}; expected a shared one. Evaluate under one."
         )
-    return Comparison(tuple((t, n, _share(f), _share(g), mcnemar(f, g)) for t, n, f, g in pairs), a.num_examples)
+    return Comparison(
+        tuple((t, n, _share(f), _share(g), mcnemar(f, g)) for t, n, f, g in pairs), a.num_examples
+    )
 
 
 def _share(flags: Tensor) -> float:
@@ -331,7 +367,8 @@ def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     left = [k < 2 and not any(row[k].replace(".", "").isdigit() for row in rows) for k in range(len(head))]
     lines = (
         "  ".join(
-            cell.ljust(w) if is_left else cell.rjust(w) for cell, w, is_left in zip(row, widths, left, strict=True)
+            cell.ljust(w) if is_left else cell.rjust(w)
+            for cell, w, is_left in zip(row, widths, left, strict=True)
         )
         for row in [head, *rows]
     )

@@ -3,11 +3,14 @@
 import re
 from dataclasses import dataclass
 
+from wcitrain.attacks import ThreatModel
+
 COMPONENTS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")  # of AutoAttack
 
 NAMES = (
-    "fgsm; pgd-STEPS, margin-STEPS (also cw-STEPS) or dlr-STEPS, each with xRESTARTS where there are several, such as pgd-50x10; "
-    f"autoattack, autoattack-plus, autoattack-rand; autoattack:PARTS with parts of {'+'.join(COMPONENTS)}"
+    "fgsm; pgd-STEPS, margin-STEPS (also cw-STEPS) or dlr-STEPS, each with xRESTARTS where there are "
+    "several, such as pgd-50x10; autoattack, autoattack-plus, autoattack-rand; autoattack:PARTS with parts "
+    f"of {'+'.join(COMPONENTS)}"
 )
 _LOSSES = {"pgd": "ce", "margin": "margin", "cw": "margin", "dlr": "dlr"}
 
@@ -26,19 +29,19 @@ class GradientPlan:
         """Whether it starts at the image."""
         return self.name == "fgsm"
 
-    def step_size(self, eps: float) -> float:
-        """Return the length of a step: 2.5 eps / num_steps (Madry et al. 2018), eps for FGSM."""
-        return eps if self.is_fgsm else 2.5 * eps / self.num_steps
+    def step_size(self, threat: ThreatModel) -> float:
+        """Return the length of a step: ``ThreatModel.step_for`` (Madry et al. 2018), eps for FGSM."""
+        return threat.eps if self.is_fgsm else threat.step_for(self.num_steps)
 
     def includes(self, other: "GradientPlan") -> bool:
-        """Tell whether this is the stronger attack: the same loss, no fewer steps and restarts, not both the same."""
+        """Tell whether this is the stronger attack: same loss, no fewer steps and restarts, not equal."""
         mine, others = (self.num_steps, self.num_restarts), (other.num_steps, other.num_restarts)
         return self.loss == other.loss and mine != others and mine[0] >= others[0] and mine[1] >= others[1]
 
 
 @dataclass(frozen=True)
 class EnsemblePlan:
-    """AutoAttack: version ``standard``, ``plus`` or ``rand``; or ``components`` in their order, with the standard's settings."""
+    """AutoAttack ``standard``, ``plus`` or ``rand``, or ``components`` with the standard's settings."""
 
     name: str
     version: str = "standard"
@@ -52,9 +55,10 @@ def parse_attack(name: str) -> Plan:
     """Return what an attack's name stands for; the plan carries its one spelling (cw-20x1 is margin-20).
 
     Args:
-        name: ``"pgd-20"``: PGD with 20 steps on the cross-entropy; ``"pgd-50x10"``: ten restarts; ``"margin-100x5"``,
-            ``"dlr-20"``: on another loss (``attacks.ATTACK_LOSSES``); ``"fgsm"``; ``"autoattack"`` with ``"-plus"`` or
-            ``"-rand"``; ``"autoattack:apgd-ce+square"``: these parts of it, with the settings of the standard version.
+        name: ``"pgd-20"``: PGD with 20 steps on the cross-entropy; ``"pgd-50x10"``: ten restarts;
+            ``"margin-100x5"``, ``"dlr-20"``: on another loss (``attacks.ATTACK_LOSSES``); ``"fgsm"``;
+            ``"autoattack"`` with ``"-plus"`` or ``"-rand"``; ``"autoattack:apgd-ce+square"``: these parts of
+            it, with the settings of the standard version.
 
     Raises:
         ValueError: Not such a name; the message lists what there is.

@@ -1,8 +1,9 @@
 """Checks of a model under attack: what makes robust accuracies too high without anybody noticing.
 
-After Carlini et al. 2019 (arXiv 1902.06705, section 5), Athalye et al. 2018 (arXiv 1802.00420, section 3.1) and the checks of
-AutoAttack. ``before`` looks at one batch before any attack; ``after`` looks at the results, and never stops.
-Cost of ``before``: 7 forward passes, 2 backward ones and, for the attack with a huge radius, 40 more of both, on one batch.
+After Carlini et al. 2019 (arXiv 1902.06705, section 5), Athalye et al. 2018 (arXiv 1802.00420, section 3.1)
+and the checks of AutoAttack. ``before`` looks at one batch before any attack; ``after`` looks at the results,
+and never stops. Cost of ``before``: 7 forward passes, 2 backward ones and, for the attack with a huge radius,
+40 more of both, on one batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,8 +59,8 @@ def check_images(x: Tensor) -> list[Finding]:
     if low >= -1e-6 and high <= 1 + 1e-6:
         return []
     text = (
-        f"got images from {low:.3g} to {high:.3g}; expected [0, 1], where eps is measured and attacks clip. Put the normalisation "
-        "inside the model (create_model does), and give the images in [0, 1]."
+        f"got images from {low:.3g} to {high:.3g}; expected [0, 1], where eps is measured and attacks clip. "
+        "Put the normalisation inside the model (create_model does), and give the images in [0, 1]."
     )
     return [Finding("images_outside_box", "error", text)]
 
@@ -67,7 +68,10 @@ def check_images(x: Tensor) -> list[Finding]:
 def check_logits(is_finite: Tensor) -> list[Finding]:
     """Return the finding of clean images [N] whose logits are not finite; they count as wrong."""
     num = int((~is_finite).sum())
-    text = f"the model returns NaN or infinity on {num} of {len(is_finite)} clean images, which count as wrong. Check its weights."
+    text = (
+        f"the model returns NaN or infinity on {num} of {len(is_finite)} clean images, which count as wrong. "
+        "Check its weights."
+    )
     return [Finding("not_finite", "error", text)] if num else []
 
 
@@ -78,22 +82,24 @@ def _probabilities(logits: Tensor) -> Iterator[Finding]:
         yield Finding(
             "probabilities",
             "error",
-            "the outputs are between 0 and 1 and sum to one, as after a softmax; expected logits. A second softmax in the loss "
-            "flattens its gradient, so that attacks fail. Remove the softmax from the model.",
+            "the outputs are between 0 and 1 and sum to one, as after a softmax; expected logits. A second "
+            "softmax in the loss flattens its gradient, so that attacks fail. Remove the softmax from the "
+            "model.",
         )
     elif is_bounded:
         yield Finding(
             "probabilities",
             "warning",
-            "the outputs are all between 0 and 1, as after a sigmoid; expected logits. The softmax in the loss flattens their "
-            "gradient, so that attacks fail. Remove what bounds them from the model.",
+            "the outputs are all between 0 and 1, as after a sigmoid; expected logits. The softmax in the "
+            "loss flattens their gradient, so that attacks fail. Remove what bounds them from the model.",
         )
     elif bool(((logits.double().exp().sum(1) - 1).abs() < SAME).all()):
         yield Finding(
             "probabilities",
             "warning",
-            "the outputs are log-probabilities: their exponentials sum to one. That changes nothing after log_softmax, but the "
-            "logarithm of a softmax loses its gradient where the model is sure. Return the logits.",
+            "the outputs are log-probabilities: their exponentials sum to one. That changes nothing after "
+            "log_softmax, but the logarithm of a softmax loses its gradient where the model is sure. Return "
+            "the logits.",
         )
 
 
@@ -106,9 +112,10 @@ def _random(logits: Tensor, again: Tensor, plans: Sequence[Plan]) -> Iterator[Fi
         yield Finding(
             "randomised",
             "warning" if has_eot else "error",
-            f"four passes over the same images differ by {difference:.1g} of the largest output, in eval mode; expected the same. "
-            "Gradients of one draw mislead the attack, and luck counts as robustness. Switch the randomness off, or use only "
-            "autoattack-rand, which averages over 20 draws.",
+            f"four passes over the same images differ by {difference:.1g} of the largest output, in eval "
+            "mode; expected the same. Gradients of one draw mislead the attack, and luck counts as "
+            "robustness. Switch the randomness off, or use only autoattack-rand, which averages over 20 "
+            "draws.",
         )
 
 
@@ -128,8 +135,9 @@ def _modes(model: nn.Module, x: Tensor, logits: Tensor, flags: Sequence[bool]) -
         yield Finding(
             "train_mode",
             "warning",
-            f"the model was handed over in train mode, where its outputs are others (modules in train mode: {', '.join(kinds)}); "
-            "it is evaluated in eval mode, running statistics and no dropout. Call model.eval() if that is what you mean.",
+            "the model was handed over in train mode, where its outputs are others (modules in train mode: "
+            f"{', '.join(kinds)}); it is evaluated in eval mode, running statistics and no dropout. Call "
+            "model.eval() if that is what you mean.",
         )
 
 
@@ -140,14 +148,18 @@ def _gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding]:
         with torch.enable_grad():
             images = x.detach().requires_grad_()
             losses = attack_loss(name)(model(images), y)
-            grad = torch.autograd.grad(losses.sum(), images, allow_unused=True)[0] if losses.requires_grad else None
+            grad = (
+                torch.autograd.grad(losses.sum(), images, allow_unused=True)[0]
+                if losses.requires_grad
+                else None
+            )
         if grad is None:
             yield Finding(
                 "no_gradient",
                 "error",
-                "the outputs do not depend on the images by any differentiable path, so gradient attacks cannot move. Look for "
-                "detach, no_grad, rounding or a quantiser in the model; replace it by a smooth stand-in, or attack with "
-                "autoattack:square, which needs no gradient.",
+                "the outputs do not depend on the images by any differentiable path, so gradient attacks "
+                "cannot move. Look for detach, no_grad, rounding or a quantiser in the model; replace it by "
+                "a smooth stand-in, or attack with autoattack:square, which needs no gradient.",
             )
             return
         grad = grad.flatten(1)
@@ -155,8 +167,9 @@ def _gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding]:
             yield Finding(
                 "gradient_not_finite",
                 "error",
-                f"the {name} loss has NaN or infinite gradients in {int((~grad.isfinite().all(1)).sum())} of {len(x)} images. Find "
-                "the operation (torch.autograd.set_detect_anomaly) and make it finite.",
+                f"the {name} loss has NaN or infinite gradients in {int((~grad.isfinite().all(1)).sum())} of "
+                f"{len(x)} images. Find the operation (torch.autograd.set_detect_anomaly) and make it "
+                "finite.",
             )
             return
         shares[name] = float((grad == 0).all(1).float().mean())
@@ -164,16 +177,17 @@ def _gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding]:
         yield Finding(
             "zero_gradient",
             "error" if shares["margin"] > 0.5 else "warning",
-            f"the gradient of the margin is exactly zero in {100 * shares['margin']:.0f} % of the images of the first batch: "
-            "gradient attacks do not move them. Look for rounding, saturation or dead units in the model; add autoattack:square.",
+            f"the gradient of the margin is exactly zero in {100 * shares['margin']:.0f} % of the images of "
+            "the first batch: gradient attacks do not move them. Look for rounding, saturation or dead units "
+            "in the model; add autoattack:square.",
         )
     elif shares["ce"] > 0:
         yield Finding(
             "zero_gradient",
             "warning",
-            f"the gradient of the cross-entropy is exactly zero in {100 * shares['ce']:.0f} % of the images of the first batch, "
-            "as the logits are so large that it underflows; PGD does not move them. Attack with margin-20, dlr-20 or "
-            "autoattack as well.",
+            f"the gradient of the cross-entropy is exactly zero in {100 * shares['ce']:.0f} % of the images "
+            "of the first batch, as the logits are so large that it underflows; PGD does not move them. "
+            "Attack with margin-20, dlr-20 or autoattack as well.",
         )
 
 
@@ -184,7 +198,8 @@ def _huge_radius(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Iterator[
     if not bool(is_left.any()):
         return
     for loss in ("ce", "margin"):
-        attack = Attack(ThreatModel("linf", HUGE), num_steps=20, step_size=2.5 * HUGE / 20, loss=loss)
+        threat = ThreatModel("linf", HUGE)
+        attack = Attack(threat, num_steps=20, step_size=threat.step_for(20), loss=loss)
         x_adv = attack(model, x, y, generator=generator_from(x.device, seed, "preflight", loss))
         with torch.no_grad():
             is_left = is_left & is_right(model(x_adv), y)
@@ -193,10 +208,10 @@ def _huge_radius(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Iterator[
         yield Finding(
             "huge_radius",
             "warning",
-            f"PGD-20 within linf {HUGE:g}, where every image can be turned into plain gray, leaves {100 * share:.0f} % of the "
-            "first batch right; expected about none. The gradients do not lead to adversarial images (masked, shattered or "
-            "vanishing); do not trust gradient attacks here. Add autoattack, whose square attack needs no gradient, or attack "
-            "by hand.",
+            f"PGD-20 within linf {HUGE:g}, where every image can be turned into plain gray, leaves "
+            f"{100 * share:.0f} % of the first batch right; expected about none. The gradients do not lead "
+            "to adversarial images (masked, shattered or vanishing); do not trust gradient attacks here. Add "
+            "autoattack, whose square attack needs no gradient, or attack by hand.",
         )
 
 
@@ -210,9 +225,10 @@ def after(evaluation: Evaluation, num_classes: int) -> list[Finding]:
             test = mcnemar(strong.is_robust, weak.is_robust)
             if test.only_a > test.only_b and test.p_value < SIGNIFICANT:
                 text = (
-                    f"{strong.attack} ({strong.threat}) leaves {_percent(strong)} right and {weak.attack} ({weak.threat}) "
-                    f"{_percent(weak)}, although the first {why}; expected no more. Some attack did not converge or gradients "
-                    "mislead: look at the loss along the steps, and report the worst case."
+                    f"{strong.attack} ({strong.threat}) leaves {_percent(strong)} right and {weak.attack} "
+                    f"({weak.threat}) {_percent(weak)}, although the first {why}; expected no more. Some "
+                    "attack did not converge or gradients mislead: look at the loss along the steps, and "
+                    "report the worst case."
                 )
                 findings.append(Finding("stronger_is_weaker", "warning", text))
     return findings
@@ -225,26 +241,31 @@ def _chance(evaluation: Evaluation, num_classes: int) -> Iterator[Finding]:
         yield Finding(
             "chance",
             "warning",
-            f"clean accuracy is {100 * evaluation.clean_accuracy:.1f} % on {evaluation.num_examples} examples, not above chance "
-            f"({100 / num_classes:.1f} %). Check weights, labels, the order of channels and the normalisation.",
+            f"clean accuracy is {100 * evaluation.clean_accuracy:.1f} % on {evaluation.num_examples} "
+            f"examples, not above chance ({100 / num_classes:.1f} %). Check weights, labels, the order of "
+            "channels and the normalisation.",
         )
 
 
 def _attack_alone(evaluation: Evaluation, result: AttackResult) -> Iterator[Finding]:
-    """No effect; perturbations too long; the attack without gradients finds what those with gradients missed."""
-    if result.threat.eps > 0 and bool(evaluation.is_clean.any()) and torch.equal(result.is_robust, evaluation.is_clean):
+    """No effect; perturbations too long; an attack without gradients that finds what others missed."""
+    if (
+        result.threat.eps > 0
+        and bool(evaluation.is_clean.any())
+        and torch.equal(result.is_robust, evaluation.is_clean)
+    ):
         yield Finding(
             "no_effect",
             "warning",
-            f"{result.attack} ({result.threat}) breaks no example. Unless the radius is tiny or the examples are few, it does not "
-            "work on this model. Check eps (in [0, 1] units) and gradients.",
+            f"{result.attack} ({result.threat}) breaks no example. Unless the radius is tiny or the examples "
+            "are few, it does not work on this model. Check eps (in [0, 1] units) and gradients.",
         )
     if result.furthest > 1.001 * result.threat.eps + 1e-6:
         yield Finding(
             "outside_ball",
             "warning",
-            f"{result.attack} ({result.threat}) used a perturbation of length {result.furthest:.6g}; expected at most "
-            f"{result.threat.eps:.6g}. The accuracy is too low; report this.",
+            f"{result.attack} ({result.threat}) used a perturbation of length {result.furthest:.6g}; "
+            f"expected at most {result.threat.eps:.6g}. The accuracy is too low; report this.",
         )
     names, shares = list(result.after), list(result.after.values())
     if "square" in names[1:]:
@@ -254,13 +275,14 @@ def _attack_alone(evaluation: Evaluation, result: AttackResult) -> Iterator[Find
             yield Finding(
                 "square_helps",
                 "warning",
-                f"{result.attack} ({result.threat}): the square attack, which needs no gradient, lowers robust accuracy by another "
-                f"{100 * gain:.1f} points after the gradient attacks. Gradients mislead; give it more queries, or attack by hand.",
+                f"{result.attack} ({result.threat}): the square attack, which needs no gradient, lowers "
+                f"robust accuracy by another {100 * gain:.1f} points after the gradient attacks. Gradients "
+                "mislead; give it more queries, or attack by hand.",
             )
 
 
 def _is_stronger(strong: AttackResult, weak: AttackResult) -> str:
-    """Return why the first attack should leave no more examples right than the second; empty where nothing says so."""
+    """Return why the first attack should leave no more examples right than the second, or ""."""
     a, b = parse_attack(strong.attack), parse_attack(weak.attack)
     if strong.threat.norm != weak.threat.norm:
         return ""

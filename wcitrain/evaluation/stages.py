@@ -1,11 +1,13 @@
-"""Attacks as stages: each attacks the examples that are still robust, batch by batch, and says which it broke.
+"""Attacks as stages: each attacks the examples that are still robust, and says which it broke.
 
-Legend: N examples, B a batch of them. A restart of PGD is a stage, and so is a part of AutoAttack. An example is robust when
-the model is right on it and after every stage: broken by any final iterate, not only by that of the highest loss.
+Legend: N examples, B a batch of them. A restart of PGD is a stage, and so is a part of AutoAttack. An example
+is robust when the model is right on it and after every stage: broken by any final iterate, not only by that
+of the highest loss.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from wcitrain.seeding import generator_from, seed_from
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass over examples: ``attack(x, y, places)`` returns x_adv [B, *dims] for images, labels and their places in the set.
+    """One pass over examples: ``attack(x, y, places)`` returns x_adv [B, *dims]; places are those in the set.
 
     ``attacks_all``: also those that are misclassified already, because the losses of all examples are wanted.
     """
@@ -33,17 +35,19 @@ class Stage:
 
 
 def is_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return truth values [B]: the largest logit is the label's; a row with NaN or infinity in it is wrong."""
+    """Return truth values [B]: the largest logit is the label's, and none is NaN or infinite."""
     return (logits.max(1).indices == labels) & logits.isfinite().all(1)
 
 
 def gradient_stages(plan: GradientPlan, model: nn.Module, threat: ThreatModel, seed: int) -> list[Stage]:
     """Return the restarts of PGD or FGSM.
 
-    The start of an example is a function of seed, restart and place alone: not of batch size, device, radius, number of steps
-    or loss, so that attacks are compared from the same points, and a curve over eps has no noise of its own.
+    The start of an example is a function of seed, restart and place alone: not of batch size, device, radius,
+    number of steps or loss: attacks start from the same points, a curve over eps has no noise of its own.
     """
-    settings = Attack(threat, plan.num_steps, plan.step_size(threat.eps), loss=plan.loss)  # checked there
+    # A loss that does not exist is refused here.
+    loss: Any = plan.loss
+    settings = Attack(threat, plan.num_steps, plan.step_size(threat), loss=loss)
 
     def stage(restart: int) -> Stage:
         def attack(x: Tensor, y: Tensor, places: Tensor) -> Tensor:
@@ -65,7 +69,9 @@ def _starts(x: Tensor, threat: ThreatModel, seed: int, restart: int, places: Ten
     """Return uniform starting points, each drawn on the CPU by a generator of its own."""
     one = torch.empty_like(x[:1], device="cpu")
     rows = [
-        starting_point(one.copy_(image), threat, "uniform", generator_from("cpu", seed, "evaluation", restart, place))
+        starting_point(
+            one.copy_(image), threat, "uniform", generator_from("cpu", seed, "evaluation", restart, place)
+        )
         for image, place in zip(x.split(1), places.tolist(), strict=True)
     ]
     return torch.cat(rows).to(x.device)
@@ -87,8 +93,9 @@ def run_stages(
 ) -> None:
     """Run what ``state`` has not seen yet, and save it after every batch.
 
-    The batches of a stage are cut from what was robust at its start, in the order of the set. The global random state is
-    seeded for each batch, so that a randomised model meets the same numbers whether or not the run was interrupted.
+    The batches of a stage are cut from what was robust at its start, in the order of the set. The global
+    random state is seeded for each batch, so that a randomised model meets the same numbers whether or not
+    the run was interrupted.
     """
     for number, stage in enumerate(stages):
         if number < len(state.after):

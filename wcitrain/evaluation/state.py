@@ -1,13 +1,13 @@
-"""How far an attack is, kept in a file after every batch, so that an evaluation that was killed goes on where it was."""
+"""How far an attack is, kept in a file after every batch: a killed evaluation goes on where it was."""
 
-import hashlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from wcitrain.digest import digest
 
 
 class AttackState:
@@ -60,20 +60,6 @@ class AttackState:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, self.path)
-
-
-def digest(parts: Iterable[object]) -> str:
-    """Return 16 hex digits that depend on every part: tensors by dtype, shape and bits, the rest by its ``repr``."""
-    result = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        if isinstance(part, Tensor):
-            result.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            flat = part.detach().cpu().contiguous().reshape(-1)
-            result.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-        else:
-            result.update(repr(part).encode())
-        result.update(b"\0")
-    return result.hexdigest()
 
 
 def model_digest(model: nn.Module) -> str:

@@ -9,7 +9,7 @@ from wcitrain.measures.losses import robust_gap, robust_loss
 from wcitrain.measures.m_sharpness import average_sharpness, worst_sharpness
 from wcitrain.measures.margins import margins, normalised_margin
 from wcitrain.measures.measurement import Measurement
-from wcitrain.measures.measuring import ESTIMATORS, measure_wci
+from wcitrain.measures.measuring import measure_wci
 from wcitrain.measures.norms import distance_from_initialisation, frobenius_norms, path_norm, spectral_norms
 from wcitrain.measures.pac_bayes import PACBayesBound, pac_bayes_bound
 from wcitrain.measures.pac_bayes_sharpness import pac_bayes_sharpness
@@ -19,7 +19,6 @@ from wcitrain.measures.spectrum import hessian_spectrum, lambda_max
 from wcitrain.measures.wci import WCIMeasurement
 
 __all__ = [
-    "ESTIMATORS",
     "MEASURES",
     "Correlation",
     "Estimate",

@@ -1,9 +1,8 @@
-"""What every measure needs: the same examples each time, a model that is left as it was, and its loss under attack.
+"""What every measure needs: the same examples, a model that is left as it was, and its loss under attack.
 
 Legend: N examples, B examples a chunk.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wcitrain.attacks import ThreatModel, pgd
+from wcitrain.digest import digest
 from wcitrain.measures.examples import Examples
 from wcitrain.preserve import full_precision, undisturbed
 from wcitrain.seeding import generator_from
@@ -23,16 +23,21 @@ Chunks = Sequence[tuple[Tensor, Tensor]]
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Eval mode, full precision, gradients allowed; modes, buffers, ``requires_grad`` and random state restored on exit.
+    """Eval mode, full precision and gradients allowed; all is restored on exit.
 
-    A model that is frozen throughout counts as trainable inside.
+    That is modes, buffers, ``requires_grad`` and random state. A frozen model counts as trainable inside.
 
     Raises:
         ValueError: A weight is not finite: measures of a diverged model would read as flat.
     """
     check_finite(model)
     frozen = [] if any(p.requires_grad for p in model.parameters()) else list(model.parameters())
-    with torch.inference_mode(False), torch.enable_grad(), undisturbed(model, training=False), full_precision(model):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        undisturbed(model, training=False),
+        full_precision(model),
+    ):
         try:
             for p in frozen:
                 p.requires_grad_(p.is_floating_point())
@@ -46,13 +51,11 @@ def check_finite(model: nn.Module) -> None:
     """Refuse a model with weights that are not finite."""
     bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
-        raise ValueError(
-            f"model: got weights that are not finite in {', '.join(bad[:3])}; expected numbers. It has diverged."
-        )
+        raise ValueError(f"model: got weights that are not finite in {', '.join(bad[:3])}; expected numbers.")
 
 
 def held(model: nn.Module, data: Iterable[Any], num_examples: int | None, chunk_size: int = 100) -> Chunks:
-    """Return the first ``num_examples`` of ``data`` (all by default) in chunks of one size, on the model's device.
+    """Return the first ``num_examples`` of ``data`` (by default all) in chunks, on the model's device.
 
     Args:
         model: Decides the device.
@@ -87,9 +90,9 @@ def attacked(
     num_restarts: int = 1,
     seed: int = 0,
 ) -> Chunks:
-    """Return the chunks with adversarial images: PGD on the cross-entropy, the worst restart for each example.
+    """Return the chunks with adversarial images: PGD on the cross-entropy, each example's worst restart.
 
-    Starts are functions of ``seed`` and of the chunk alone: two models, or W + u and W - u, are attacked from the same points.
+    Starts are functions of ``seed`` and of the chunk alone: two models are attacked from the same points.
 
     Args:
         model: Inside ``measuring``.
@@ -100,8 +103,10 @@ def attacked(
     """
     if threat is None:
         return chunks
-    length = 2.5 * threat.eps / max(1, num_steps) if step_size is None else step_size
-    key = None if _reused is None else _reused.key(model, chunks, threat, num_steps, length, num_restarts, seed)
+    length = threat.step_for(num_steps, step_size)
+    key = (
+        None if _reused is None else _reused.key(model, chunks, threat, num_steps, length, num_restarts, seed)
+    )
     if _reused is not None and (known := _reused.get(key)) is not None:
         return known
     result = []
@@ -125,19 +130,19 @@ class _Reused:
     """Adversarial examples of one model at the weights it has now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = _digest(_tensors(model))
-        self._chunks: dict[bytes, Chunks] = {}
+        self._weights = digest(_tensors(model))
+        self._chunks: dict[str, Chunks] = {}
 
-    def key(self, model: nn.Module, chunks: Chunks, *settings: object) -> bytes | None:
+    def key(self, model: nn.Module, chunks: Chunks, *settings: object) -> str | None:
         """Return what the attack's result is a function of, shortened; None at other weights."""
-        if _digest(_tensors(model)) != self._weights:
+        if digest(_tensors(model)) != self._weights:
             return None
-        return _digest([tensor for pair in chunks for tensor in pair], *settings)
+        return digest([tensor for pair in chunks for tensor in pair] + [*settings])
 
-    def get(self, key: bytes | None) -> Chunks | None:
+    def get(self, key: str | None) -> Chunks | None:
         return None if key is None else self._chunks.get(key)
 
-    def put(self, key: bytes | None, chunks: Chunks) -> None:
+    def put(self, key: str | None, chunks: Chunks) -> None:
         if key is not None:
             self._chunks[key] = chunks
 
@@ -147,7 +152,7 @@ _reused: _Reused | None = None
 
 @contextmanager
 def reused_attacks(model: nn.Module) -> Iterator[None]:
-    """Let measures of ``model`` share their adversarial examples: the same weights, images and attack give the same ones.
+    """Let measures of ``model`` share adversarial examples where weights, images and attack are the same.
 
     Those found at perturbed weights are not kept.
     """
@@ -161,15 +166,6 @@ def reused_attacks(model: nn.Module) -> Iterator[None]:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
-
-
-def _digest(tensors: Sequence[Tensor], *settings: object) -> bytes:
-    """Return a digest of tensors and of the texts of settings."""
-    digest = hashlib.blake2b(repr(settings).encode())
-    for tensor in tensors:
-        digest.update(repr((tensor.shape, tensor.dtype)).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.digest()
 
 
 def losses_of(model: nn.Module, chunks: Chunks) -> Tensor:

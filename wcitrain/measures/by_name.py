@@ -1,7 +1,8 @@
-"""Every measure by its name, called in one way: what recipes, ``wcitrain measure`` and the correlation study use.
+"""Every measure by its name, called in one way by recipes, ``wcitrain measure`` and the correlation study.
 
-A measure takes what it needs of the shared arguments (``Shared``); everything else keeps its default unless ``settings`` name
-it. The two flatness measures of Stutz et al. come with a protocol of their own: the shared attack does not reach them.
+A measure takes what it needs of the shared arguments (``Shared``); everything else keeps its default unless
+``settings`` name it. The two flatness measures of Stutz et al. come with a protocol of their own: the shared
+attack does not reach them.
 """
 
 import inspect
@@ -32,14 +33,21 @@ def wci(model: nn.Module, data: Iterable[Any], threat: ThreatModel | None, **set
     result = measure_wci(model, data, threat, progress=False, **settings)
     parts = dict(zip(result.layers, result.per_layer.tolist(), strict=True))
     return Measurement(
-        "wci", result.total, result.total_stderr, result.num_examples, f"{result.loss}, {result.estimator}", parts
+        "wci",
+        result.total,
+        result.total_stderr,
+        result.num_examples,
+        f"{result.loss}, {result.estimator}",
+        parts,
     )
 
 
-def hessian_trace(model: nn.Module, data: Iterable[Any], threat: ThreatModel | None, **settings: Any) -> Measurement:
-    """Measure Σ_l Tr(H_l), the index without the weights' norms; ``parts``: every layer's trace. See ``measure_wci``.
+def hessian_trace(
+    model: nn.Module, data: Iterable[Any], threat: ThreatModel | None, **settings: Any
+) -> Measurement:
+    """Measure Σ_l Tr(H_l), the index without the weights' norms; ``parts``: every layer's trace.
 
-    The layers' errors are added as if they were fully correlated, an upper bound.
+    See ``measure_wci``. The layers' errors are added as if they were fully correlated, an upper bound.
     """
     result = measure_wci(model, data, threat, progress=False, **settings)
     parts = dict(zip(result.layers, result.trace.mean.tolist(), strict=True))
@@ -53,10 +61,14 @@ def hessian_trace(model: nn.Module, data: Iterable[Any], threat: ThreatModel | N
     )
 
 
-def clean_loss(model: nn.Module, data: Iterable[Any], threat: ThreatModel | None, **settings: Any) -> Measurement:
+def clean_loss(
+    model: nn.Module, data: Iterable[Any], threat: ThreatModel | None, **settings: Any
+) -> Measurement:
     """Measure the mean cross-entropy of the clean images, whatever the threat. See ``robust_loss``."""
     found = robust_loss(model, data, None, **settings)
-    return Measurement("clean_loss", found.value, found.stderr, found.num_examples, found.settings, found.parts)
+    return Measurement(
+        "clean_loss", found.value, found.stderr, found.num_examples, found.settings, found.parts
+    )
 
 
 def magnitude_aware_sharpness(
@@ -65,7 +77,12 @@ def magnitude_aware_sharpness(
     """``pac_bayes_sharpness`` with noise in proportion to the weights."""
     found = pac_bayes_sharpness(model, data, threat, magnitude_aware=True, **settings)
     return Measurement(
-        "magnitude_aware_sharpness", found.value, found.stderr, found.num_examples, found.settings, found.parts
+        "magnitude_aware_sharpness",
+        found.value,
+        found.stderr,
+        found.num_examples,
+        found.settings,
+        found.parts,
     )
 
 
@@ -112,8 +129,8 @@ class Shared:
 
     Args:
         num_examples: How many; None leaves each measure's default.
-        num_steps, step_size: Of the attack; None leaves each measure's default. Measures with a protocol of their own only
-            take them from ``settings``.
+        num_steps, step_size: Of the attack; None leaves each measure's default. Measures with a protocol of
+            their own only take them from ``settings``.
         seed: Of everything random.
         initial: Weights before training, for distances; None where they are unknown.
         image_shape: (C, H, W), for norms of convolutions.
@@ -158,7 +175,9 @@ def measure(
     check_finite(model)
     function = MEASURES[name]
     accepted = {*inspect.signature(function).parameters, *_parameters(name)}
-    given = {key: value for key, value in vars(shared or Shared()).items() if value is not None or key == "initial"}
+    given = {
+        key: value for key, value in vars(shared or Shared()).items() if value is not None or key == "initial"
+    }
     if name in OWN_PROTOCOL:
         given = {key: value for key, value in given.items() if key not in ("num_steps", "step_size")}
     given = {key: value for key, value in given.items() if key in accepted} | dict(settings or {})
@@ -173,15 +192,19 @@ def check_settings(names: Sequence[str], settings: Mapping[str, Mapping[str, Any
     """
     for name in (*names, *settings):
         if name not in MEASURES:
-            raise ValueError(f"measures: got {name!r}; expected names of {', '.join(MEASURES)}. Correct the spelling.")
+            raise ValueError(
+                f"measures: got {name!r}; expected names of {', '.join(MEASURES)}. Correct the spelling."
+            )
     for name, values in settings.items():
         if name not in names:
-            raise ValueError(f"measures.settings: got settings of {name}, which is not measured. Add it, or drop them.")
+            raise ValueError(
+                f"measures.settings: got settings of {name}, which is not measured. Add it, or drop them."
+            )
         allowed = _accepted(name)
         for key in values:
             if key not in allowed:
                 raise ValueError(
-                    f"measures.settings.{name}: got {key!r}; expected one of {', '.join(allowed)}. Correct the name."
+                    f"measures.settings.{name}: got {key!r}; expected one of {', '.join(allowed)}."
                 )
 
 

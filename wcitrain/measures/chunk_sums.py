@@ -2,7 +2,7 @@
 
 Legend: N examples, K chunks, n_k examples of chunk k.
 
-    x̄ = Σ_k n_k x_k / N,     Var x̄ = K/(K−1) Σ_k (n_k/N)² (x_k − x̄)²                                            (1)
+    x̄ = Σ_k n_k x_k / N,     Var x̄ = K/(K−1) Σ_k (n_k/N)² (x_k − x̄)²                                    (1)
 """
 
 import math
@@ -15,12 +15,14 @@ from wcitrain.measures.adversarial import Chunks, example_losses
 
 
 def mean_gradient(model: nn.Module, chunks: Chunks, tensors: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-    """Return the mean cross-entropy over all examples and its gradient, zeros where it does not depend on a tensor."""
+    """Return the mean cross-entropy over all examples and its gradient, zero for tensors without one."""
     total = count_examples(chunks)
     value, gradient = 0.0, [torch.zeros_like(t) for t in tensors]
     for x, y in chunks:
         loss = example_losses(model, x, y).sum() / total
-        torch._foreach_add_(gradient, torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True))
+        torch._foreach_add_(
+            gradient, torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+        )
         value += float(loss.detach())
     return value, gradient
 

@@ -1,20 +1,21 @@
-"""Does a measure go with generalisation? Rank and linear correlations over many runs, with intervals and controls.
+"""Does a measure go with generalisation? Correlations over many runs, with intervals and controls.
 
-Legend: M models, μ [M] a measure, g [M] what it should predict (a robust gap), θ_i the value of hyper-parameter i.
+Legend: M models, μ [M] a measure, g [M] what it should predict (a robust gap), θ_i a hyper-parameter.
 
-    τ, ρ, r     Kendall's τ_b, Spearman's ρ and Pearson's r of (μ, g) over all models                            (1)
+    τ, ρ, r     Kendall's τ_b, Spearman's ρ and Pearson's r of (μ, g) over all models                      (1)
     ψ_i = mean over groups that agree in every θ_j, j ≠ i, of
-          mean over their pairs with different θ_i of sign(μ − μ') sign(g − g'),        Ψ = mean_i ψ_i            (2)
-    K_S = I( sign Δμ ; sign Δg | θ_S, θ_S' ) / H( sign Δg | θ_S, θ_S' ),     K = min over |S| <= 2 of K_S         (3)
+          mean over their pairs with different θ_i of sign(μ − μ') sign(g − g'),        Ψ = mean_i ψ_i     (2)
+    K_S = I( sign Δμ ; sign Δg | θ_S, θ_S' ) / H( sign Δg | θ_S, θ_S' ),     K = min over |S| <= 2 of K_S  (3)
 
-(2) is the granulated Kendall coefficient and (3) the conditional mutual information of Jiang et al. 2020 (arXiv 1912.02178,
-sections 2.2 and 2.3), both over pairs of models. A measure that only copies one hyper-parameter has a high τ, but Ψ falls for
-the other axes and K_S vanishes once that hyper-parameter is in S. Differences to them: seeds are repetitions, not an axis, so
-a pair may differ in its seeds; a tie is a sign of its own, zero, except that pairs with equal g are left out of (3).
+(2) is the granulated Kendall coefficient and (3) the conditional mutual information of Jiang et al. 2020
+(arXiv 1912.02178, sections 2.2 and 2.3), both over pairs of models. A measure that only copies one
+hyper-parameter has a high τ, but Ψ falls for the other axes and K_S vanishes once that hyper-parameter is in
+S. Differences to them: seeds are repetitions, not an axis, so a pair may differ in its seeds; a tie is a sign
+of its own, zero, except that pairs with equal g are left out of (3).
 
-Intervals are percentiles of a bootstrap over *runs*: checkpoints of one run are drawn together, pairs of copies of one run do
-not count. (3) cannot be negative and is biased upward on few models: it comes with the 95 % quantile that it reaches when μ is
-shuffled over the runs.
+Intervals are percentiles of a bootstrap over *runs*: checkpoints of one run are drawn together, pairs of
+copies of one run do not count. (3) cannot be negative and is biased upward on few models: it comes with the
+95 % quantile that it reaches when μ is shuffled over the runs.
 """
 
 import itertools
@@ -56,7 +57,7 @@ class Correlation:
         kendall, spearman, pearson: (1).
         granulated: Ψ of (2); NaN without an axis that has pairs.
         by_axis: ψ_i of (2), for the axes that have pairs.
-        within: Mean over runs of Kendall's τ among the checkpoints of a run; NaN where no run has three of them.
+        within: Mean over runs of Kendall's τ among a run's checkpoints; NaN where no run has three of them.
         information: K of (3).
         information_chance: 95 % quantile of K for a shuffled measure.
         num_models, num_runs: Models with a finite measure and target, and the runs they come from.
@@ -96,7 +97,8 @@ def correlate(
     Raises:
         ValueError: Columns of different lengths, or fewer than three models with finite numbers.
 
-    >>> result = correlate([1, 2, 3, 4], [2, 3, 5, 9], runs="abcd", axes={"lr": [1, 1, 2, 2]}, num_bootstrap=0)
+    >>> axes = {"lr": [1, 1, 2, 2]}
+    >>> result = correlate([1, 2, 3, 4], [2, 3, 5, 9], runs="abcd", axes=axes, num_bootstrap=0)
     >>> result.kendall.value, result.by_axis
     (1.0, {'lr': 1.0})
     """
@@ -109,12 +111,15 @@ def correlate(
         raise ValueError(f"correlate: got {keep.sum()} models with finite numbers; expected at least 3.")
     mu, g = mu[keep], g[keep]
     run = _codes([r for r, k in zip(runs, keep, strict=True) if k])
-    columns = {name: _codes([v for v, k in zip(values, keep, strict=True) if k]) for name, values in axes.items()}
+    columns = {
+        name: _codes([v for v, k in zip(values, keep, strict=True) if k]) for name, values in axes.items()
+    }
     columns = {name: column for name, column in columns.items() if column.max() > 0}
     generator = np.random.default_rng(seed)
     num_runs = int(run.max()) + 1
     drawn = generator.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=num_bootstrap)
-    counts = np.concatenate([np.ones((1, len(mu))), drawn[:, run]])  # c [1 + B, M]: how often each model was drawn
+    # c [1 + B, M]: how often each model was drawn.
+    counts = np.concatenate([np.ones((1, len(mu))), drawn[:, run]])
 
     sx, sy = _signs(mu), _signs(g)
     pairs = {name: found for name in columns if len((found := _axis_pairs(name, columns, run))[0])}
@@ -125,11 +130,15 @@ def correlate(
 
     conditions = _conditions(columns, len(mu))
     information = _information(mu, g, run, conditions)
-    shuffled = [_information(_shuffled(mu, members, generator), g, run, conditions) for _ in range(num_bootstrap // 5)]
+    shuffled = [
+        _information(_shuffled(mu, members, generator), g, run, conditions) for _ in range(num_bootstrap // 5)
+    ]
     return Correlation(
         kendall=_estimate(_tau(sx, sy, counts)),
         spearman=_estimate(_pearson(_ranks(mu, counts), _ranks(g, counts), counts)),
-        pearson=_estimate(_pearson(np.broadcast_to(mu, counts.shape), np.broadcast_to(g, counts.shape), counts)),
+        pearson=_estimate(
+            _pearson(np.broadcast_to(mu, counts.shape), np.broadcast_to(g, counts.shape), counts)
+        ),
         granulated=_estimate(_mean(np.array(list(psi.values())))) if psi else Estimate(math.nan),
         by_axis={name: float(values[0]) for name, values in psi.items()},
         within=_estimate(_mean(taus, weights)) if len(taus) else Estimate(math.nan),
@@ -141,7 +150,7 @@ def correlate(
 
 
 def conditional_information(mu: Floats, g: Floats, run: Ints, columns: Mapping[str, Ints]) -> float:
-    """Return K of (3) over pairs of different runs; NaN where the target's signs have no entropy under any condition.
+    """Return K of (3) over pairs of different runs; NaN where the target's signs have no entropy.
 
     Args:
         mu, g: [M].
@@ -152,7 +161,7 @@ def conditional_information(mu: Floats, g: Floats, run: Ints, columns: Mapping[s
 
 
 def _conditions(columns: Mapping[str, Ints], num: int) -> list[Ints]:
-    """Return for every set S of (3) which of its values each ordered pair of models has, as numbers [M, M]."""
+    """Return for every set S of (3) which of its values each ordered pair of models has [M, M]."""
     conditions = []
     for size in range(MAX_CONDITIONED + 1):
         for names in itertools.combinations(columns, size):
@@ -165,7 +174,7 @@ def _conditions(columns: Mapping[str, Ints], num: int) -> list[Ints]:
 
 
 def _information(mu: Floats, g: Floats, run: Ints, conditions: Sequence[Ints]) -> float:
-    """Return K of (3). Both orders of a pair count: signs are balanced, and the order of the models does not matter."""
+    """Return K of (3). Both orders of a pair count, so the order of the models does not matter."""
     signs_mu, signs_g = _signs(mu), _signs(g)
     keep = (run[:, None] != run[None, :]) & (signs_g != 0)
     code = 2 * (signs_mu[keep].astype(np.int64) + 1) + (signs_g[keep] > 0)
@@ -191,7 +200,7 @@ def _shuffled(mu: Floats, members: Sequence[npt.NDArray[np.bool_]], generator: n
 
 
 def _axis_pairs(axis: str, columns: Mapping[str, Ints], run: Ints) -> tuple[Ints, Ints, Ints]:
-    """Return the pairs of models that differ in one axis and agree in the others: first, second, number of their group."""
+    """Return the pairs of models that differ in one axis alone: first, second, number of their group."""
     group = np.zeros(len(run), dtype=np.int64)
     for name, column in columns.items():
         if name != axis:
@@ -202,7 +211,7 @@ def _axis_pairs(axis: str, columns: Mapping[str, Ints], run: Ints) -> tuple[Ints
 
 
 def _granulated(product: Floats, counts: Floats, first: Ints, second: Ints, group: Ints) -> Floats:
-    """Return ψ of (2) for every row of counts [B], a pair weighing as often as it was drawn; NaN where none was."""
+    """Return ψ of (2) for rows of counts [B], a pair weighing as often as it was drawn; NaN for none."""
     weights = counts[:, first] * counts[:, second]  # [B, pairs]
     members = np.eye(int(group.max()) + 1)[group]  # [pairs, groups]
     return _mean((weights * product[first, second] @ members).T, (weights @ members).T, is_sum=True)
@@ -224,7 +233,7 @@ def _mean(values: Floats, weights: Floats | None = None, *, is_sum: bool = False
 
 
 def _tau(sx: Floats, sy: Floats, counts: Floats) -> Floats:
-    """Return Kendall's τ_b for every row of counts [B], from the signs of all pairs [M, M]; NaN for a constant."""
+    """Return Kendall's τ_b for rows of counts [B], from the signs of all pairs [M, M]; NaN for a constant."""
 
     def over_pairs(matrix: Floats) -> Floats:
         return ((counts @ matrix) * counts).sum(1)
@@ -263,7 +272,7 @@ def _signs(x: Floats) -> Floats:
 
 
 def _estimate(values: Floats) -> Estimate:
-    """Return the first value with the percentile interval of the others, where at least 20 of them are numbers."""
+    """Return the first value with the percentile interval of the others, if at least 20 are numbers."""
     value, drawn = float(values[0]), values[1:][np.isfinite(values[1:])]
     if math.isnan(value) or len(drawn) < 20:
         return Estimate(value)

@@ -13,7 +13,7 @@ INK, BLUE = "#333333", "#0072B2"
 
 
 def layer_bars(measurement: WCIMeasurement, title: str) -> Figure:
-    """Return a figure with one bar a layer, the input layer on top, its length WCI_l, its whisker ± one standard error.
+    """Return a figure with one bar a layer, input on top: length WCI_l, whisker ± one standard error.
 
     Beside the bars stands each layer's share of the sum. pyplot knows nothing about the figure.
     """
@@ -28,10 +28,14 @@ def layer_bars(measurement: WCIMeasurement, title: str) -> Figure:
     whiskers = np.where(np.isfinite(errors), errors, 0.0)
     ax.barh(places, values, height=0.72, color=BLUE)
     # A bar ends at zero: the index has no negative values.
-    ax.errorbar(values, places, xerr=[np.minimum(whiskers, values), whiskers], fmt="none", ecolor=INK, elinewidth=1.2)
+    ax.errorbar(
+        values, places, xerr=[np.minimum(whiskers, values), whiskers], fmt="none", ecolor=INK, elinewidth=1.2
+    )
     for place, end, share in zip(places, values + whiskers, measurement.shares.tolist(), strict=True):
         text = f"{100 * share:.1f} %" if np.isfinite(share) else ""
-        ax.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=9, color="#666666")
+        ax.annotate(
+            text, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=9, color="#666666"
+        )
     ax.set_yticks(places, short_names(measurement.layers))
     ax.set_ylim(len(values) - 0.4, -0.6)
     ax.set_xlim(0, 1.12 * max(float((values + whiskers).max()), 1e-9))

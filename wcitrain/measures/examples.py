@@ -48,11 +48,19 @@ class Examples:
     def _pair(batch: Any) -> tuple[Tensor, Tensor]:
         """Return images and labels of a batch."""
         pair = batch[:2] if isinstance(batch, tuple | list) else ()
-        if len(pair) < 2 or not all(isinstance(item, Tensor) for item in pair) or len(pair[0]) != len(pair[1]):
+        if (
+            len(pair) < 2
+            or not all(isinstance(item, Tensor) for item in pair)
+            or len(pair[0]) != len(pair[1])
+        ):
             got = f"a {type(batch).__name__}"
-            got += f" of {', '.join(type(item).__name__ for item in batch)}" if isinstance(batch, tuple | list) else ""
+            got += (
+                f" of {', '.join(type(item).__name__ for item in batch)}"
+                if isinstance(batch, tuple | list)
+                else ""
+            )
             raise ValueError(
-                f"data: got {got} as a batch; expected (x, y, ...), two tensors of the same length first. Wrap the loader "
-                "in a generator that yields them."
+                f"data: got {got} as a batch; expected (x, y, ...), two tensors of the same length first. "
+                "Wrap the loader in a generator that yields them."
             )
         return pair[0], pair[1]

@@ -1,30 +1,31 @@
 """Robust flatness: how much the robust loss rises when the weights move at random, or in the worst way.
 
-Legend: N examples, D draws, L layers, W_l weights, a_l = ||W_l||_F², d_l = numel(W_l), t_l = Tr(H_l), ν perturbation of the
-weights, δ of the images, ξ relative radius, ℓ cross-entropy, B_ξ(W) the ball (1) of `strongest`.
+Legend: N examples, D draws, L layers, W_l weights, a_l = ||W_l||_F², d_l = numel(W_l), t_l = Tr(H_l), ν
+perturbation of the weights, δ of the images, ξ relative radius, ℓ cross-entropy, B_ξ(W) ball of `strongest`.
 
-    R(W) = (1/N) Σ_n max_{δ_n} ℓ(x_n + δ_n; W)                                                                   (1)
-    average flatness = E_ν R(W + ν) − R(W),     worst flatness = max_{ν in B_ξ(W)} R(W + ν) − R(W)               (2)
+    R(W) = (1/N) Σ_n max_{δ_n} ℓ(x_n + δ_n; W)                                                             (1)
+    average flatness = E_ν R(W + ν) − R(W),     worst flatness = max_{ν in B_ξ(W)} R(W + ν) − R(W)         (2)
 
-(Stutz, Hein & Schiele, "Relating Adversarially Robust Generalization to Flat Minima", ICCV 2021, section 3.) With the
-adversarial examples held fixed, and up to order ξ⁴ since odd orders vanish in the mean,
+(Stutz, Hein & Schiele, "Relating Adversarially Robust Generalization to Flat Minima", ICCV 2021, section 3.)
+With the adversarial examples held fixed, and up to order ξ⁴ since odd orders vanish in the mean,
 
-    average flatness = (ξ²/2) Σ_l k_l a_l t_l / d_l,   k_l = 1 (sphere), d_l/(d_l + 2) (ball), 1/3 (radius)      (3)
+    average flatness = (ξ²/2) Σ_l k_l a_l t_l / d_l,  k_l = 1 (sphere), d_l/(d_l + 2) (ball), 1/3 (radius) (3)
 
-whose summand is WCI_l² / d_l (smooth networks; kinks that ν crosses add to it). Both measures are unchanged when scale moves
-between layers of a network of piecewise linear units.
+whose summand is WCI_l² / d_l (smooth networks; kinks that ν crosses add to it). Both measures are unchanged
+when scale moves between layers of a network of piecewise linear units.
 
-The paper's text and the code behind its figures differ; ``protocol`` sets the options below, an option that is given wins.
+The paper's text and the code behind its figures differ; ``protocol`` sets these options, a given one wins.
 
-| option        | ``"paper"``                             | ``"code"``                                       |
-|---------------|-----------------------------------------|--------------------------------------------------|
-| ``sampler``   | ``"ball"``: ||ν_l|| <= ξ ||W_l||        | ``"sphere"``: ||ν_l|| = ξ ||W_l||                |
-| ``shared_nu`` | False: a new ν for every chunk          | True: one ν for all examples                     |
-| ``weight_lr`` | 0.001                                   | 0.01 (both beyond the default ξ)                  |
-| ``keep``      | ``"best"`` iterate (the text is silent) | ``"last"`` iterate                               |
+| option        | ``"paper"``                             | ``"code"``                        |
+|---------------|-----------------------------------------|-----------------------------------|
+| ``sampler``   | ``"ball"``: ||ν_l|| <= ξ ||W_l||        | ``"sphere"``: ||ν_l|| = ξ ||W_l|| |
+| ``shared_nu`` | False: a new ν for every chunk          | True: one ν for all examples      |
+| ``weight_lr`` | 0.001                                   | 0.01 (both beyond the default ξ)  |
+| ``keep``      | ``"best"`` iterate (the text is silent) | ``"last"`` iterate                |
 
-Both: cross-entropy, eval mode, weights and biases as layers of their own, no normalisation parameters, PGD-20 with step 0.007 at
-eps 8/255 (0.223 eps here), one start, reference R(W) by ten, the best iterate of each example kept, chunks of 128 examples.
+Both: cross-entropy, eval mode, weights and biases as layers of their own, no normalisation parameters, PGD-20
+with step 0.007 at eps 8/255 (0.223 eps here), one start, reference R(W) by ten, the best iterate of each
+example kept, chunks of 128 examples.
 """
 
 import math
@@ -66,13 +67,14 @@ def average_flatness(
     chunk_size: int = 128,
     seed: int = 0,
 ) -> Measurement:
-    """Measure the mean rise (2) of the robust loss under random weight perturbations, the attack run anew at each of them.
+    """Measure the mean rise (2) of the robust loss under random weight perturbations, each attacked anew.
 
-    All attacks on a chunk begin at the same random starts. Cost: ``num_draws * num_restarts + reference_restarts`` attacks of
-    ``num_steps`` forward and backward passes.
+    All attacks on a chunk begin at the same random starts. Cost: ``num_draws * num_restarts +
+    reference_restarts`` attacks of ``num_steps`` forward and backward passes.
 
-    The standard error adds the variance over examples, of each one's mean rise, to the variance over draws, of each one's
-    mean rise: both the examples and the perturbations are samples. (Their interaction counts twice, slightly too much.)
+    The standard error adds the variance over examples, of each one's mean rise, to the variance over draws,
+    of each one's mean rise: both the examples and the perturbations are samples. (Their interaction counts
+    twice, slightly too much.)
 
     Args:
         model: Gives logits [N, C] for images in [0, 1].
@@ -84,16 +86,16 @@ def average_flatness(
         protocol: ``"paper"`` or ``"code"``: defaults of the next two, see the table above.
         sampler: ``"sphere"``, ``"ball"`` or ``"radius"``, (3) of `strongest`.
         shared_nu: Whether a draw is one ν for all examples, or one for each chunk.
-        statistic: ``"mean"`` over draws, or their ``"max"`` (of the mean over examples), whose error is that over examples.
+        statistic: ``"mean"`` over draws, or their ``"max"`` (of means over examples, with that error).
         layers: See ``params.select_layers``.
-        num_steps, step_size, num_restarts: Of the attack; the step is 0.223 eps by default, *not* 2.5 eps / num_steps.
+        num_steps, step_size, num_restarts: Of the attack; the step is 0.223 eps by default.
         reference_restarts: Restarts of the attack at W.
         chunk_size: Examples attacked at once, and sharing a ν where it is not shared by all.
         seed: Of starts and perturbations.
 
     Returns:
-        ``parts``: ``reference_loss`` R(W), ``perturbed_loss`` mean of R(W + ν), ``max`` over draws of the rise,
-        ``stderr_examples``, ``stderr_draws``. With one draw the error of the mean is unknown (NaN).
+        ``parts``: ``reference_loss`` R(W), ``perturbed_loss`` mean of R(W + ν), ``max`` over draws of the
+        rise, ``stderr_examples``, ``stderr_draws``. With one draw the error of the mean is unknown (NaN).
 
     Raises:
         ValueError: An argument out of range; no examples; images outside [0, 1] under attack.
@@ -173,22 +175,23 @@ def worst_flatness(
     chunk_size: int = 128,
     seed: int = 0,
 ) -> Measurement:
-    """Measure the largest rise (2) of the robust loss within the ball, by joint ascent on ν and δ: (4) of `strongest`.
+    """Measure the largest rise (2) of the robust loss in the ball: joint ascent on ν and δ, `strongest` (4).
 
-    Both steps use the gradients at the same (ν, δ). With one ν for all examples the chunks take turns, ``num_steps`` rounds. Of
-    the restarts the one with the highest mean loss counts: of the chunk where a chunk has its own ν, of all examples otherwise.
+    Both steps use the gradients at the same (ν, δ). With one ν for all examples the chunks take turns,
+    ``num_steps`` rounds. Of the restarts the one with the highest mean loss counts: of the chunk where a
+    chunk has its own ν, of all examples otherwise.
 
-    The value is a lower estimate of the maximum; where 2 ξ > ``weight_lr * num_steps`` the ball is not even crossed, which the
-    result's ``settings`` say: raise one of the two with ξ. It can be negative for small ξ: the reference has more restarts, and
-    an example its own best iterate. The standard error is that over examples of the rise at the ν found, ν taken as given: what
-    another search would find is not in it.
+    The value is a lower estimate of the maximum; where 2 ξ > ``weight_lr * num_steps`` the ball is not even
+    crossed, which the result's ``settings`` say: raise one of the two with ξ. It can be negative for small ξ:
+    the reference has more restarts, and an example its own best iterate. The standard error is that over
+    examples of the rise at the ν found, ν taken as given: what another search would find is not in it.
 
     Args:
         model, data, threat, num_examples, layers, reference_restarts, chunk_size: As in ``average_flatness``.
         xi: ξ > 0; 0.00075 in the paper's main table, 0.003 in its supplement.
         num_restarts: Attempts, >= 1.
         protocol, sampler (of the first ν), shared_nu, weight_lr, keep: See the table above.
-        num_steps, step_size: Of the ascent and of the reference's attack; the step on images is 0.223 eps by default.
+        num_steps, step_size: Of the ascent and the reference's attack; default step on images 0.223 eps.
         seed: Of starts.
 
     Returns:
@@ -223,7 +226,7 @@ def worst_flatness(
         groups = [list(chunks)] if options["shared_nu"] else [[chunk] for chunk in chunks]
         found = []
         for number, group in enumerate(groups):
-            attempts = torch.stack(
+            attempts = torch.stack(  # [R, n]
                 [
                     joint_ascent(
                         model,
@@ -234,11 +237,13 @@ def worst_flatness(
                         sampler=options["sampler"],
                         weight_lr=options["weight_lr"],
                         keep=options["keep"],
-                        generator=generator_from(selected.tensors[0].device, seed, "worst_flatness", number, restart),
+                        generator=generator_from(
+                            selected.tensors[0].device, seed, "worst_flatness", number, restart
+                        ),
                     )
                     for restart in range(num_restarts)
                 ]
-            )  # [R, n]
+            )
             found.append(attempts[attempts.mean(1).argmax()])
     worst = torch.cat(found)
     value, stderr = mean_and_error(worst - reference)
@@ -247,7 +252,8 @@ def worst_flatness(
     reach = f"weight_lr {options['weight_lr']:g}"
     if options["weight_lr"] * num_steps < 2 * xi:
         reach += " (too short to cross the ball)"
-    settings = f"xi {xi:g}, {num_restarts} restarts, {kind}, {options['keep']} iterate, {reach}, joint " + attack_text(
-        threat, num_steps
+    settings = (
+        f"xi {xi:g}, {num_restarts} restarts, {kind}, {options['keep']} iterate, {reach}, joint "
+        + attack_text(threat, num_steps)
     )
     return Measurement("worst_flatness", value, stderr, len(worst), settings, parts)

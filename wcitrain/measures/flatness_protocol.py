@@ -1,4 +1,4 @@
-"""What the paper and the code of Stutz, Hein & Schiele (ICCV 2021) do differently, as options; see the table in `flatness`."""
+"""What the paper and the code of Stutz, Hein & Schiele (ICCV 2021) do differently, see `flatness`."""
 
 import math
 from typing import Any
@@ -19,7 +19,9 @@ def protocol_options(where: str, protocol: str, **given: Any) -> dict[str, Any]:
     check_choice(f"{where}.sampler", options["sampler"], SAMPLERS)
     check_choice(f"{where}.keep", options.get("keep", "best"), KEEPS)
     if not 0 < options.get("weight_lr", 1) < math.inf:
-        raise ValueError(f"{where}.weight_lr: got {options['weight_lr']}; expected a number > 0. 0.001 is the paper's.")
+        raise ValueError(
+            f"{where}.weight_lr: got {options['weight_lr']}; expected a number > 0. 0.001 is the paper's."
+        )
     return options
 
 

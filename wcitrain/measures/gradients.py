@@ -1,20 +1,21 @@
 """How steep the loss is: in the weights, in the images, and how fast its slope in the images turns.
 
-Legend: N examples, ℓ_n(x) loss of example n as a function of its image, g = ∇_W (1/N) Σ_n ℓ_n, L layers, h a step.
+Legend: N examples, ℓ_n(x) loss of example n as a function of its image, g = ∇_W (1/N) Σ_n ℓ_n, h a step.
 
-    gradient norm         ||g||,   with     stderr ≈ stderr of mean_k ⟨g, g_k⟩ / ||g||   over chunks k           (1)
-    input gradient norm   (1/N) Σ_n ||∇_x ℓ_n||_*                                                                (2)
-    input curvature       (1/N) Σ_n ||∇_x ℓ_n(x_n + h z_n) − ∇_x ℓ_n(x_n)||_2 / h                                (3)
-                          → (1/N) Σ_n ||∇²_x ℓ_n z_n||_2   as h → 0                                              (4)
+    gradient norm         ||g||,   with     stderr ≈ stderr of mean_k ⟨g, g_k⟩ / ||g||   over chunks k     (1)
+    input gradient norm   (1/N) Σ_n ||∇_x ℓ_n||_*                                                          (2)
+    input curvature       (1/N) Σ_n ||∇_x ℓ_n(x_n + h z_n) − ∇_x ℓ_n(x_n)||_2 / h                          (3)
+                          → (1/N) Σ_n ||∇²_x ℓ_n z_n||_2   as h → 0                                        (4)
 
-With a threat model all of them are taken at adversarial images that are held fixed (Danskin). (3) is the quantity that CURE
-penalises (Moosavi-Dezfooli et al., arXiv 1811.09716, section 3.2), with its z_n = sign ∇_x ℓ_n / ||sign ∇_x ℓ_n||_2. The paper
-squares the norm and does not divide by h; the published code does neither, takes h up to 3, and the gradient of the *mean*
-loss, N times smaller.
+With a threat model all of them are taken at adversarial images that are held fixed (Danskin). (3) is the
+quantity that CURE penalises (Moosavi-Dezfooli et al., arXiv 1811.09716, section 3.2), with its z_n = sign ∇_x
+ℓ_n / ||sign ∇_x ℓ_n||_2. The paper squares the norm and does not divide by h; the published code does
+neither, takes h up to 3, and the gradient of the *mean* loss, N times smaller.
 """
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wcitrain.attacks import ThreatModel
 from wcitrain.attacks.ascent import input_gradient
-from wcitrain.measures.adversarial import attack_text, attacked, example_losses, held, mean_and_error, measuring
+from wcitrain.measures.adversarial import (
+    attack_text,
+    attacked,
+    example_losses,
+    held,
+    mean_and_error,
+    measuring,
+)
 from wcitrain.measures.chunk_sums import chunk_mean_and_error, mean_gradient, sizes
 from wcitrain.measures.measurement import Measurement
 from wcitrain.params import select_layers, unwrapped
@@ -48,9 +56,9 @@ def gradient_norm(
 ) -> Measurement:
     """Measure ||∇_W R(W)||, the length of the gradient of the robust loss in the weights, equation (1).
 
-    The standard error is that of the projection on the gradient, over chunks (the delta method). It leaves out the bias: the
-    norm of a mean over N examples is too large by about the variance of one example's gradient across g, over 2 N ||g||.
-    Cost beside the attack: two forward and backward passes.
+    The standard error is that of the projection on the gradient, over chunks (the delta method). It leaves
+    out the bias: the norm of a mean over N examples is too large by about the variance of one example's
+    gradient across g, over 2 N ||g||. Cost beside the attack: two forward and backward passes.
 
     Args:
         model: Gives logits [N, C] for images in [0, 1].
@@ -89,7 +97,9 @@ def gradient_norm(
         squares = selected.dots(g, g)
         norm = float(squares.sum().sqrt())
         along = [
-            float(selected.dots(g, mean_gradient(model, [chunk], selected.tensors)[1]).sum()) / norm if norm else 0.0
+            float(selected.dots(g, mean_gradient(model, [chunk], selected.tensors)[1]).sum()) / norm
+            if norm
+            else 0.0
             for chunk in chunks
         ]
         _, stderr = chunk_mean_and_error(along, sizes(chunks))
@@ -116,8 +126,8 @@ def input_gradient_norm(
     eps times it is what the loss can rise by to first order.
 
     Args:
-        norm: ``"l1"``, ``"l2"`` or ``"linf"``; by default the dual of the threat's (l1 for linf), l2 without a threat.
-        model, data, threat, num_examples, num_steps, step_size, num_restarts, chunk_size, seed: As in ``gradient_norm``.
+        norm: ``"l1"``, ``"l2"`` or ``"linf"``; by default the dual of the threat's, l2 without a threat.
+        The others are those of ``gradient_norm``.
 
     Returns:
         ``parts``: all three norms. The standard error is over examples.
@@ -133,9 +143,7 @@ def input_gradient_norm(
     """
     norm = norm or (DUAL[threat.norm] if threat else "l2")
     if norm not in ORDERS:
-        raise ValueError(
-            f"input_gradient_norm.norm: got {norm!r}; expected one of {', '.join(ORDERS)}. Choose one of them."
-        )
+        raise ValueError(f"input_gradient_norm.norm: got {norm!r}; expected one of {', '.join(ORDERS)}.")
     model = unwrapped(model)
     with measuring(model):
         chunks = attacked(
@@ -147,7 +155,7 @@ def input_gradient_norm(
             num_restarts=num_restarts,
             seed=seed,
         )
-        g = [input_gradient(lambda z, y=y: example_losses(model, z, y), x).flatten(1) for x, y in chunks]  # type: ignore[misc]
+        g = [input_gradient(partial(example_losses, model, y=y), x).flatten(1) for x, y in chunks]
         lengths = {
             name: torch.cat([torch.linalg.vector_norm(part, order, dim=1) for part in g]).double().cpu()
             for name, order in ORDERS.items()
@@ -174,16 +182,14 @@ def input_curvature(
 ) -> Measurement:
     """Measure how fast the loss's slope in the image turns along it: (3), or its limit (4).
 
-    On networks with kinks (ReLU) (3) also counts those that the step crosses, (4) never sees them. x + h z is not clipped to
-    [0, 1], as in the published code. An example whose gradient is zero counts as zero.
+    On networks with kinks (ReLU) (3) also counts those that the step crosses, (4) never sees them. x + h z is
+    not clipped to [0, 1], as in the published code. An example whose gradient is zero counts as zero. The
+    standard error is over examples.
 
     Args:
-        step: h > 0, an l2 length in pixel units; 1.5 is the paper's for CIFAR-10. None: the limit (4), by double backward.
-        direction: z_n along the gradient's ``"sign"`` (CURE) or the ``"gradient"`` itself, of length one in l2.
-        model, data, threat, num_examples, num_steps, step_size, num_restarts, chunk_size, seed: As in ``gradient_norm``.
-
-    Returns:
-        The standard error is over examples.
+        step: h > 0, an l2 length in pixel units; the paper's is 1.5 for CIFAR-10. None: the limit (4).
+        direction: z_n along the gradient's ``"sign"`` (CURE) or the ``"gradient"`` itself, of l2 length one.
+        The others are those of ``gradient_norm``.
 
     Raises:
         ValueError: ``step <= 0``, an unknown direction, and as in ``gradient_norm``.
@@ -199,7 +205,7 @@ def input_curvature(
         )
     if direction not in DIRECTIONS:
         raise ValueError(
-            f"input_curvature.direction: got {direction!r}; expected one of {', '.join(DIRECTIONS)}. Choose one of them."
+            f"input_curvature.direction: got {direction!r}; expected one of {', '.join(DIRECTIONS)}."
         )
     model = unwrapped(model)
     with measuring(model):

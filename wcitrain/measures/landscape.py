@@ -1,27 +1,30 @@
-"""Sections through the landscape of the loss over the weights: how clean and robust loss rise as the weights move away.
+"""Sections through the loss over the weights: how clean and robust loss rise as the weights move away.
 
-Legend: W_l weights of layer l, w one filter (row of a linear map), d a direction, α a distance relative to the weights'
-norm, D directions, P points, F_l = ‖W_l‖_F², T_l trace of the loss's Hessian, d_l = numel(W_l).
+Legend: W_l weights of layer l, w one filter (row of a linear map), d a direction, α a distance relative to
+the weights' norm, D directions, P points, F_l = ‖W_l‖_F², T_l trace of the loss's Hessian, d_l = numel(W_l).
 
-    L(W + α d),   α in [−radius, radius]                                                                         (1)
-    rise(α) = (L(W + α d) + L(W − α d)) / 2 − L(W)                                                               (2)
-            = (α²/2) Σ_l F_l T_l / d_l + O(α⁴)   on average over per-layer directions; one layer: α² WCI² / (2 d)  (3)
+    L(W + α d),   α in [−radius, radius]                                                                   (1)
+    rise(α) = (L(W + α d) + L(W − α d)) / 2 − L(W)                                                         (2)
+            = (α²/2) Σ_l F_l T_l / d_l + O(α⁴)                                                             (3)
 
-Directions. ``random``: Gaussian, every filter scaled to ‖w‖ (Li et al. 2018); ``layer``: Gaussian, every layer, biases
-too, scaled to ‖W_l‖ (Stutz et al. 2021, who divide by norms in the text and by maxima in their plotting code); ``adversarial``:
-the joint worst case of Stutz et al. along which the robust loss rises most: ten steps of ascent on the loss under attack, in
-the ball ‖ν_l‖ <= radius ‖W_l‖ from a random start, the end scaled to ‖W_l‖. Parameters of normalisation do not move.
+(3) is the mean over per-layer directions; with one layer it is α² WCI² / (2 d).
 
-The attack is run anew at every point: old adversarial examples would make the robust loss look flat. All points use the
-same examples and random starts, so that their differences are the landscape's.
+Directions. ``random``: Gaussian, every filter scaled to ‖w‖ (Li et al. 2018); ``layer``: Gaussian, every
+layer, biases too, scaled to ‖W_l‖ (Stutz et al. 2021, who divide by norms in the text and by maxima in their
+plotting code); ``adversarial``: the joint worst case of Stutz et al. along which the robust loss rises most:
+ten steps of ascent on the loss under attack, in the ball ‖ν_l‖ <= radius ‖W_l‖ from a random start, the end
+scaled to ‖W_l‖. Parameters of normalisation do not move.
+
+The attack is run anew at every point: old adversarial examples would make the robust loss look flat. All
+points use the same examples and random starts, so that their differences are the landscape's.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,19 +32,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wcitrain.attacks import ThreatModel
-from wcitrain.measures.adversarial import Chunks, attack_text, attacked, example_losses, held, losses_of, measuring
+from wcitrain.measures.adversarial import (
+    Chunks,
+    attack_text,
+    attacked,
+    example_losses,
+    held,
+    losses_of,
+    measuring,
+)
 from wcitrain.params import Layers, select_layers, unwrapped
 from wcitrain.preserve import perturbed
 from wcitrain.seeding import generator_from
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 DIRECTIONS = {"random": 0.5, "layer": 0.5, "adversarial": 0.025}  # and the radius each is drawn to by default
 ASCENT_STEPS = 10
 
 Direction = list[Tensor]
-LossAt = Callable[[Direction | None], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Landscape:
 
     Args:
         alphas: α [P], ascending, symmetric about zero.
-        clean: Mean cross-entropy; one-dimensional sections [D, P], a plane [P, P] (first index along the first direction).
+        clean: Mean cross-entropy: [D, P] of sections, [P, P] of a plane (first index: first direction).
         robust: The same under attack; equal to ``clean`` without one.
         is_plane: Whether it is a plane.
         directions: Their kind.
@@ -69,9 +76,11 @@ class Landscape:
     seed: int | None = None
 
     def rise(self, kind: str = "robust") -> tuple[np.ndarray, np.ndarray]:
-        """Return the α > 0 [P/2] and the symmetrised rise (2) of the ``"robust"`` or ``"clean"`` loss [D, P/2] there."""
+        """Return the α > 0 [P/2] and the rise (2) of the ``"robust"`` or ``"clean"`` loss there [D, P/2]."""
         if self.is_plane:
-            raise ValueError("rise: got a plane; expected sections along single directions. Use landscape_1d.")
+            raise ValueError(
+                "rise: got a plane; expected sections along single directions. Use landscape_1d."
+            )
         loss, middle = getattr(self, kind), len(self.alphas) // 2
         right, left = loss[:, middle + 1 :], loss[:, :middle][:, ::-1]
         return self.alphas[middle + 1 :], (right + left) / 2 - loss[:, middle, None]
@@ -83,7 +92,8 @@ class Landscape:
         kinds = ("clean",) if self.attack == "clean" else ("clean", "robust")
         if self.is_plane:
             losses = ", ".join(
-                f"{kind} loss {getattr(self, kind)[middle, middle]:.4g}, at most {getattr(self, kind).max():.4g}"
+                f"{kind} loss {getattr(self, kind)[middle, middle]:.4g}, at most "
+                f"{getattr(self, kind).max():.4g}"
                 for kind in kinds
             )
             return f"plane to ±{self.alphas[-1]:g}: {losses} ({what})"
@@ -107,7 +117,11 @@ class Landscape:
         }
         with open(path, "wb") as file:  # an open file: numpy would append .npz to another name
             np.savez_compressed(
-                file, alphas=self.alphas, clean=self.clean, robust=self.robust, header=np.array(json.dumps(header))
+                file,
+                alphas=self.alphas,
+                clean=self.clean,
+                robust=self.robust,
+                header=np.array(json.dumps(header)),
             )
 
     @classmethod
@@ -125,12 +139,6 @@ class Landscape:
             raise ValueError(
                 f"{path}: got {error}; expected a file that Landscape.save wrote. Draw it anew."
             ) from error
-
-    def figure(self, title: str = "") -> "Figure":
-        """Return it drawn: curves with the range over directions, or two planes side by side. pyplot knows nothing of it."""
-        from wcitrain.measures.landscape_drawing import draw_curves, draw_plane  # matplotlib takes a second to import
-
-        return (draw_plane if self.is_plane else draw_curves)(self, title)
 
 
 def landscape_1d(
@@ -150,8 +158,8 @@ def landscape_1d(
 ) -> Landscape:
     """Return clean and robust loss along ``num_directions`` directions through the weights by (1).
 
-    Cost: ``num_directions`` · ``num_points`` times an attack and two forward passes over the examples; adversarial directions
-    ten attacks more each.
+    Cost: ``num_directions`` · ``num_points`` times an attack and two forward passes over the examples;
+    adversarial directions ten attacks more each.
 
     Args:
         model: Gives logits for images in [0, 1]; left as it was, weights bit for bit.
@@ -201,8 +209,9 @@ def landscape_2d(
 ) -> Landscape:
     """Return clean and robust loss in the plane of two directions, at ``num_points``² points.
 
-    The second direction is that of number one of ``landscape_1d``; ``"adversarial"``: a random one of kind ``"layer"``, since two
-    worst cases are nearly the same. The others are nearly orthogonal by chance. Arguments as ``landscape_1d``.
+    The second direction is that of number one of ``landscape_1d``; ``"adversarial"``: a random one of kind
+    ``"layer"``, since two worst cases are nearly the same. The others are nearly orthogonal by chance.
+    Arguments as ``landscape_1d``.
     """
     alphas = _points("landscape_2d", directions, radius, num_points, 2)
     model = unwrapped(model)
@@ -260,7 +269,7 @@ class _Frame:
         return scaled_like(noise, self.layers, by_filter=self.kind == "random")
 
     def _worst(self, number: int, radius: float) -> Direction:
-        """Return the end of an ascent on the loss under attack, in the ball of that relative radius, from a random start."""
+        """Return the end of an ascent on the loss under attack, in that ball, from a random start."""
         nu = [radius / 10 * part for part in self.gaussian(number)]
         for _ in range(ASCENT_STEPS):
             with perturbed(self.layers.tensors, nu) as move:
@@ -268,7 +277,10 @@ class _Frame:
                 gradient = scaled_like(self._gradient(), self.layers)
             nu = [u + 2.5 * radius / ASCENT_STEPS * g for u, g in zip(nu, gradient, strict=True)]
             sphere = scaled_like(nu, self.layers)
-            nu = [torch.where(u.norm() > radius * s.norm(), radius * s, u) for u, s in zip(nu, sphere, strict=True)]
+            nu = [
+                torch.where(u.norm() > radius * s.norm(), radius * s, u)
+                for u, s in zip(nu, sphere, strict=True)
+            ]
         return scaled_like(nu, self.layers)
 
     def _gradient(self) -> Direction:
@@ -292,7 +304,7 @@ class _Frame:
 
 
 def scaled_like(direction: Sequence[Tensor], layers: Layers, *, by_filter: bool = False) -> Direction:
-    """Return ``direction`` with every layer, or every filter (first index), scaled to the norm of its weights; zero stays zero."""
+    """Return ``direction`` scaled to the weights' norm by layer, or filter (first index); zero stays zero."""
     result = []
     for d, tensor in zip(direction, layers.tensors, strict=True):
         w = tensor.detach()
@@ -303,7 +315,9 @@ def scaled_like(direction: Sequence[Tensor], layers: Layers, *, by_filter: bool 
     return result
 
 
-def _points(where: str, directions: str, radius: float | None, num_points: int, num_directions: int) -> np.ndarray:
+def _points(
+    where: str, directions: str, radius: float | None, num_points: int, num_directions: int
+) -> np.ndarray:
     """Return α [P], after looking at the arguments."""
     if directions not in DIRECTIONS:
         raise ValueError(
@@ -312,8 +326,8 @@ def _points(where: str, directions: str, radius: float | None, num_points: int, 
     radius = DIRECTIONS[directions] if radius is None else radius
     if num_points < 3 or num_points % 2 == 0 or num_directions < 1 or not 0 < radius < float("inf"):
         raise ValueError(
-            f"{where}: got num_points={num_points}, num_directions={num_directions}, radius={radius}; expected an odd number of "
-            "points >= 3 (zero is one of them), directions >= 1, radius > 0. Correct them."
+            f"{where}: got num_points={num_points}, num_directions={num_directions}, radius={radius}; "
+            "expected an odd number of points >= 3 (zero is one of them), directions >= 1, radius > 0."
         )
     half = np.linspace(0, radius, num_points // 2 + 1)
     return np.concatenate([-half[:0:-1], half])  # exactly symmetric

@@ -18,6 +18,11 @@ CHOICE = {
 }
 
 
+def draw(landscape: Landscape, title: str = "") -> Figure:
+    """Return it drawn: curves with the range over directions, or two planes side by side."""
+    return (draw_plane if landscape.is_plane else draw_curves)(landscape, title)
+
+
 def draw_curves(landscape: Landscape, title: str = "") -> Figure:
     """Return both losses against α: the mean over directions in a band from the least to the largest."""
     figure = _figure(7.2, 4.8, title, landscape)
@@ -51,8 +56,18 @@ def draw_plane(landscape: Landscape, title: str = "") -> Figure:
         _style(ax)
         ax.grid(visible=False)
         values = getattr(landscape, kind).T  # the first direction runs to the right
-        drawn = ax.contourf(landscape.alphas, landscape.alphas, values, levels=levels, cmap="cividis", extend="both")
-        ax.contour(landscape.alphas, landscape.alphas, values, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+        drawn = ax.contourf(
+            landscape.alphas, landscape.alphas, values, levels=levels, cmap="cividis", extend="both"
+        )
+        ax.contour(
+            landscape.alphas,
+            landscape.alphas,
+            values,
+            levels=levels,
+            colors="white",
+            linewidths=0.4,
+            alpha=0.6,
+        )
         ax.plot(0, 0, "o", color="white", markeredgecolor=INK, markersize=7)
         ax.set_title(f"{kind} loss", loc="left", fontsize=12, color=INK)
         ax.set_aspect("equal")

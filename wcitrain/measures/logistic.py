@@ -1,21 +1,23 @@
-"""Linear logistic regression under adversarial training: every quantity in closed form (Yamada et al. 2021, arXiv 2102.02950).
+"""Linear logistic regression, trained adversarially, in closed form (Yamada et al. 2021, arXiv 2102.02950).
 
-Legend: N examples, d features, x [N, d], y in {−1, +1} [N], w [d], no bias; p the threat's norm, q its dual (l2: 2, linf: 1);
-s = sigmoid(t) [N], ŵ = w / ‖w‖, K random draws or directions.
+Legend: N examples, d features, x [N, d], y in {−1, +1} [N], w [d], no bias; p the threat's norm, q its dual
+(l2: 2, linf: 1); s = sigmoid(t) [N], ŵ = w / ‖w‖, K random draws or directions.
 
-The worst example of the loss softplus(−y w·x) in the ball of radius ε is known, so the robust loss is a function of w alone:
+The worst example of the loss softplus(−y w·x) in the ball of radius ε is known, so the robust loss is a
+function of w alone:
 
-    L(w) = mean softplus(t),   t = −y w·x + ε ‖w‖_q                                                              (1)
-    x_a = x − ε y ŵ  (l2),   x − ε y sign(w)  (linf)                                                             (2)
-    ∇L = mean −s y x_a                                                                                           (3)
-    ∇²L = F + R,   F = mean s (1 − s) x_a x_aᵀ,   R = mean s · (ε / ‖w‖) (I − ŵ ŵᵀ)  (l2),   0  (linf)           (4)
-    WCI = sqrt( ‖w‖² Tr ∇²L )                                                                                    (5)
+    L(w) = mean softplus(t),   t = −y w·x + ε ‖w‖_q                                                        (1)
+    x_a = x − ε y ŵ  (l2),   x − ε y sign(w)  (linf)                                                       (2)
+    ∇L = mean −s y x_a                                                                                     (3)
+    ∇²L = F + R,   F = mean s (1 − s) x_a x_aᵀ,   R = mean s · (ε / ‖w‖) (I − ŵ ŵᵀ)  (l2),   0  (linf)     (4)
+    WCI = sqrt( ‖w‖² Tr ∇²L )                                                                              (5)
 
-F is the Hessian at adversarial examples held fixed, which an autograd index at stored examples sees; R is how the attack
-follows the weights. Under linf, (4) holds where no weight is zero: at w_i = 0 the loss has a kink, whose curvature no Hessian
-shows (the normalised rise does), and sign(0) = 0.
+F is the Hessian at adversarial examples held fixed, which an autograd index at stored examples sees; R is how
+the attack follows the weights. Under linf, (4) holds where no weight is zero: at w_i = 0 the loss has a kink,
+whose curvature no Hessian shows (the normalised rise does), and sign(0) = 0.
 
-Weight decay in ``fit_logistic`` is (λ/2) ‖w‖², without which separable data have no minimiser. The curvature is that of L alone.
+Weight decay in ``fit_logistic`` is (λ/2) ‖w‖², without which separable data have no minimiser. The curvature
+is that of L alone.
 """
 
 import math
@@ -53,7 +55,7 @@ def logistic_loss(w: Tensor, x: Tensor, y: Tensor, eps: float = 0.0, norm: Logis
 
 
 def worst_examples(w: Tensor, x: Tensor, y: Tensor, eps: float = 0.0, norm: LogisticNorm = "l2") -> Tensor:
-    """Return the worst case x_a [N, d] of every example by (2); with w = 0, where all are equal, x itself under either norm."""
+    """Return the worst case x_a [N, d] of every example by (2); x itself for w = 0, where all are equal."""
     direction = w / _length(w) if norm == "l2" else w.sign()
     return x - eps * y[:, None] * direction
 
@@ -99,13 +101,13 @@ def logistic_curvature(
     """Return all of ``LogisticCurvature``, in float64; O(N d² + d³).
 
     Raises:
-        ValueError: ``eps`` or ``norm`` is out of range, shapes or labels do not fit, or w = 0 under l2 attack, where (4) is
-            infinite.
+        ValueError: ``eps`` or ``norm`` is out of range, shapes or labels do not fit, or w = 0 under l2
+            attack, where (4) is infinite.
     """
     w, x, y = _checked("logistic_curvature", x, y, eps, norm, w)
     if eps > 0 and norm == "l2" and not w.any():
         raise ValueError(
-            "logistic_curvature: got w = 0; expected other weights: ‖w‖ has no curvature there. Take a smaller eps."
+            "logistic_curvature: got w = 0, where ‖w‖ has no curvature; expected another. Lower eps."
         )
     total = logistic_hessian(w, x, y, eps, norm)
     fixed_trace = float(logistic_hessian(w, x, y, eps, norm, fixed=True).trace())
@@ -122,7 +124,7 @@ def logistic_curvature(
 
 
 def largest_eps(x: Tensor, y: Tensor, norm: LogisticNorm = "l2") -> float:
-    """Return the radius from which on w = 0 minimises the robust loss: ‖mean y x‖_p, the dual condition 0 ∈ ∂L(0)."""
+    """Return the radius from which on w = 0 minimises the robust loss: ‖mean y x‖_p, where 0 ∈ ∂L(0)."""
     mean = (y[:, None] * x).mean(0)
     return float(mean.norm() if norm == "l2" else mean.abs().max())
 
@@ -137,22 +139,19 @@ def fit_logistic(
     tolerance: float = 1e-7,
     max_iterations: int = 20_000,
 ) -> Tensor:
-    """Return the weights [d] that minimise L(w) + (λ/2) ‖w‖²: adversarial training to its end, by full-batch L-BFGS-B.
+    """Return the weights [d], float64, that minimise L(w) + (λ/2) ‖w‖², found by full-batch L-BFGS-B.
 
-    The problem is convex. Under linf it has kinks at w_i = 0: with w = u − v, u, v >= 0, ‖w‖_1 = Σ (u + v) it is smooth in (u, v)
-    and bounded below by zero, so weights that the attack makes useless are zero exactly.
+    The problem is convex. Under linf it has kinks at w_i = 0: with w = u − v, u, v >= 0, ‖w‖_1 = Σ (u + v) it
+    is smooth in (u, v) and bounded below by zero, so weights that the attack makes useless are zero exactly.
 
     Args:
         x, y: Examples [N, d] and their labels −1 and +1 [N].
         eps: Radius in the units of ``x``, >= 0.
         norm: Of the threat.
         weight_decay: λ > 0.
-        tolerance: Where L-BFGS stops, on the largest coordinate of the (projected) gradient; line searches may end at up to
-            a hundred times that, which is still accepted.
+        tolerance: Where L-BFGS stops, on the largest coordinate of the (projected) gradient; line searches
+            may end at up to a hundred times that, which is still accepted.
         max_iterations: Of L-BFGS.
-
-    Returns:
-        In float64.
 
     Raises:
         ValueError: An argument out of range, or an ``eps`` from which on w = 0 is best (``largest_eps``).
@@ -161,12 +160,13 @@ def fit_logistic(
     _, x, y = _checked("fit_logistic", x, y, eps, norm)
     if not 0 < weight_decay < math.inf:
         raise ValueError(
-            f"fit_logistic: got weight_decay={weight_decay}; expected a number > 0: separable data have no minimiser without. "
-            "Take 1e-3."
+            f"fit_logistic: got weight_decay={weight_decay}; expected a number > 0: separable data have no "
+            "minimiser without. Take 1e-3."
         )
     if eps >= (limit := largest_eps(x, y, norm)):
         raise ValueError(
-            f"fit_logistic: got eps={eps:g}; expected less than {limit:.4g}, from where on w = 0 is best. Take a smaller eps."
+            f"fit_logistic: got eps={eps:g}; expected less than {limit:.4g}, from where on w = 0 is best. "
+            "Take a smaller eps."
         )
     d, is_split = x.shape[1], norm == "linf" and eps > 0
 
@@ -191,14 +191,20 @@ def fit_logistic(
         jac=True,
         method="L-BFGS-B",
         bounds=[(0, None)] * (2 * d) if is_split else None,
-        options={"maxiter": max_iterations, "maxfun": 2 * max_iterations, "maxcor": 30, "ftol": 0, "gtol": tolerance},
+        options={
+            "maxiter": max_iterations,
+            "maxfun": 2 * max_iterations,
+            "maxcor": 30,
+            "ftol": 0,
+            "gtol": tolerance,
+        },
     )
     # The projected gradient: a coordinate at its bound may only want to go further down.
     residual = found.jac if not is_split else np.where(found.x > 0, found.jac, np.minimum(found.jac, 0))
     if (largest := float(np.abs(residual).max())) > 100 * tolerance:
         raise RuntimeError(
-            f"fit_logistic: got a gradient of {largest:.2g} after {found.nit} iterations; expected at most {100 * tolerance:g}. "
-            "Raise max_iterations or the weight decay."
+            f"fit_logistic: got a gradient of {largest:.2g} after {found.nit} iterations; expected at most "
+            f"{100 * tolerance:g}. Raise max_iterations or the weight decay."
         )
     z = torch.from_numpy(found.x)
     return z[:d] - z[d:] if is_split else z
@@ -207,10 +213,10 @@ def fit_logistic(
 def random_noise(
     x: Tensor, y: Tensor, eps: float, norm: LogisticNorm = "l2", *, num_draws: int = 10, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Return K copies of every example, each with noise of norm ``eps`` in a random direction [K N, d], and their labels.
+    """Return K copies of every example with noise of norm ``eps`` in random directions [K N, d], and labels.
 
-    The control: training on them (with ``eps=0``) meets noise of the adversary's size without its direction. l2: uniform on the
-    sphere. linf: independent signs times eps, the corners of the cube.
+    The control: training on them (with ``eps=0``) meets noise of the adversary's size without its direction.
+    l2: uniform on the sphere. linf: independent signs times eps, the corners of the cube.
     """
     _checked("random_noise", x, y, eps, norm)
     generator = generator_from("cpu", seed, "random noise", norm)
@@ -220,12 +226,17 @@ def random_noise(
 
 
 def normalised_rise(
-    loss: Callable[[Tensor], Tensor], w: Tensor, *, relative_size: float = 1.0, num_directions: int = 100, seed: int = 0
+    loss: Callable[[Tensor], Tensor],
+    w: Tensor,
+    *,
+    relative_size: float = 1.0,
+    num_directions: int = 100,
+    seed: int = 0,
 ) -> float:
     """Return the mean over directions of (L(w₊) + L(w₋))/2 − L(w), w± = w ± a ‖w‖ u/‖u‖, u ~ N(0, I).
 
-    The landscape along normalised directions, its odd part removed. To second order it is a² ‖w‖² Tr(H) / (2 d) =
-    a² WCI² / (2 d).
+    The landscape along normalised directions, its odd part removed. To second order it is a² ‖w‖² Tr(H) / (2
+    d) = a² WCI² / (2 d).
 
     Args:
         loss: Maps weights [K, d] to losses [K].
@@ -234,7 +245,9 @@ def normalised_rise(
         num_directions: K; the same for equal d and seed.
         seed: Of the directions.
     """
-    u = torch.randn(num_directions, len(w), generator=generator_from("cpu", seed, "directions"), dtype=w.dtype)
+    u = torch.randn(
+        num_directions, len(w), generator=generator_from("cpu", seed, "directions"), dtype=w.dtype
+    )
     step = relative_size * w.norm() * u / u.norm(dim=1, keepdim=True)
     return float((loss(w + step) + loss(w - step)).mean() / 2 - loss(w[None])[0])
 
@@ -258,14 +271,15 @@ def _checked(
     w = torch.zeros(x.shape[-1]) if w is None else w
     if x.ndim != 2 or not len(x) or y.shape != x.shape[:1] or w.shape != x.shape[1:]:
         raise ValueError(
-            f"{where}: got x {tuple(x.shape)}, y {tuple(y.shape)}, w {tuple(w.shape)}; expected [N, d], [N], [d]. Flatten images."
+            f"{where}: got x {tuple(x.shape)}, y {tuple(y.shape)}, w {tuple(w.shape)}; expected [N, d], [N], "
+            "[d]. Flatten images."
         )
     if not bool((y.abs() == 1).all()):
         raise ValueError(
-            f"{where}: got labels {sorted({float(v) for v in y[:1000]})[:4]}; expected −1 and +1. Map the classes."
+            f"{where}: got labels {sorted({float(v) for v in y[:1000]})[:4]}; expected −1 and +1."
         )
     if norm not in ("l2", "linf") or not 0 <= eps < math.inf:
         raise ValueError(
-            f"{where}: got norm={norm!r}, eps={eps}; expected 'l2' or 'linf' and a finite radius >= 0. Correct them."
+            f"{where}: got norm={norm!r}, eps={eps}; expected 'l2' or 'linf' and a finite radius >= 0."
         )
     return w.detach().double().cpu(), x.detach().double().cpu(), y.detach().double().cpu()

@@ -24,14 +24,14 @@ def robust_loss(
     chunk_size: int = 100,
     seed: int = 0,
 ) -> Measurement:
-    """Measure the mean cross-entropy under PGD; ``parts``: ``accuracy`` in [0, 1]. The error is over examples.
+    """Measure the mean cross-entropy under PGD, its error over examples; ``parts``: ``accuracy`` in [0, 1].
 
     Args:
         model: Gives logits [N, C] for images in [0, 1].
         data: Iterable of (x, y, ...), y classes [N].
         threat: The adversary; None measures the clean loss.
         num_examples: How many, by default all.
-        num_steps, num_restarts: Of PGD, which starts at random; its last iterate counts, of several the worst.
+        num_steps, num_restarts: Of PGD, from random starts; the last iterate counts, of several the worst.
         step_size: In the threat's norm; by default 2.5 eps / num_steps.
         chunk_size: Examples attacked at once; decides, with ``seed``, their starting points.
         seed: Of the starts.
@@ -42,33 +42,38 @@ def robust_loss(
     >>> import torch
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     >>> x, y = torch.rand(8, 1, 2, 2), torch.arange(8) % 3
-    >>> robust_loss(model, [(x, y)], ThreatModel("linf", 0.1)).value > robust_loss(model, [(x, y)], None).value
+    >>> threat = ThreatModel("linf", 0.1)
+    >>> robust_loss(model, [(x, y)], threat).value > robust_loss(model, [(x, y)], None).value
     True
     """
     model = unwrapped(model)
     with measuring(model):
         chunks = held(model, data, num_examples, chunk_size)
         chunks = attacked(
-            model, chunks, threat, num_steps=num_steps, step_size=step_size, num_restarts=num_restarts, seed=seed
+            model,
+            chunks,
+            threat,
+            num_steps=num_steps,
+            step_size=step_size,
+            num_restarts=num_restarts,
+            seed=seed,
         )
         losses = losses_of(model, chunks)
         correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in chunks)
     value, stderr = mean_and_error(losses)
     settings = attack_text(threat, num_steps, num_restarts)
-    return Measurement("robust_loss", value, stderr, len(losses), settings, {"accuracy": correct / len(losses)})
+    return Measurement(
+        "robust_loss", value, stderr, len(losses), settings, {"accuracy": correct / len(losses)}
+    )
 
 
 def robust_gap(
-    model: nn.Module,
-    train: Iterable[Any],
-    test: Iterable[Any],
-    threat: ThreatModel | None,
-    **settings: Any,
+    model: nn.Module, train: Iterable[Any], test: Iterable[Any], threat: ThreatModel | None, **settings: Any
 ) -> Measurement:
     """Measure the robust generalisation gap: robust loss on test minus robust loss on train.
 
-    ``parts``: ``accuracy_gap`` = robust accuracy on train minus that on test, and both losses and accuracies. The errors of the
-    two sets are independent and add up in squares.
+    ``parts``: ``accuracy_gap`` = robust accuracy on train minus that on test, and both losses and accuracies.
+    The errors of the two sets are independent and add up in squares.
 
     Args:
         model, threat: See ``robust_loss``.

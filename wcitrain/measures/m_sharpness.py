@@ -1,21 +1,21 @@
-"""m-sharpness: how much the loss of small batches rises, under Gaussian noise on the weights or at worst in a ball.
+"""m-sharpness: how much the loss of small batches rises, under Gaussian noise or at worst in a ball.
 
-Legend: S a batch of m examples, L_S its mean loss, H its Hessian, u perturbation of the weights, c scales (1, or |W| if
-adaptive), ρ radius, ⊙ elementwise, e = u / c.
+Legend: S a batch of m examples, L_S its mean loss, H its Hessian, u perturbation of the weights, c scales (1,
+or |W| if adaptive), ρ radius, ⊙ elementwise, e = u / c.
 
-    average = mean_S E_u L_S(W + u) − L_S(W),  u ~ N(0, ρ² c²)              → (ρ²/2) Σ_i c_i² H_ii               (1)
-    worst   = mean_S max { L_S(W + u) − L_S(W) : ||u / c||_p <= ρ }         → (ρ²/2) λ_max(H ⊙ c cᵀ)             (2)
+    average = mean_S E_u L_S(W + u) − L_S(W),  u ~ N(0, ρ² c²)              → (ρ²/2) Σ_i c_i² H_ii         (1)
+    worst   = mean_S max { L_S(W + u) − L_S(W) : ||u / c||_p <= ρ }         → (ρ²/2) λ_max(H ⊙ c cᵀ)       (2)
 
-(Andriushchenko et al., "A Modern Look at the Relationship between Sharpness and Generalization", ICML 2023, arXiv
-2302.07011.) The limits are those of small ρ; that of (2) holds where S's own gradient is zero, and for p = 2.
+(Andriushchenko et al., "A Modern Look at the Relationship between Sharpness and Generalization", ICML 2023,
+arXiv 2302.07011.) The limits are those of small ρ; that of (2) is for p = 2, where S's own gradient is zero.
 
-As in their code the average draws Gaussian noise of standard deviation ρ, which is no radius: the length is about ρ ||c||; and
-all trainable tensors move, normalisation included. Unlike theirs: adaptive l2 ascent is steepest in e (their code multiplies by
-|W| but divides by ||g||); the search is `_ascent` (theirs: APGD, 20 steps from 2ρ, momentum 0.75, halving at fixed
-checkpoints); logits are not normalised; batches count by their size.
+As in their code the average draws Gaussian noise of standard deviation ρ, which is no radius: the length is
+about ρ ||c||; and all trainable tensors move, normalisation included. Unlike theirs: adaptive l2 ascent is
+steepest in e (their code multiplies by |W| but divides by ||g||); the search is `_ascent` (theirs: APGD, 20
+steps from 2ρ, momentum 0.75, halving at fixed checkpoints); logits are not normalised; batches count by size.
 
-With a threat model and ``reattack=True`` the attack is run anew at every W + u: the rise is that of the robust loss. With
-``reattack=False`` the adversarial examples found at W are kept.
+With a threat model and ``reattack=True`` the attack is run anew at every W + u: the rise is that of the
+robust loss. With ``reattack=False`` the adversarial examples found at W are kept.
 """
 
 import math
@@ -54,9 +54,9 @@ def average_sharpness(
     num_restarts: int = 1,
     seed: int = 0,
 ) -> Measurement:
-    """Measure E_d L_S(W + d) − L_S(W) for Gaussian d of standard deviation ρ (times |W|), averaged over batches S of m examples.
+    """Measure the mean of L_S(W + d) − L_S(W) over batches S of m, d Gaussian of deviation ρ (times |W|).
 
-    Every batch has its own draws, so the standard error over batches holds both examples and draws; NaN for one batch.
+    Every batch has its own draws, so the error over batches holds examples and draws; NaN for one batch.
 
     Args:
         rho: ρ > 0; 0.05 to 0.4 in the paper.
@@ -64,7 +64,7 @@ def average_sharpness(
         m: Examples a batch, >= 1.
         num_draws: Draws a batch, >= 1.
         reattack: Run the attack again at every W + d.
-        model, data, threat, num_examples, layers, num_steps, step_size, num_restarts, seed: As in ``sam_sharpness``.
+        The others are those of ``sam_sharpness``.
 
     Returns:
         ``parts``: ``loss``, the mean at W.
@@ -79,7 +79,9 @@ def average_sharpness(
     """
     _check("average_sharpness", rho, m=m, num_draws=num_draws)
     model = unwrapped(model)
-    attack = partial(attacked, threat=threat, num_steps=num_steps, step_size=step_size, num_restarts=num_restarts)
+    attack = partial(
+        attacked, threat=threat, num_steps=num_steps, step_size=step_size, num_restarts=num_restarts
+    )
     rises, losses = [], []
     with measuring(model):
         tensors = select_layers(model, layers).tensors
@@ -99,7 +101,13 @@ def average_sharpness(
             rises.append(sum(draws) / num_draws - losses[-1])
     kind = f"rho {rho:g}{', adaptive' if adaptive else ''}, m {m}, {num_draws} draws"
     return _over_batches(
-        "average_sharpness", rises, losses, chunks, kind, reattack, attack_text(threat, num_steps, num_restarts)
+        "average_sharpness",
+        rises,
+        losses,
+        chunks,
+        kind,
+        reattack,
+        attack_text(threat, num_steps, num_restarts),
     )
 
 
@@ -121,10 +129,11 @@ def worst_sharpness(
     num_restarts: int = 1,
     seed: int = 0,
 ) -> Measurement:
-    """Measure the largest L_S(W + u) − L_S(W) found with ||u / c||_p <= ρ, averaged over batches S of m examples.
+    """Measure the largest L_S(W + u) − L_S(W) found with ||u / c||_p <= ρ, averaged over batches S of m.
 
-    A lower estimate of the maximum, never negative (u = 0 is in the ball). The standard error is over batches, NaN for one.
-    Cost a batch: ``ascent_steps + 2`` forward and backward passes, and as many attacks with ``reattack``, two without.
+    A lower estimate of the maximum, never negative (u = 0 is in the ball). The standard error is over
+    batches, NaN for one. Cost a batch: ``ascent_steps + 2`` forward and backward passes, and as many attacks
+    with ``reattack``, two without.
 
     Args:
         rho: ρ > 0; by default 0.5 in l2 and 0.002 in linf. Adaptive radii are larger.
@@ -148,11 +157,15 @@ def worst_sharpness(
     True
     """
     if norm not in RADII:
-        raise ValueError(f"worst_sharpness.norm: got {norm!r}; expected one of {', '.join(RADII)}. Choose one of them.")
+        raise ValueError(
+            f"worst_sharpness.norm: got {norm!r}; expected one of {', '.join(RADII)}. Choose one of them."
+        )
     radius = RADII[norm] if rho is None else rho
     _check("worst_sharpness", radius, m=m, ascent_steps=ascent_steps)
     model = unwrapped(model)
-    attack = partial(attacked, threat=threat, num_steps=num_steps, step_size=step_size, num_restarts=num_restarts)
+    attack = partial(
+        attacked, threat=threat, num_steps=num_steps, step_size=step_size, num_restarts=num_restarts
+    )
     rises, losses = [], []
     with measuring(model):
         tensors = select_layers(model, layers).tensors
@@ -177,9 +190,9 @@ def _ascent(
 ) -> float:
     """Return the largest rise found in the ball ||e||_p <= ρ, at least zero.
 
-        e' = Project( e + α s(∇) ),   s(∇) = ∇/||∇|| in l2, sign ∇ in linf,   α = 2ρ at first                     (3)
+        e' = Project( e + α s(∇) ),   s(∇) = ∇/||∇|| in l2, sign ∇ in linf,   α = 2ρ at first              (3)
 
-    from a random point of the sphere (in linf: a corner). e' is taken if the loss is higher there, otherwise α is halved.
+    from a random point of the sphere (in linf: a corner). e' is taken if the loss is higher, else α halves.
     """
 
     def direction(x: Tensor) -> Tensor:
@@ -209,7 +222,7 @@ def _rise_at(
     loss: float,
     e: Tensor,
 ) -> tuple[float, Tensor]:
-    """Return L_S(W + c ⊙ e) − ``loss`` and its gradient in e [P], at fixed images or at those of an attack there."""
+    """Return L_S(W + c ⊙ e) − ``loss`` and its gradient in e [P], at fixed or at newly attacked images."""
     with perturbed(tensors, _shaped(c * e, tensors)) as move:
         move(+1)
         value, g = mean_gradient(model, reattack() if reattack else images, tensors)
@@ -238,13 +251,17 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _shaped(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return ``flat`` [P] as tensors like the given ones."""
-    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+    return [
+        part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
+    ]
 
 
 def _check(where: str, rho: float, **counts: int) -> None:
     """Refuse numbers out of range."""
     if not 0 < rho < math.inf:
-        raise ValueError(f"{where}.rho: got {rho}; expected a radius > 0. 0.1 (average), 0.5 (worst, l2) are usual.")
+        raise ValueError(
+            f"{where}.rho: got {rho}; expected a radius > 0. 0.1 (average), 0.5 (worst, l2) are usual."
+        )
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{where}.{name}: got {value}; expected at least 1. Raise it.")

@@ -2,11 +2,11 @@
 
 Legend: z [C] logits, γ margin of an example, q quantile of the margins, A_l the linear map of layer l.
 
-    γ(x, y) = z_y − max_{j ≠ y} z_j        (> 0: classified rightly)                                             (1)
-    normalised margin = q(γ) / Π_l ‖A_l‖_σ                                                                       (2)
+    γ(x, y) = z_y − max_{j ≠ y} z_j        (> 0: classified rightly)                                       (1)
+    normalised margin = q(γ) / Π_l ‖A_l‖_σ                                                                 (2)
 
-Margins alone grow with the scale of the weights; (2) divides it out (Bartlett, Foster & Telgarsky 2017, whose bound also has a
-factor from the distance to initialisation). The product is that of ``norms.spectral_norms``.
+Margins alone grow with the scale of the weights; (2) divides it out (Bartlett, Foster & Telgarsky 2017, whose
+bound also has a factor from the distance to initialisation). The product is that of ``norms.spectral_norms``.
 """
 
 import math
@@ -35,10 +35,11 @@ def margins(
     num_restarts: int = 1,
     seed: int = 0,
 ) -> Measurement:
-    """Return the ``quantile`` of the output margins (1); parts: ``mean``, ``mean_stderr``, ``median``, ``min``, ``accuracy``.
+    """Return the ``quantile`` of the output margins (1).
 
-    Its standard error is half the distance between the quantiles one binomial standard error, sqrt(q (1 − q) / N), to either
-    side: of the examples as a sample.
+    ``parts``: ``mean``, ``mean_stderr``, ``median``, ``min``, ``accuracy``. Its standard error is half the
+    distance between the quantiles one binomial standard error, sqrt(q (1 − q) / N), to either side: of the
+    examples as a sample.
 
     Args:
         model: Gives logits [B, C] with C >= 2 for images in [0, 1].
@@ -62,7 +63,13 @@ def margins(
     with measuring(model):
         chunks = held(model, data, num_examples)
         chunks = attacked(
-            model, chunks, threat, num_steps=num_steps, step_size=step_size, num_restarts=num_restarts, seed=seed
+            model,
+            chunks,
+            threat,
+            num_steps=num_steps,
+            step_size=step_size,
+            num_restarts=num_restarts,
+            seed=seed,
         )
         values = output_margins(model, chunks)
     mean, error = mean_and_error(values)
@@ -99,8 +106,9 @@ def normalised_margin(
 ) -> Measurement:
     """Return (2), the ``quantile`` of the margins over the product of the layers' spectral norms.
 
-    Parts: ``margin``, ``log_spectral_product`` = Σ ln ‖A_l‖_σ (the product itself may overflow), ``log_complexity`` =
-    2 Σ ln ‖A_l‖_σ − 2 ln margin, NaN where the margin is not positive. The error is that of the margin. Arguments: see ``margins``.
+    Parts: ``margin``, ``log_spectral_product`` = Σ ln ‖A_l‖_σ (the product itself may overflow),
+    ``log_complexity`` = 2 Σ ln ‖A_l‖_σ − 2 ln margin, NaN where the margin is not positive. The error is that
+    of the margin. Arguments: see ``margins``.
     """
     model = unwrapped(model)
     batches = list(_limited(data, num_examples))
@@ -139,8 +147,8 @@ def output_margins(model: nn.Module, chunks: Chunks) -> Tensor:
             z = model(x).double()
             if z.ndim != 2 or z.shape[1] < 2 or y.ndim != 1 or int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
                 raise ValueError(
-                    f"margins: got outputs {tuple(z.shape)} and labels {tuple(y.shape)} up to {int(y.max())}; expected [B, C], "
-                    "C >= 2, and classes [B] below C. Correct the model or the labels."
+                    f"margins: got outputs {tuple(z.shape)} and labels {tuple(y.shape)} up to "
+                    f"{int(y.max())}; expected [B, C], C >= 2, and classes [B] below C."
                 )
             right = z.gather(1, y[:, None]).squeeze(1)
             others = z.scatter(1, y[:, None], -math.inf).amax(1)

@@ -14,9 +14,9 @@ class Measurement:
 
     Args:
         name: Of the measure, such as ``"average_flatness"``.
-        value: The number; may be infinite, NaN only where the measure has no value (the reason is in ``settings``).
-        stderr: Its standard error over examples, draws or both, as the measure documents; NaN where nothing is random or the
-            error is unknown.
+        value: The number; may be infinite, NaN only where there is no value (``settings`` say why).
+        stderr: Its standard error over examples, draws or both, as the measure documents; NaN where nothing
+            is random or the error is unknown.
         num_examples: Examples behind it; 0 where no data is needed.
         settings: How it was taken, for humans: ``"xi 0.5, 10 draws, PGD-20 linf 8/255"``.
         parts: Further numbers by name, such as the layers' contributions.

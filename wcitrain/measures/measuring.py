@@ -1,18 +1,18 @@
-"""``measure_wci``: the index of any classifier on any data, to a given precision, leaving the model as it was.
+"""``measure_wci``: the index of any classifier on any data, to a given precision.
 
-Legend: N examples, B examples a chunk, K chunks, m probes a chunk, L layers, x_kj [L] the traces drawn in chunk k by probe j,
-a_l = ||W_l||_F², t_l = Tr(H_l).
+Legend: N examples, B examples a chunk, K chunks, m probes a chunk, L layers, x_kj [L] the traces drawn in
+chunk k by probe j, a_l = ||W_l||_F², t_l = Tr(H_l).
 
-The examples are cut into chunks. Each chunk is attacked once; then m probes of its traces are drawn at the adversarial
-examples, held fixed (Danskin), and their mean is one sample. The jackknife over the K samples gives the index and its error
-(`wci`); it needs no model of where the variance comes from.
+The examples are cut into chunks. Each chunk is attacked once; then m probes of its traces are drawn at the
+adversarial examples, held fixed (Danskin), and their mean is one sample. The jackknife over the K samples
+gives the index and its error (`wci`); it needs no model of where the variance comes from.
 
 How many chunks and probes a target error needs is `planning`'s.
 
-Choices by measurement (a residual network of 0.3 M weights after AT and WCI, CIFAR-10 at 16x16, PGD-10, one CPU thread):
-B = 25, since the part of σ_w² that comes from pairs of examples does not shrink with B, and an attacked example takes 1.2
-times as long as in chunks of 100, in chunks of 5 it takes 2.5 times as long. `planning` (2) gave 12 and 14 probes; 8 need at
-most 8 % more time for the same error.
+Choices by measurement (a residual network of 0.3 M weights after AT and WCI, CIFAR-10 at 16x16, PGD-10, one
+CPU thread): B = 25, since the part of σ_w² that comes from pairs of examples does not shrink with B, and an
+attacked example takes 1.2 times as long as in chunks of 100, in chunks of 5 it takes 2.5 times as long.
+`planning` (2) gave 12 and 14 probes; 8 need at most 8 % more time for the same error.
 """
 
 import copy
@@ -22,18 +22,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from wcitrain.attacks import ThreatModel, pgd
-from wcitrain.curvature.gauss_newton import gauss_newton_samples
-from wcitrain.curvature.hutchinson import hutchinson_samples
+from wcitrain.curvature.estimator import Estimator
+from wcitrain.curvature.estimators import ESTIMATORS, choose, name_of
 from wcitrain.curvature.loss import Loss, as_loss, cross_entropy
-from wcitrain.curvature.two_point import two_point_samples
+from wcitrain.curvature.passes import Passes
 from wcitrain.measures.examples import Examples
 from wcitrain.measures.planning import (
     MAX_PROBES_WITHOUT_EXAMPLES,
@@ -45,52 +44,13 @@ from wcitrain.measures.planning import (
     safety,
 )
 from wcitrain.measures.wci import WCIMeasurement
-from wcitrain.params import Layers, select_layers, unwrapped
+from wcitrain.params import Layers, unwrapped
 from wcitrain.preserve import full_precision, undisturbed
 from wcitrain.seeding import generator_from
 
 CHUNK_SIZE = 25  # B
 
 ModelLoss = Callable[[nn.Module, Tensor, Tensor], Tensor | Loss]
-LossFn = Callable[[], Loss]
-
-
-class Estimator(NamedTuple):
-    """How traces are drawn: ``draw(loss_fn, layers, num_probes, generator)`` returns samples [m, L] and the loss.
-
-    ``passes`` is the cost of one probe; a forward counts 1, a backward to the weights 2, one through its graph 4.
-    """
-
-    draw: Callable[[LossFn, Layers, int, torch.Generator], tuple[Tensor, Tensor]]
-    passes: int
-
-
-def _gauss_newton(
-    loss_fn: LossFn, layers: Layers, num_probes: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    loss = loss_fn()
-    return gauss_newton_samples(loss, layers, num_probes=num_probes, generator=generator), loss.total
-
-
-def _hutchinson(loss_fn: LossFn, layers: Layers, num_probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        loss = loss_fn()
-    return hutchinson_samples(loss, layers, num_probes=num_probes, generator=generator), loss.total
-
-
-def _two_point(loss_fn: LossFn, layers: Layers, num_probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        total = loss_fn().total
-    samples = two_point_samples(loss_fn, layers, num_probes=num_probes, generator=generator)
-    return samples.nan_to_num(), total  # a layer that the loss does not depend on counts as zero
-
-
-ESTIMATORS = {
-    "gauss_newton": Estimator(_gauss_newton, 2),
-    "hutchinson": Estimator(_hutchinson, 4),
-    "two_point": Estimator(_two_point, 6),
-}
-AUTO = "gauss_newton"
 
 
 def measure_wci(
@@ -114,39 +74,39 @@ def measure_wci(
 ) -> WCIMeasurement:
     """Measure the Weight-Curvature Index of a model's robust (or clean) loss, with its standard error.
 
-    The model runs in eval mode and float32; modes, buffers, weights, ``.grad``, ``requires_grad`` and the global random state are
-    afterwards what they were, on exceptions too. The error is that of the examples as a sample of an endless supply: take
-    them at random, at least not sorted by class. One process only.
+    The model runs in eval mode and float32; modes, buffers, weights, ``.grad``, ``requires_grad`` and the
+    global random state are afterwards what they were, on exceptions too. The error is that of the examples as
+    a sample of an endless supply: take them at random, at least not sorted by class. One process only.
 
     Args:
-        model: Gives logits [N, C] for images in [0, 1], normalisation inside. DDP and ``torch.compile`` wrappers are looked
-            through. If it is frozen throughout, all of its parameters count as trainable for the measurement.
-        batches: Iterable of (x, y, ...), read once from the front and no further than needed. With a target, what was read
-            stays in memory.
-        threat: The adversary, which runs PGD from a random start against the same loss; None measures the clean loss.
-        estimator: ``"gauss_newton"`` (``"auto"``; one backward a probe, never negative, every model; equals the Hessian for
-            piecewise linear networks), ``"hutchinson"`` (the Hessian, by double backward) or ``"two_point"`` (smoothed over
-            1 % of the weights' norm; gradients only; ReLU networks: not the Hessian, often negative at adversarial examples).
+        model: Gives logits [N, C] for images in [0, 1], normalisation inside. DDP and ``torch.compile``
+            are looked through. If it is frozen throughout, all parameters count as trainable.
+        batches: Iterable of (x, y, ...), read once from the front and no further than needed. With a target,
+            what was read stays in memory.
+        threat: The adversary, PGD from a random start against the same loss; None measures the clean loss.
+        estimator: A name of ``curvature.ESTIMATORS``: ``"gauss_newton"`` (one backward a probe, never
+            negative, every model; equals the Hessian for piecewise linear networks), ``"hutchinson"`` (the
+            Hessian, by double backward), ``"two_point"`` (smoothed over 1 % of the weights' norm; gradients
+            only; ReLU networks: not the Hessian, often negative at adversarial examples), ``"top_layer"``
+            (the head alone, exact; ``layers`` stays "weights") or ``"auto"`` (the first of the first two that
+            a dry run allows; the result says which).
         layers, split_qkv: What counts as a layer, see ``params.select_layers``.
-        num_examples: Examples measured, by default 1000 or all there are. With a target: the most that may be read, by
-            default all there are.
+        num_examples: Examples measured, by default 1000 or all there are. With a target: the most that may be
+            read, by default all there are.
         num_probes: Probes a chunk, by default 8 with an attack and 2 without. With a target they are planned.
-        target_relative_error: Choose examples and probes such that standard error / index is at most this, in (0, 1).
-            Where the examples do not suffice the result says so (``reached``, ``limited_by``).
+        target_relative_error: Choose examples and probes such that standard error / index is at most this, in
+            (0, 1). Where the examples do not suffice the result says so (``reached``, ``limited_by``).
         num_steps, step_size: Of the attack; the step is 2.5 eps / num_steps by default.
-        loss: ``loss(model, x, y)`` returns a ``Loss`` or, for the last two estimators, the mean over the examples as a
-            tensor; by default cross-entropy, labels [N] or soft [N, C].
-        chunk_size: Examples that are attacked and measured at once; by default 25, fewer for fewer than 400 examples.
+        loss: ``loss(model, x, y)`` returns a ``Loss`` or, for hutchinson and two_point, the mean over the
+            examples as a tensor; by default cross-entropy, labels [N] or soft [N, C].
+        chunk_size: Examples attacked and measured at once; by default 25, fewer for fewer than 400 examples.
         seed: Of random starts and probes.
         progress: Show a bar, on a terminal.
         device: Where to compute, on a copy of the model if it is elsewhere; by default where the model is.
 
-    Returns:
-        The index in total and by layer; ``print(measurement.table())``.
-
     Raises:
-        ValueError: An argument out of range, images outside [0, 1] under attack, labels that are no classes, outputs that are
-            not [N, C], no images.
+        ValueError: An argument out of range, images outside [0, 1] under attack, labels that are no classes,
+            outputs that are not [N, C], no images.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     >>> x, y = torch.rand(64, 1, 2, 2), torch.randint(0, 3, (64,))
@@ -159,23 +119,29 @@ def measure_wci(
     first = next(model.parameters(), None)
     if first is None or first.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"measure_wci: got a model with {'no weights' if first is None else f'weights in {first.dtype}'}; expected weights in "
-            "float32 or float64: half precision drowns curvature in rounding. Convert it with model.float()."
+            "measure_wci: got a model with "
+            f"{'no weights' if first is None else f'weights in {first.dtype}'}; expected weights in float32 "
+            "or float64: half precision drowns curvature in rounding. Convert it with model.float()."
         )
     if device is not None and torch.empty(0, device=device).device != first.device:
         model = copy.deepcopy(model).to(device)
+    wanted = ESTIMATORS[estimator]()
     frozen = [] if any(p.requires_grad for p in model.parameters()) else list(model.parameters())
     if num_examples is None and target_relative_error is None:
         num_examples = 1000
-    name = AUTO if estimator == "auto" else estimator
-    with torch.inference_mode(False), torch.enable_grad(), undisturbed(model, training=False), full_precision(model):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        undisturbed(model, training=False),
+        full_precision(model),
+    ):
         try:
             for p in frozen:
                 p.requires_grad_(p.is_floating_point())
             measuring = _Measuring(
                 model=model,
-                layers=select_layers(model, layers, split_qkv=split_qkv),
-                estimator=ESTIMATORS[name],
+                layers=wanted.layers(model, layers, split_qkv=split_qkv),
+                estimator=wanted,
                 loss=loss,
                 threat=threat,
                 num_steps=num_steps,
@@ -186,13 +152,17 @@ def measure_wci(
             examples = Examples(batches, num_examples)
             available = examples.ahead(PILOT_CHUNKS * CHUNK_SIZE)
             if not available:
-                raise ValueError("measure_wci: got no images; expected at least one batch. Is the data set empty?")
-            measuring.check(*examples.peek())
+                raise ValueError(
+                    "measure_wci: got no images; expected at least one batch. Is the data set empty?"
+                )
+            measuring = measuring.checked(*examples.peek())
             size = chunk_size or max(1, min(CHUNK_SIZE, available // PILOT_CHUNKS))
             chunks = examples.chunks(size)
             if target_relative_error is None:
                 probes = num_probes or (8 if threat else 2)
-                result = measuring.stage(chunks, probes, 0, math.ceil((num_examples or 0) / size)).measurement()
+                result = measuring.stage(
+                    chunks, probes, 0, math.ceil((num_examples or 0) / size)
+                ).measurement()
             else:
                 result = _to_target(measuring, chunks, target_relative_error)
         finally:
@@ -200,13 +170,13 @@ def measure_wci(
                 p.requires_grad_(False)
     if not math.isfinite(result.total_stderr):
         warnings.warn(
-            f"measure_wci: got {result.num_examples} examples in a single chunk, which has no spread: the standard error is "
-            "infinite. Pass more examples or a smaller chunk_size.",
+            f"measure_wci: got {result.num_examples} examples in a single chunk, which has no spread: the "
+            "standard error is infinite. Pass more examples or a smaller chunk_size.",
             UserWarning,
             stacklevel=2,
         )
     label = "clean loss" if threat is None else f"robust loss {threat} PGD-{num_steps}"
-    return replace(result, estimator=name, loss=label)
+    return replace(result, estimator=name_of(measuring.estimator), loss=label)
 
 
 @dataclass(frozen=True)
@@ -232,7 +202,7 @@ class _Stage:
         )
 
     def spread(self, index: WCIMeasurement, within: float = 0.0) -> tuple[float, float]:
-        """Return σ_b² and σ_w² of `planning` (1); ``within`` stands for σ_w² where a single probe a chunk cannot tell."""
+        """Return σ_b² and σ_w² of `planning` (1); ``within`` is the latter for single probes."""
         t, num_probes = index.trace.mean, self.samples.shape[1]
         c = torch.where(t > 0, (index.squared_norms / t).sqrt() / 2, 0)
         draws = self.samples @ c  # [K, m]
@@ -259,26 +229,37 @@ class _Measuring:
         """c_a of `planning` (2): the attack's passes and the forward at the adversarial examples."""
         return 1 + (2 * self.num_steps if self.threat else 0)
 
-    def check(self, x: Tensor, y: Tensor) -> None:
-        """Refuse before anything is computed what would fail, or be silently wrong, later."""
+    def checked(self, x: Tensor, y: Tensor) -> "_Measuring":
+        """Refuse what would fail or be silently wrong later; choose an estimator that is possible."""
         x, y = self._placed(x, y)
-        if self.loss is not None:
-            return
+        if self.loss is None:
+            self._check_outputs(x, y)
+        passes = Passes(self.model, self.layers, lambda: self._loss_at(x, y))
+        return replace(self, estimator=choose(self.estimator, passes, needs_gradient=False).estimator)
+
+    def _check_outputs(self, x: Tensor, y: Tensor) -> None:
+        """Refuse a model that does not give one row of logits an image, and labels that do not fit."""
         with torch.no_grad():
             logits = self.model(x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"measure_wci: got outputs {got} for {len(x)} images; expected logits [{len(x)}, C].")
+            raise ValueError(
+                f"measure_wci: got outputs {got} for {len(x)} images; expected logits [{len(x)}, C]."
+            )
         self._check_labels(y, logits.shape[1])
 
     def stage(
         self, chunks: Iterable[tuple[Tensor, Tensor]], num_probes: int, stage: int, total: int | None = None
     ) -> _Stage:
-        """Attack every chunk once and draw its traces; random numbers depend on seed, stage and chunk alone."""
+        """Attack every chunk once and draw its traces; randomness depends on seed, stage and chunk alone."""
         rows = [
-            self._chunk(x, y, num_probes, generator_from(self._device, self.seed, "measure_wci", stage, number))
+            self._chunk(
+                x, y, num_probes, generator_from(self._device, self.seed, "measure_wci", stage, number)
+            )
             for number, (x, y) in enumerate(
-                tqdm(chunks, f"WCI, stage {stage}", total, unit="chunk", leave=False, disable=not self.has_bar)
+                tqdm(
+                    chunks, f"WCI, stage {stage}", total, unit="chunk", leave=False, disable=not self.has_bar
+                )
             )
         ]
         samples, losses, weights = zip(*rows, strict=True)
@@ -289,34 +270,37 @@ class _Measuring:
             torch.stack(losses).double().cpu(),
         )
 
-    def _chunk(self, x: Tensor, y: Tensor, num_probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+    def _chunk(
+        self, x: Tensor, y: Tensor, num_probes: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, int]:
         """Return samples [m, L], mean loss, and the number of examples."""
         x, y = self._placed(x, y)
 
-        def loss_at(images: Tensor) -> Loss:
-            if self.loss is not None:
-                return as_loss(self.loss(self.model, images, y))
-            logits = self.model(images)
-            self._check_labels(y, logits.shape[1])
-            return cross_entropy(logits, y)
-
         if self.threat is not None:
-            step_size = 2.5 * self.threat.eps / max(1, self.num_steps) if self.step_size is None else self.step_size
+            # The attack sums over examples: N times the mean loss, whatever that is.
             x = pgd(
-                # The attack sums over examples: N times the mean loss, whatever that is.
-                lambda images: loss_at(images).total.expand(len(images)),
+                lambda images: self._loss_at(images, y).total.expand(len(images)),
                 x,
                 threat=self.threat,
                 num_steps=self.num_steps,
-                step_size=step_size,
+                step_size=self.threat.step_for(self.num_steps, self.step_size),
                 generator=generator,
             )
-        samples, loss = self.estimator.draw(lambda: loss_at(x), self.layers, num_probes, generator)
+        passes = Passes(self.model, self.layers, lambda: self._loss_at(x, y))
+        samples, loss = self.estimator.draw(passes, num_probes, generator)
         if not bool(torch.isfinite(loss)):
             raise ValueError(
                 f"measure_wci: got a loss of {float(loss)}; expected a finite number. Has the model diverged?"
             )
         return samples, loss.detach(), len(x)
+
+    def _loss_at(self, images: Tensor, y: Tensor) -> Loss:
+        """Return the mean loss at images."""
+        if self.loss is not None:
+            return as_loss(self.loss(self.model, images, y))
+        logits = self.model(images)
+        self._check_labels(y, logits.shape[1])
+        return cross_entropy(logits, y)
 
     @property
     def _device(self) -> torch.device:
@@ -326,7 +310,8 @@ class _Measuring:
         """Return images and labels on the model's device, images in its dtype."""
         if not x.is_floating_point():
             raise ValueError(
-                f"measure_wci: got images of dtype {x.dtype}; expected floats in [0, 1]. Divide them by 255, or use ToTensor()."
+                f"measure_wci: got images of dtype {x.dtype}; expected floats in [0, 1]. Divide them by 255, "
+                "or use ToTensor()."
             )
         weights = self.layers.tensors[0]
         return x.detach().to(weights.device, weights.dtype), y.to(weights.device)
@@ -338,21 +323,23 @@ class _Measuring:
             return
         if y.ndim != 1 or y.is_floating_point():
             raise ValueError(
-                f"measure_wci: got labels of shape {tuple(y.shape)} and dtype {y.dtype}; expected classes [N] as integers, or "
-                f"soft targets [N, {num_classes}]. Pass loss= for other targets."
+                f"measure_wci: got labels of shape {tuple(y.shape)} and dtype {y.dtype}; expected classes "
+                f"[N] as integers, or soft targets [N, {num_classes}]. Pass loss= for other targets."
             )
         if int(y.min()) < 0 or int(y.max()) >= num_classes:
             raise ValueError(
-                f"measure_wci: got labels from {int(y.min())} to {int(y.max())}; expected 0 to {num_classes - 1}, the model's "
-                "outputs. Are model and data of the same classes?"
+                f"measure_wci: got labels from {int(y.min())} to {int(y.max())}; expected 0 to "
+                f"{num_classes - 1}, the model's outputs. Are model and data of the same classes?"
             )
 
 
-def _to_target(measuring: _Measuring, chunks: Iterator[tuple[Tensor, Tensor]], target: float) -> WCIMeasurement:
+def _to_target(
+    measuring: _Measuring, chunks: Iterator[tuple[Tensor, Tensor]], target: float
+) -> WCIMeasurement:
     """Plan and make stages until the error of one is small enough; see `planning`.
 
-    When fresh examples run out, a stage takes *all* examples once, those of earlier stages too, with fresh random starts and
-    signs: its size then depends on no estimate. From there on only probes can be added.
+    When fresh examples run out, a stage takes *all* examples once, those of earlier stages too, with fresh
+    random starts and signs: its size then depends on no estimate. From there on only probes can be added.
     """
     read = list(islice(chunks, PILOT_CHUNKS))
     used, within, limited_by = len(read), 0.0, "stages"
@@ -363,7 +350,9 @@ def _to_target(measuring: _Measuring, chunks: Iterator[tuple[Tensor, Tensor]], t
     for stage in range(1, MAX_STAGES + 1):
         between, within = last.spread(index, within)
         variance = (target * float(index.per_layer.sum())) ** 2 / safety(len(last.samples) - 1)
-        num_chunks, num_probes = plan(between, within, variance, measuring.passes, measuring.estimator.passes)
+        num_chunks, num_probes = plan(
+            between, within, variance, measuring.passes, measuring.estimator.probe_cost
+        )
         if stage > 1:
             num_chunks = max(num_chunks, math.ceil(1.5 * len(last.samples)))
         read += islice(chunks, max(0, used + num_chunks - len(read)))
@@ -390,20 +379,22 @@ def _check_arguments(
     chunk_size: int | None,
 ) -> None:
     """Refuse numbers out of range before anything is read."""
-    if estimator != "auto" and estimator not in ESTIMATORS:
+    if estimator not in ESTIMATORS:
         raise ValueError(
-            f"estimator: got {estimator!r}; expected one of auto, {', '.join(ESTIMATORS)}. Choose one of them."
+            f"estimator: got {estimator!r}; expected one of {', '.join(ESTIMATORS)}. Choose one of them."
         )
     if target is not None and not 0 < target < 1:
         raise ValueError(f"target_relative_error: got {target!r}; expected a share in (0, 1). 0.05 is 5 %.")
     if target is not None and num_probes is not None:
         raise ValueError(
-            f"num_probes: got {num_probes} beside target_relative_error={target:g}; expected one of the two: a target plans the "
-            "probes. Remove one."
+            f"num_probes: got {num_probes} beside target_relative_error={target:g}; expected one of the two: "
+            "a target plans the probes. Remove one."
         )
     counts = {"num_examples": num_examples, "num_probes": num_probes, "chunk_size": chunk_size}
     for name, value in counts.items():
         if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}; expected at least 1. Raise it, or leave it out for the default.")
+            raise ValueError(
+                f"{name}: got {value}; expected at least 1. Raise it, or leave it out for the default."
+            )
     if num_steps < 0:
         raise ValueError(f"num_steps: got {num_steps}; expected at least 0 attack steps. Raise it.")

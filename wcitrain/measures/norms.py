@@ -1,21 +1,22 @@
-"""Norms of the weights: sizes that capacity bounds are made of. No data, no attack; images only lend their shape.
+"""Norms of the weights: sizes that capacity bounds are made of. Images only lend their shape.
 
-Legend: L layers, W_l their weights, ‖·‖_F the Frobenius and ‖·‖_σ the spectral norm, A_l the linear map of layer l.
+Legend: L layers with weights W_l, ‖·‖_F Frobenius and ‖·‖_σ spectral norm, A_l the linear map of layer l.
 
-    frobenius                Σ_l ‖W_l‖_F²,    log product  Σ_l ln ‖W_l‖_F²                                        (1)
-    spectral                 Σ_l ln ‖A_l‖_σ²                                                                     (2)
-    path                     ln Σ_c f_{w²}(1, ..., 1)_c                                                          (3)
-    distance                 sqrt( Σ_l ‖W_l − W_l⁰‖_F² )                                                          (4)
+    frobenius   Σ_l ‖W_l‖_F²,    log product  Σ_l ln ‖W_l‖_F²                                              (1)
+    spectral    Σ_l ln ‖A_l‖_σ²                                                                            (2)
+    path        ln Σ_c f_{w²}(1, ..., 1)_c                                                                 (3)
+    distance    sqrt( Σ_l ‖W_l − W_l⁰‖_F² )                                                                (4)
 
-(2) takes the map that a convolution really is, with its stride, padding and the size of its input, measured by a hook; not
-its kernel as a matrix (a lower number), nor the circular map of Sedghi, Gupta & Long (2018; exact by FFT, but for stride one
-and periodic images only). Lanczos on A_lᵀ A_l finds it to a relative error of about 1e-4.
+(2) takes the map that a convolution really is, with its stride, padding and the size of its input, measured
+by a hook; not its kernel as a matrix (a lower number), nor the circular map of Sedghi, Gupta & Long (2018;
+exact by FFT, but for stride one and periodic images only). Lanczos on A_lᵀ A_l finds it to about 1e-4.
 
-Normalisation is not folded into convolutions, as the code of Dziugaite et al. (2020) does: which layer it follows is not
-visible from outside. So (1) and (4) change when a convolution before a BatchNorm is rescaled, which changes no output. (2)
-does not: BatchNorm in eval mode is a diagonal map and counts as one more layer, with norm max |γ| / sqrt(v + ε). (3) uses its
-affine map. For a chain of layers and 1-Lipschitz activations exp((2) / 2) bounds the network's Lipschitz constant; skip
-connections would add up. The input normalisation of ``models.Classifier`` is part of no norm.
+Normalisation is not folded into convolutions, as the code of Dziugaite et al. (2020) does: which layer it
+follows is not visible from outside. So (1) and (4) change when a convolution before a BatchNorm is rescaled,
+which changes no output. (2) does not: BatchNorm in eval mode is a diagonal map and counts as one more layer,
+with norm max |γ| / sqrt(v + ε). (3) uses its affine map. For a chain of layers and 1-Lipschitz activations
+exp((2) / 2) bounds the network's Lipschitz constant; skip connections would add up. The input normalisation
+of ``models.Classifier`` is part of no norm.
 """
 
 import copy
@@ -59,16 +60,16 @@ def frobenius_norms(model: nn.Module, *, layers: str = "weights") -> Measurement
 
 
 def spectral_norms(model: nn.Module, *, image_shape: Sequence[int] | None = None) -> Measurement:
-    """Return Σ_l ln ‖A_l‖_σ² of (2); parts: every layer's norm ‖A_l‖_σ under its name, BatchNorm layers included.
+    """Return Σ_l ln ‖A_l‖_σ² of (2); parts: every layer's norm ‖A_l‖_σ, BatchNorm layers included.
 
     Cost: some 20 to 100 forward and backward passes through each convolution alone, one image.
 
     Args:
-        model: Any module; convolutions are taken as maps, other weights of two or more dimensions as matrices [d_0, rest].
+        model: Any module; convolutions count as maps, other weights of dimension >= 2 as [d_0, rest].
         image_shape: [C, H, W] of an image; needed for convolutions only.
 
     Raises:
-        ValueError: A convolution and no ``image_shape``; or one that the model never calls with such an image.
+        ValueError: A convolution and no ``image_shape``; or one that is never called with such an image.
 
     >>> print(spectral_norms(nn.Linear(3, 3, bias=False).requires_grad_(False)).parts.keys())
     dict_keys(['weight'])
@@ -81,18 +82,19 @@ def spectral_norms(model: nn.Module, *, image_shape: Sequence[int] | None = None
 
 
 def path_norm(model: nn.Module, *, image_shape: Sequence[int] | None = None) -> Measurement:
-    """Return ln of the squared path norm (3): the sum over all paths from inputs to outputs of their squared weights.
+    """Return ln of the squared path norm (3): the sum over all input-output paths of their squared weights.
 
-    Every weight and bias is squared, BatchNorm is its affine map with both numbers squared, and ones go in: where the activations
-    leave positive numbers alone (ReLU) and pooling averages, that is the sum over paths (Neyshabur et al. 2015). Of a
-    ``Classifier`` it is the backbone's, ones in place of the normalised image. In float64, on a copy.
+    Every weight and bias is squared, BatchNorm is its affine map with both numbers squared, and ones go in:
+    where the activations leave positive numbers alone (ReLU) and pooling averages, that is the sum over paths
+    (Neyshabur et al. 2015). Of a ``Classifier`` it is the backbone's, ones in place of the normalised image.
+    In float64, on a copy.
 
     Args:
         model: A network whose only normalisation is BatchNorm.
         image_shape: [C, H, W] of an image; needed.
 
     Raises:
-        ValueError: No ``image_shape``; another normalisation (LayerNorm, GroupNorm, ...), for which paths have no weights.
+        ValueError: No ``image_shape``; another normalisation than BatchNorm, for which paths have no weights.
     """
     model = unwrapped(model)
     model = model.backbone if isinstance(model, Classifier) else model
@@ -101,8 +103,8 @@ def path_norm(model: nn.Module, *, image_shape: Sequence[int] | None = None) -> 
     strange = sorted({type(m).__name__ for m in model.modules() if _is_other_norm(m)})
     if strange:
         raise ValueError(
-            f"path_norm: got a model with {', '.join(strange)}; expected BatchNorm or none: others are not affine in eval mode. "
-            "Leave this measure out."
+            f"path_norm: got a model with {', '.join(strange)}; expected BatchNorm or none: others are not "
+            "affine in eval mode. Leave this measure out."
         )
     with measuring(model), torch.no_grad():
         squared = copy.deepcopy(model).double()
@@ -115,13 +117,15 @@ def path_norm(model: nn.Module, *, image_shape: Sequence[int] | None = None) -> 
                 _square_batchnorm(module)
         device = next(squared.parameters()).device
         total = float(squared(torch.ones(1, *image_shape, dtype=torch.float64, device=device)).sum())
-    return Measurement("path_norm", _log(total), settings="ln of the sum of squared paths", parts={"sum": total})
+    return Measurement(
+        "path_norm", _log(total), settings="ln of the sum of squared paths", parts={"sum": total}
+    )
 
 
 def distance_from_initialisation(
     model: nn.Module, *, initial: Mapping[str, Tensor] | None, layers: str = "weights"
 ) -> Measurement:
-    """Return sqrt(Σ_l ‖W_l − W_l⁰‖_F²) of (4); parts: ``relative`` to ‖W⁰‖, and every layer's squared distance.
+    """Return sqrt(Σ_l ‖W_l − W_l⁰‖_F²) of (4); parts: ``relative`` to ‖W⁰‖, each layer's squared distance.
 
     Args:
         model: The trained network.
@@ -156,10 +160,10 @@ def initial_weights(layers: Layers, initial: Mapping[str, Tensor] | None, where:
     pairs = zip(layers.names, layers.tensors, found, strict=True)
     wrong = [name for name, now, then in pairs if then is None or then.shape != now.shape]
     if initial is None or wrong:
-        got = "no initial weights" if initial is None else f"none of the right shape for {', '.join(wrong[:3])}"
-        raise ValueError(
-            f"{where}: got {got}; expected the state dict of this model before training. Save model.state_dict() first."
+        got = (
+            "no initial weights" if initial is None else f"none of the right shape for {', '.join(wrong[:3])}"
         )
+        raise ValueError(f"{where}: got {got}; expected the state dict of this model before training.")
     return [then.to(now) for now, then in zip(layers.tensors, found, strict=True) if then is not None]
 
 
@@ -184,18 +188,21 @@ def _input_shapes(
     """Return the shapes of the inputs that every convolution gets when one image goes through the model."""
     if image_shape is None:
         raise ValueError(
-            f"spectral_norms: got no image_shape for a model with {len(maps)} convolutions; expected [C, H, W]: their norm depends "
-            "on it. Pass image_shape=(3, 32, 32) or what your images have."
+            f"spectral_norms: got no image_shape for a model with {len(maps)} convolutions; expected [C, H, "
+            "W]: their norm depends on it. Pass image_shape=(3, 32, 32) or what your images have."
         )
     shapes: dict[str, set[torch.Size]] = {name: set() for name in maps}
     first = next(model.parameters())
-    with _hooks([m.register_forward_pre_hook(_recorder(shapes[name])) for name, m in maps.items()]), torch.no_grad():
+    with (
+        _hooks([m.register_forward_pre_hook(_recorder(shapes[name])) for name, m in maps.items()]),
+        torch.no_grad(),
+    ):
         model(torch.zeros(1, *image_shape, device=first.device, dtype=first.dtype))
     unused = [name for name, found in shapes.items() if not found]
     if unused:
         raise ValueError(
-            f"spectral_norms: got {', '.join(unused[:3])}, which no image reaches; expected every convolution to be used. Remove "
-            "them, or measure the part of the model that is."
+            f"spectral_norms: got {', '.join(unused[:3])}, which no image reaches; expected every "
+            "convolution to be used. Remove them, or measure the part of the model that is."
         )
     return shapes
 
@@ -215,7 +222,7 @@ def _hooks(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[Non
 
 
 def _map_norm(module: nn.Module, shape: torch.Size, weight: Tensor) -> float:
-    """Return the spectral norm of the linear part of ``module`` on inputs of that shape: Lanczos on AᵀA, one fixed start."""
+    """Return the spectral norm of the linear part of ``module``: Lanczos on AᵀA from one fixed start."""
 
     def gram(v: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(v).reshape(shape).to(weight).requires_grad_()
@@ -248,9 +255,7 @@ def _affine(module: _BatchNorm) -> tuple[Tensor, Tensor]:
 def _square_batchnorm(module: _BatchNorm) -> None:
     """Let BatchNorm in eval mode apply the squares of its scale and shift."""
     if module.running_var is None or module.running_mean is None:
-        raise ValueError(
-            "path_norm: got BatchNorm without running statistics; expected them: it is not affine in eval mode. Track them."
-        )
+        raise ValueError("path_norm: got BatchNorm without running statistics; expected them. Track them.")
     scale, shift = _affine(module)
     module.weight, module.bias = nn.Parameter(scale.square()), nn.Parameter(shift.square())
     module.running_mean.zero_()

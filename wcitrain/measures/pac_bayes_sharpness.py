@@ -1,18 +1,19 @@
 """PAC-Bayes sharpness: how much Gaussian noise the weights bear before the accuracy falls.
 
-Legend: w weights, w⁰ before training, ω their number, m examples, u noise, K draws, acc accuracy (clean or under attack).
+Legend: w weights, w⁰ before training, ω their number, m examples, u noise, K draws, acc the accuracy.
 
-    σ = the largest in [0, σ_max] with  |E acc(w + u) − acc(w)| <= 0.1,   u_i ~ N(0, σ²)                          (1)
-    sharpness = 1 / σ²                                                                                           (2)
-    bound = ‖w‖² / (4 σ²) + ln(m / σ) + 10,     with w − w⁰ for w beside it                                      (3)
+    σ = the largest in [0, σ_max] with  |E acc(w + u) − acc(w)| <= 0.1,   u_i ~ N(0, σ²)                   (1)
+    sharpness = 1 / σ²                                                                                     (2)
+    bound = ‖w‖² / (4 σ²) + ln(m / σ) + 10,     with w − w⁰ for w beside it                                (3)
 
-    magnitude-aware:  u_i ~ N(0, σ'² w_i² + e²),   e = 1e-3,   sharpness = 1 / σ'²                                (4)
-    bound = ¼ Σ_i ln [ (e² + (σ'² + 1) ‖r‖² / ω) / (e² + σ'² r_i²) ] + ln(m / σ') + 10,   r = w, or w − w⁰        (5)
+    magnitude-aware:  u_i ~ N(0, σ'² w_i² + e²),   e = 1e-3,   sharpness = 1 / σ'²                         (4)
+    bound = ¼ Σ_i ln [ (e² + (σ'² + 1) ‖r‖² / ω) / (e² + σ'² r_i²) ] + ln(m / σ') + 10,  r = w, or w − w⁰  (5)
 
-Definitions of Jiang et al. 2020 (arXiv 1912.02178), as Dziugaite et al. 2020 (2010.11924) compute them: bisection, ten draws.
-What differs here. Their code hands σ² to a sampler that expects a standard deviation; here u has variance σ². Normalisation is
-not folded into the convolutions; its parameters are not moved. The K draws are the same at every σ, only scaled, so the
-bisection compares like with like. The accuracy may be robust: then the attack is run anew on every perturbed model.
+Definitions of Jiang et al. 2020 (arXiv 1912.02178), as Dziugaite et al. 2020 (2010.11924) compute them:
+bisection, ten draws. What differs here. Their code hands σ² to a sampler that expects a standard deviation;
+here u has variance σ². Normalisation is not folded into the convolutions; its parameters are not moved. The K
+draws are the same at every σ, only scaled, so the bisection compares like with like. The accuracy may be
+robust: then the attack is run anew on every perturbed model.
 """
 
 import math
@@ -53,9 +54,10 @@ def pac_bayes_sharpness(
 ) -> Measurement:
     """Return 1/σ² by (1) and (2), or 1/σ'² by (4); infinite where even the smallest σ tried is too much.
 
-    Parts: ``sigma`` (known to max_sigma / 2^num_bisections; where it is ``max_sigma`` itself the value is an upper end, and the
-    settings say so), ``accuracy``, ``perturbed_accuracy`` at σ with its standard error over draws, ``bound_origin`` and, given
-    ``initial``, ``bound_initial`` by (3) or (5), ``rate_...`` = sqrt(bound / m). The value's own error is unknown: NaN.
+    Parts: ``sigma`` (known to max_sigma / 2^num_bisections; where it is ``max_sigma`` itself the value is an
+    upper end, and the settings say so), ``accuracy``, ``perturbed_accuracy`` at σ with its standard error
+    over draws, ``bound_origin`` and, given ``initial``, ``bound_initial`` by (3) or (5), ``rate_...`` =
+    sqrt(bound / m). The value's own error is unknown: NaN.
 
     Cost: ``num_bisections`` · ``num_draws`` evaluations of the accuracy, attack included.
 
@@ -63,7 +65,7 @@ def pac_bayes_sharpness(
         model: Gives logits for images in [0, 1].
         data: Iterable of (x, y, ...).
         threat: The adversary (PGD on the cross-entropy); None takes the clean accuracy.
-        num_examples: m, also of the bounds, which are about the examples measured; all of ``data`` by default.
+        num_examples: m, also of the bounds, which are about the examples measured; by default all.
         magnitude_aware: (4) and (5) instead of (1) and (3).
         max_drop: Accuracy that may be lost, in (0, 1).
         num_draws: K.
@@ -79,8 +81,8 @@ def pac_bayes_sharpness(
     """
     if not (0 < max_drop < 1 and num_draws >= 1 and 0 < max_sigma < math.inf and num_bisections >= 1):
         raise ValueError(
-            f"pac_bayes_sharpness: got max_drop={max_drop}, num_draws={num_draws}, max_sigma={max_sigma}, num_bisections="
-            f"{num_bisections}; expected max_drop in (0, 1), max_sigma > 0, the others >= 1. Correct them."
+            f"pac_bayes_sharpness: got max_drop={max_drop}, num_draws={num_draws}, max_sigma={max_sigma}, "
+            f"num_bisections={num_bisections}; expected max_drop in (0, 1), max_sigma > 0, the others >= 1."
         )
     model = unwrapped(model)
     with measuring(model):
@@ -104,7 +106,9 @@ def pac_bayes_sharpness(
         if reference <= max_drop:
             note = f"accuracy {reference:.3g} is at most max_drop {max_drop:g}: no noise can lose that much"
             parts = {"accuracy": reference}
-            return Measurement("pac_bayes_sharpness", math.nan, math.nan, sum(len(y) for _, y in chunks), note, parts)
+            return Measurement(
+                "pac_bayes_sharpness", math.nan, math.nan, sum(len(y) for _, y in chunks), note, parts
+            )
         sigma, limit, tried = 0.0, max_sigma, max_sigma
         at_sigma = torch.tensor([reference], dtype=torch.float64)
         for _ in range(num_bisections + 1):
@@ -127,7 +131,12 @@ def pac_bayes_sharpness(
         *([f"sigma at its limit {max_sigma:g}"] if sigma == max_sigma else []),
     ]
     mean, error = mean_and_error(at_sigma)
-    parts = {"sigma": sigma, "accuracy": reference, "perturbed_accuracy": mean, "perturbed_accuracy_stderr": error}
+    parts = {
+        "sigma": sigma,
+        "accuracy": reference,
+        "perturbed_accuracy": mean,
+        "perturbed_accuracy_stderr": error,
+    }
     value = 1 / sigma**2 if sigma > 0 else math.inf
     return Measurement("pac_bayes_sharpness", value, math.nan, m, ", ".join(notes), parts | bounds)
 
@@ -138,9 +147,14 @@ def _noise(layers: Layers, sigma: float, magnitude_aware: bool, seed: int, draw:
     for name, tensor in zip(layers.names, layers.tensors, strict=True):
         w = tensor.detach()
         standard = torch.randn(
-            w.shape, generator=generator_from(w.device, seed, "noise", draw, name), device=w.device, dtype=w.dtype
+            w.shape,
+            generator=generator_from(w.device, seed, "noise", draw, name),
+            device=w.device,
+            dtype=w.dtype,
         )
-        noise.append(standard * (sigma**2 * w.square() + FLOOR**2).sqrt() if magnitude_aware else sigma * standard)
+        noise.append(
+            standard * (sigma**2 * w.square() + FLOOR**2).sqrt() if magnitude_aware else sigma * standard
+        )
     return noise
 
 

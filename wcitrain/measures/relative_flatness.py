@@ -1,20 +1,21 @@
-"""Relative flatness of a layer: curvature weighted by the products of its rows, unchanged when scale moves between layers.
+"""Relative flatness of a layer: curvature weighted by products of its rows, blind to scale between layers.
 
-Legend: W [C, D] a layer's weight, rows w_s; H_ss' [D, D] blocks of the Hessian of the mean loss between rows s and s';
-h [N, D] features entering the last layer, p = softmax of its outputs; Z random signs; L [C, r] with L Lᵀ = W Wᵀ.
+Legend: W [C, D] a layer's weight, rows w_s; H_ss' [D, D] blocks of the Hessian of the mean loss between rows
+s and s'; h [N, D] features entering the last layer, p softmax of its outputs; Z random signs; L Lᵀ = W Wᵀ.
 
-    κ = Σ_{s,s'} ⟨w_s, w_s'⟩ Tr(H_ss')      (Petzka et al., NeurIPS 2021, arXiv 2001.00939, definition 3)         (1)
+    κ = Σ_{s,s'} ⟨w_s, w_s'⟩ Tr(H_ss')      (Petzka et al., NeurIPS 2021, arXiv 2001.00939, definition 3)  (1)
 
 Cross-entropy at the last layer, exact without any Hessian, where z is linear in W:
 
-    κ = (1/N) Σ_n ||h_n||² [ Σ_s p_s ||w_s||² − ||Wᵀ p||² ]                                                      (2)
+    κ = (1/N) Σ_n ||h_n||² [ Σ_s p_s ||w_s||² − ||Wᵀ p||² ]                                                (2)
 
 Any linear layer, by random signs Z [r, D] (r = min(C, D)); never negative where H is positive semidefinite:
 
-    κ = E ⟨U, H U⟩,   U = L Z                                                                                    (3)
+    κ = E ⟨U, H U⟩,   U = L Z                                                                              (3)
 
-since the covariance of U is (W Wᵀ) ⊗ I. L is the triangular factor of Wᵀ = Q Lᵀ. Convolutions count as matrices
-[out, in·k·k], an extension of ours. The bias does not enter. The code of FAM (a regulariser) has ||W|| Tr(H) in place of (1).
+since the covariance of U is (W Wᵀ) ⊗ I. L is the triangular factor of Wᵀ = Q Lᵀ. Convolutions count as
+matrices [out, in·k·k], an extension of ours. The bias does not enter. The code of FAM (a regulariser) has
+||W|| Tr(H) in place of (1).
 """
 
 from collections.abc import Iterable
@@ -25,10 +26,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wcitrain.attacks import ThreatModel
-from wcitrain.curvature.hvp import gradients_with_graph, hvp
-from wcitrain.curvature.probes import signs
+from wcitrain.curvature.hvp import gradients_with_graph, hvp, signs
 from wcitrain.curvature.top_layer import HeadFeatures
-from wcitrain.measures.adversarial import attack_text, attacked, example_losses, held, mean_and_error, measuring
+from wcitrain.measures.adversarial import (
+    attack_text,
+    attacked,
+    example_losses,
+    held,
+    mean_and_error,
+    measuring,
+)
 from wcitrain.measures.chunk_sums import chunk_mean_and_error, sizes
 from wcitrain.measures.measurement import Measurement
 from wcitrain.params import Layers, select_layers, unwrapped, wide
@@ -60,20 +67,21 @@ def relative_flatness(
         data: Iterable of (x, y, ...).
         threat: The adversary; None measures the clean loss.
         num_examples: How many, by default all.
-        layers: ``"head"``: the model's last ``nn.Linear`` by (2). Otherwise a choice of ``params.select_layers`` that selects
-            tensors of two or more dimensions (``"weights"``, a glob), by (3), each layer with a Hessian product of its own.
+        layers: ``"head"``: the model's last ``nn.Linear`` by (2). Otherwise a choice of
+            ``params.select_layers`` that selects tensors of two or more dimensions (``"weights"``, a glob),
+            by (3), each layer with a Hessian product of its own.
         num_probes: Probes a chunk and layer for (3), >= 1; the head needs none.
         num_steps, step_size, num_restarts: Of PGD; the step is 2.5 eps / num_steps by default.
         chunk_size: Examples at once. With (3) chunks are the samples of the error, hence the small default.
         seed: Of the attack's starts and of the probes.
 
     Returns:
-        The sum of κ over the layers, ``parts``: each layer's. Standard error over examples for the head; otherwise over
-        chunks, examples and probes together (NaN for a single chunk).
+        The sum of κ over the layers, ``parts``: each layer's. Standard error over examples for the head;
+        otherwise over chunks, examples and probes together (NaN for a single chunk).
 
     Raises:
-        ValueError: No linear head, or its outputs are not the model's; a layer of one dimension; ``num_probes < 1``; and what
-            ``hvp`` refuses.
+        ValueError: No linear head, or its outputs are not the model's; a layer of one dimension; ``num_probes
+            < 1``; and what ``hvp`` refuses.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     >>> x, y = torch.rand(64, 1, 2, 2), torch.randint(0, 3, (64,))
@@ -97,14 +105,15 @@ def relative_flatness(
         )
         num = int(sizes(chunks).sum())
         if head is not None:
-            samples = torch.cat([_at_head(model, head.name, x) for x, _ in chunks])
+            samples = torch.cat([_at_head(model, x) for x, _ in chunks])
             value, stderr = mean_and_error(samples)
             parts = {f"{head.name}.weight".lstrip("."): value}  # the model may be the layer
             how = "closed form"
         else:
             assert selected is not None
             generator = generator_from(selected.tensors[0].device, seed, "relative_flatness")
-            rows = torch.stack([_probed(model, x, y, selected, num_probes, generator) for x, y in chunks])  # [K, L]
+            # [K, L]
+            rows = torch.stack([_probed(model, x, y, selected, num_probes, generator) for x, y in chunks])
             value, stderr = chunk_mean_and_error(rows.sum(1), sizes(chunks))
             parts = {
                 name: chunk_mean_and_error(column, sizes(chunks))[0]
@@ -115,7 +124,7 @@ def relative_flatness(
     return Measurement("relative_flatness", value, stderr, num, settings, parts)
 
 
-def _at_head(model: nn.Module, name: str, x: Tensor) -> Tensor:
+def _at_head(model: nn.Module, x: Tensor) -> Tensor:
     """Return the terms of (2) [B]."""
     with torch.no_grad(), HeadFeatures(model) as head:
         logits = model(x)
@@ -151,7 +160,7 @@ def _matrices(layers: Layers) -> Layers:
     flat = [name for name, t in layers.items() if t.ndim < 2]
     if flat:
         raise ValueError(
-            f"relative_flatness.layers: got {flat[0]} (+{len(flat) - 1}) of one dimension; expected weight matrices. "
-            "Use layers='weights', or a glob such as '*weight' that selects no normalisation."
+            f"relative_flatness.layers: got {flat[0]} (+{len(flat) - 1}) of one dimension; expected weight "
+            "matrices. Use layers='weights', or a glob such as '*weight' that selects no normalisation."
         )
     return layers

@@ -1,20 +1,20 @@
 """Sharpness along one ascent step: what SAM, ASAM and AWP see of the loss.
 
-Legend: g gradient of the mean loss of all examples in the selected tensors, W_l a layer's weights, L the mean loss.
+Legend: g gradient of the mean loss L of all examples in the selected tensors, W_l a layer's weights.
 
-    sharpness = L(W + u) − L(W)                                                                                  (1)
+    sharpness = L(W + u) − L(W)                                                                            (1)
 
-| measure          | u                                            | length                                        |
-|------------------|----------------------------------------------|-----------------------------------------------|
-| `sam_sharpness`  | ρ g / ||g||                                  | ρ over all tensors together                   |
-| `asam_sharpness` | ρ T² g / ||T g||, T = |W| + η (1 for biases) | ρ, with every weight in units of its own size |
-| `awp_sharpness`  | γ ||W_l|| g_l / ||g_l||                      | γ ||W_l|| in every layer                      |
+| measure          | u                                            | length                                  |
+|------------------|----------------------------------------------|-----------------------------------------|
+| `sam_sharpness`  | ρ g / ||g||                                  | ρ over all tensors together             |
+| `asam_sharpness` | ρ T² g / ||T g||, T = |W| + η (1 for biases) | ρ, each weight in units of its own size |
+| `awp_sharpness`  | γ ||W_l|| g_l / ||g_l||                      | γ ||W_l|| in every layer                |
 
-The steps are those of the optimizers of the same name (`optim.ascent`), which take the gradient of a batch; here it is that of
-all examples, in eval mode. At a point that is not stationary the first is about ρ ||g||.
+The steps are those of the optimizers of the same name (`optim.ascent`), which take the gradient of a batch;
+here it is that of all examples, in eval mode. At a point that is not stationary the first is about ρ ||g||.
 
-With a threat model and ``reattack=True`` the attack is run anew at W + u: (1) is the rise of the robust loss. With
-``reattack=False`` the adversarial examples found at W are kept, as optimizers do within a step.
+With a threat model and ``reattack=True`` the attack is run anew at W + u: (1) is the rise of the robust loss.
+With ``reattack=False`` the adversarial examples found at W are kept, as optimizers do within a step.
 """
 
 import math
@@ -25,7 +25,15 @@ from typing import Any
 from torch import nn
 
 from wcitrain.attacks import ThreatModel
-from wcitrain.measures.adversarial import Chunks, attack_text, attacked, held, losses_of, mean_and_error, measuring
+from wcitrain.measures.adversarial import (
+    Chunks,
+    attack_text,
+    attacked,
+    held,
+    losses_of,
+    mean_and_error,
+    measuring,
+)
 from wcitrain.measures.chunk_sums import mean_gradient
 from wcitrain.measures.measurement import Measurement
 from wcitrain.optim.ascent import ASAM, AWP, SAM, Ascent
@@ -48,7 +56,7 @@ def sam_sharpness(
     chunk_size: int = 100,
     seed: int = 0,
 ) -> Measurement:
-    """Measure the rise (1) of the loss at SAM's ascent step u = ρ g/||g|| (Foret et al., arXiv 2010.01412, eq. 2).
+    """Measure the rise (1) at SAM's ascent step u = ρ g/||g|| (Foret et al., arXiv 2010.01412, eq. 2).
 
     Cost: two attacks and three passes, one of them backward.
 
@@ -65,7 +73,8 @@ def sam_sharpness(
         seed: Of the attack's starts, the same at W and at W + u.
 
     Returns:
-        ``parts``: ``loss``, ``perturbed_loss``. The standard error is over examples of their own rise, the step taken as given.
+        ``parts``: ``loss``, ``perturbed_loss``. The standard error is over examples of their own rise, the
+        step taken as given.
 
     Raises:
         ValueError: A radius that is not positive; no examples; images outside [0, 1] under attack.
@@ -78,10 +87,17 @@ def sam_sharpness(
     """
     _check("sam_sharpness.rho", rho)
     attack = partial(
-        attacked, threat=threat, num_steps=num_steps, step_size=step_size, num_restarts=num_restarts, seed=seed
+        attacked,
+        threat=threat,
+        num_steps=num_steps,
+        step_size=step_size,
+        num_restarts=num_restarts,
+        seed=seed,
     )
     text = f"rho {rho:g}, {attack_text(threat, num_steps, num_restarts)}"
-    return _rise("sam_sharpness", SAM(rho), model, data, attack, num_examples, layers, chunk_size, reattack, text)
+    return _rise(
+        "sam_sharpness", SAM(rho), model, data, attack, num_examples, layers, chunk_size, reattack, text
+    )
 
 
 def asam_sharpness(
@@ -100,23 +116,36 @@ def asam_sharpness(
     chunk_size: int = 100,
     seed: int = 0,
 ) -> Measurement:
-    """Measure the rise (1) of the loss at ASAM's ascent step u = ρ T² g/||T g|| (Kwon et al., arXiv 2102.11600, eq. 9).
+    """Measure the rise (1) at ASAM's ascent step u = ρ T² g/||T g|| (Kwon et al., arXiv 2102.11600, eq. 9).
 
     With ``eta=0`` and ``layers="weights"`` it is unchanged by rescalings of weights that keep the function.
 
     Args:
-        rho: ρ > 0, length of the step in units of T = |W| + η, elementwise; T is 1 for tensors not named weight.
+        rho: ρ > 0, length of the step in units of T = |W| + η; T is 1 for tensors not named weight.
         eta: η >= 0; training uses 0.01.
-        model, data, threat, num_examples, reattack, layers, num_steps, step_size, num_restarts, chunk_size, seed:
-            As in ``sam_sharpness``, the result and errors too.
+        The others, the result and the errors are those of ``sam_sharpness``.
     """
     _check("asam_sharpness.rho", rho)
     attack = partial(
-        attacked, threat=threat, num_steps=num_steps, step_size=step_size, num_restarts=num_restarts, seed=seed
+        attacked,
+        threat=threat,
+        num_steps=num_steps,
+        step_size=step_size,
+        num_restarts=num_restarts,
+        seed=seed,
     )
     text = f"rho {rho:g}, eta {eta:g}, {attack_text(threat, num_steps, num_restarts)}"
     return _rise(
-        "asam_sharpness", ASAM(rho, eta), model, data, attack, num_examples, layers, chunk_size, reattack, text
+        "asam_sharpness",
+        ASAM(rho, eta),
+        model,
+        data,
+        attack,
+        num_examples,
+        layers,
+        chunk_size,
+        reattack,
+        text,
     )
 
 
@@ -135,21 +164,27 @@ def awp_sharpness(
     chunk_size: int = 100,
     seed: int = 0,
 ) -> Measurement:
-    """Measure the rise (1) of the loss at AWP's step u_l = γ ||W_l|| g_l/||g_l|| (Wu, Xia & Wang, arXiv 2004.05884, eq. 9-12).
+    """Measure the rise (1) at AWP's step u_l = γ ||W_l|| g_l/||g_l|| (Wu et al., arXiv 2004.05884, eq. 9-12).
 
     Unchanged when scale moves between layers. Model in eval mode, where AWP's proxy is in train mode.
 
     Args:
         gamma: γ > 0, relative to each layer's norm.
-        model, data, threat, num_examples, reattack, layers, num_steps, step_size, num_restarts, chunk_size, seed:
-            As in ``sam_sharpness``, the result and errors too.
+        The others, the result and the errors are those of ``sam_sharpness``.
     """
     _check("awp_sharpness.gamma", gamma)
     attack = partial(
-        attacked, threat=threat, num_steps=num_steps, step_size=step_size, num_restarts=num_restarts, seed=seed
+        attacked,
+        threat=threat,
+        num_steps=num_steps,
+        step_size=step_size,
+        num_restarts=num_restarts,
+        seed=seed,
     )
     text = f"gamma {gamma:g}, {attack_text(threat, num_steps, num_restarts)}"
-    return _rise("awp_sharpness", AWP(gamma), model, data, attack, num_examples, layers, chunk_size, reattack, text)
+    return _rise(
+        "awp_sharpness", AWP(gamma), model, data, attack, num_examples, layers, chunk_size, reattack, text
+    )
 
 
 def _rise(
@@ -178,11 +213,18 @@ def _rise(
     value, stderr = mean_and_error(after - before)
     parts = {"loss": float(before.mean()), "perturbed_loss": float(after.mean())}
     return Measurement(
-        name, value, stderr, len(before), f"layers {layers}, {settings}{'' if reattack else ', images held'}", parts
+        name,
+        value,
+        stderr,
+        len(before),
+        f"layers {layers}, {settings}{'' if reattack else ', images held'}",
+        parts,
     )
 
 
 def _check(where: str, radius: float) -> None:
     """Refuse a step that is none."""
     if not 0 < radius < math.inf:
-        raise ValueError(f"{where}: got {radius}; expected a radius > 0. 0.05 (sam), 0.5 (asam), 0.01 (awp) are usual.")
+        raise ValueError(
+            f"{where}: got {radius}; expected a radius > 0. 0.05 (sam), 0.5 (asam), 0.01 (awp) are usual."
+        )

@@ -1,19 +1,21 @@
 """The largest eigenvalues of the Hessian of the robust (or clean) loss, by Lanczos, with the error of each.
 
-Legend: N examples, K chunks, n_k examples of chunk k, P parameters, H = Σ_k (n_k/N) H_k Hessian of the mean loss over all N
-examples in all selected tensors together, λ an eigenvalue, v its vector of length one.
+Legend: N examples, K chunks, n_k examples of chunk k, P parameters, H = Σ_k (n_k/N) H_k Hessian of the mean
+loss over all N examples in all selected tensors together, λ an eigenvalue, v its vector of length one.
 
-    ||H v − λ v|| = r   ⟹   H has an eigenvalue in [λ − r, λ + r]                     (H symmetric)              (1)
-    λ = vᵀ H v = Σ_k (n_k/N) vᵀ H_k v,     stderr(λ) ≈ that of a mean of K chunks                               (2)
+    ||H v − λ v|| = r   ⟹   H has an eigenvalue in [λ − r, λ + r]                     (H symmetric)        (1)
+    λ = vᵀ H v = Σ_k (n_k/N) vᵀ H_k v,     stderr(λ) ≈ that of a mean of K chunks                          (2)
 
-(1) is the numerical error, rigorous up to rounding; (2) the error of the examples as a sample, to first order (v moves at
-second order). The maximum over v of a noisy mean is biased upwards, which (2) leaves out: few examples look sharp.
+(1) is the numerical error, rigorous up to rounding; (2) the error of the examples as a sample, to first order
+(v moves at second order). The maximum over v of a noisy mean is biased upwards, which (2) leaves out: few
+examples look sharp.
 
-Adversarial examples are found once and held fixed (Danskin). Batch sums: H weighs every example equally. The code of
-Stutz et al. (ICCV 2021) *sums* the Hessians of the mean losses of its batches, so its λ_max of 4 batches is about 4 times
-this one; it takes the clean loss, tensors of two or more dimensions (``layers="weights"`` here) and 500 test examples.
+Adversarial examples are found once and held fixed (Danskin). Batch sums: H weighs every example equally. The
+code of Stutz et al. (ICCV 2021) *sums* the Hessians of the mean losses of its batches, so its λ_max of 4
+batches is about 4 times this one; it takes the clean loss, tensors of two or more dimensions
+(``layers="weights"`` here) and 500 test examples.
 
-Cost of one product with H: a forward pass and a backward with graph of every example, and one backward through both.
+Cost of one product with H: a forward and a backward with graph of every example, one backward through both.
 """
 
 import math
@@ -59,7 +61,7 @@ def hessian_spectrum(
 ) -> Measurement:
     """Measure k eigenvalues at one end of the spectrum of the Hessian, by ARPACK's restarted Lanczos method.
 
-    Where P <= 20 or P <= k + 1 it is the dense matrix, which costs no more. Attention is computed by its plain formula.
+    Where P <= 20 or P <= k + 1 it is the dense matrix, at no more cost. Attention takes its plain formula.
 
     Args:
         model: Gives logits [N, C] for images in [0, 1].
@@ -76,11 +78,12 @@ def hessian_spectrum(
         seed: Of the attack's starts and of Lanczos' first vector.
 
     Returns:
-        The first eigenvalue, with the error (2) over chunks (NaN for a single one). ``parts``: ``eigenvalue_1``, ... in the
-        order of ``which``, and ``residual_1``, ..., the r of (1).
+        The first eigenvalue, with the error (2) over chunks (NaN for a single one). ``parts``:
+        ``eigenvalue_1``, ... in the order of ``which``, and ``residual_1``, ..., the r of (1).
 
     Raises:
-        ValueError: An argument out of range; an operation whose second derivative torch gets wrong; a Hessian that is not finite.
+        ValueError: An argument out of range; an operation whose second derivative torch gets wrong; a Hessian
+            that is not finite.
         RuntimeError: No convergence.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -94,8 +97,8 @@ def hessian_spectrum(
         )
     if k < 1 or max_iterations < 1 or not 0 < tolerance < 1:
         raise ValueError(
-            f"hessian_spectrum: got k={k}, max_iterations={max_iterations}, tolerance={tolerance}; expected counts of at least 1 "
-            "and a tolerance in (0, 1). Correct them."
+            f"hessian_spectrum: got k={k}, max_iterations={max_iterations}, tolerance={tolerance}; expected "
+            "counts of at least 1 and a tolerance in (0, 1). Correct them."
         )
     model = unwrapped(model)
     with measuring(model):
@@ -110,9 +113,16 @@ def hessian_spectrum(
             seed=seed,
         )
         num = sum(t.numel() for t in tensors)
-        first = torch.randn(num, generator=generator_from("cpu", seed, "hessian_spectrum"), dtype=torch.float64).numpy()
+        first = torch.randn(
+            num, generator=generator_from("cpu", seed, "hessian_spectrum"), dtype=torch.float64
+        ).numpy()
         λ, vectors = _eigenpairs(
-            lambda v: _product(model, chunks, tensors, v)[0], first, min(k, num), which, tolerance, max_iterations
+            lambda v: _product(model, chunks, tensors, v)[0],
+            first,
+            min(k, num),
+            which,
+            tolerance,
+            max_iterations,
         )
         parts: dict[str, float] = {}
         stderr = math.nan
@@ -122,7 +132,8 @@ def hessian_spectrum(
             if i == 1:
                 _, stderr = chunk_mean_and_error(forms, sizes(chunks))
     settings = (
-        f"{which}, layers {layers}, residual {parts['residual_1']:.1e}, {attack_text(threat, num_steps, num_restarts)}"
+        f"{which}, layers {layers}, residual {parts['residual_1']:.1e}, "
+        f"{attack_text(threat, num_steps, num_restarts)}"
     )
     return Measurement("hessian_spectrum", float(λ[0]), stderr, count_examples(chunks), settings, parts)
 
@@ -144,7 +155,7 @@ def lambda_max(
 ) -> Measurement:
     """Measure the largest eigenvalue of the Hessian: ``hessian_spectrum`` with ``k=1`` and ``which="LA"``.
 
-    It is *not* invariant under rescaling: weights in front of a normalisation times c divide their block of H by c².
+    It is *not* invariant under rescaling: weights before a normalisation times c divide their block by c².
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     >>> x, y = torch.rand(64, 1, 2, 2), torch.randint(0, 3, (64,))
@@ -170,7 +181,12 @@ def lambda_max(
 
 
 def _eigenpairs(
-    product: Callable[[Vector], Vector], first: Vector, k: int, which: str, tolerance: float, max_iterations: int
+    product: Callable[[Vector], Vector],
+    first: Vector,
+    k: int,
+    which: str,
+    tolerance: float,
+    max_iterations: int,
 ) -> tuple[Vector, Vector]:
     """Return k eigenvalues [k] in the order of ``which`` and their vectors [P, k]."""
     num = len(first)
@@ -190,15 +206,17 @@ def _eigenpairs(
             λ, vectors = eigsh(operator, k, which=which, v0=first, tol=tolerance, maxiter=max_iterations)
         except ArpackNoConvergence as error:
             raise RuntimeError(
-                f"hessian_spectrum: got {len(error.eigenvalues)} of {k} eigenvalues to {tolerance:g} after {max_iterations} "
-                "iterations; expected all. Raise max_iterations or tolerance."
+                f"hessian_spectrum: got {len(error.eigenvalues)} of {k} eigenvalues to {tolerance:g} after "
+                f"{max_iterations} iterations; expected all. Raise max_iterations or tolerance."
             ) from error
     key = {"LA": -λ, "LM": -np.abs(λ), "SA": λ}[which]
     order = np.argsort(key, kind="stable")[:k]
     return λ[order], vectors[:, order]
 
 
-def _product(model: nn.Module, chunks: Chunks, tensors: Sequence[Tensor], v: Vector) -> tuple[Vector, list[float]]:
+def _product(
+    model: nn.Module, chunks: Chunks, tensors: Sequence[Tensor], v: Vector
+) -> tuple[Vector, list[float]]:
     """Return H v, and vᵀ H_k v for every chunk."""
     parts = torch.from_numpy(np.ascontiguousarray(v)).to(tensors[0]).split([t.numel() for t in tensors])
     vectors = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]

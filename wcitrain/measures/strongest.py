@@ -1,20 +1,20 @@
-"""The attack behind the flatness measures: PGD that keeps the best point it has seen, and the ball the weights move in.
+"""The attack behind the flatness measures, PGD that keeps its best point, and the ball the weights move in.
 
-Legend: x images [B, *dims], W_l weights of layer l, ν_l their perturbation, d_l = numel(W_l), L layers, U uniform in [0, 1].
+Legend: x images [B, *dims], W_l weights of layer l, ν_l perturbation, d_l = numel(W_l), U uniform in [0, 1].
 
 A ball per layer, relative to the layer's own length (Stutz, Hein & Schiele, ICCV 2021, section 3):
 
-    B_ξ(W) = { W + ν : ||ν_l|| <= ξ ||W_l|| for all l }                                                          (1)
-    ν_l = r_l ξ ||W_l|| z_l / ||z_l||,   z_l ~ N(0, I)                                                           (2)
-    "sphere": r_l = 1,    "ball": r_l = U^(1/d_l) (uniform in the ball),    "radius": r_l = U                    (3)
+    B_ξ(W) = { W + ν : ||ν_l|| <= ξ ||W_l|| for all l }                                                    (1)
+    ν_l = r_l ξ ||W_l|| z_l / ||z_l||,   z_l ~ N(0, I)                                                     (2)
+    "sphere": r_l = 1,    "ball": r_l = U^(1/d_l) (uniform in the ball),    "radius": r_l = U              (3)
 
-and the ascent on weights and images together, δ the perturbation of the images, g_l the gradient of a chunk's mean loss in layer
-l, η ``weight_lr``, s the steepest step of the threat's norm:
+and the ascent on weights and images together, δ the perturbation of the images, g_l the gradient of a chunk's
+mean loss in layer l, η ``weight_lr``, s the steepest step of the threat's norm:
 
-    δ ← Box Project( δ + step s(∇_δ ℓ) ),    ν_l ← Project( ν_l + η ||W_l|| g_l / ||g_l|| )                      (4)
+    δ ← Box Project( δ + step s(∇_δ ℓ) ),    ν_l ← Project( ν_l + η ||W_l|| g_l / ||g_l|| )                (4)
 
-With one ν for many chunks and η beyond ξ each chunk's step overwrites what the chunks before have found: the last iterate is
-nearly the last chunk's own worst direction. A layer that is zero (a bias at its start) does not move.
+With one ν for many chunks and η beyond ξ each chunk's step overwrites what the chunks before have found: the
+last iterate is nearly the last chunk's own worst direction. A zero layer (a bias at its start) stays.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ L1_SHARE = 0.05
 
 
 def attack_step(threat: ThreatModel | None, step_size: float | None) -> float:
-    """Return the step in the threat's norm; by default 0.223 eps, whatever the number of steps (0.007 for eps 8/255)."""
+    """Return the step in the threat's norm; by default 0.223 eps (0.007 for 8/255), whatever their number."""
     if step_size is not None:
         return step_size
     return 0.0 if threat is None else STEP_OVER_EPS * threat.eps
@@ -53,10 +53,11 @@ def strongest(
     num_restarts: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Return the images with the highest cross-entropy that PGD has visited, example by example, and these losses [B].
+    """Return each example's image of highest cross-entropy that PGD visited, and these losses [B].
 
-    ``adversarial.attacked`` takes the last iterate; here all ``num_steps + 1`` iterates of all restarts compete, the random
-    starts included, the clean images not. Cost: ``num_steps + 1`` forward and ``num_steps`` backward passes a restart.
+    ``adversarial.attacked`` takes the last iterate; here all ``num_steps + 1`` iterates of all restarts
+    compete, the random starts included, the clean images not. Cost: ``num_steps + 1`` forward and
+    ``num_steps`` backward passes a restart.
 
     Args:
         model: Inside ``measuring``.
@@ -79,7 +80,8 @@ def strongest(
             x_adv = x_adv.detach().requires_grad_(not is_last)
             with torch.set_grad_enabled(not is_last):
                 losses = example_losses(model, x_adv, y)
-            is_worse = ~(losses.detach() <= worst_losses)  # a loss that is no number counts as worst, and shows
+            # A loss that is no number counts as worst, and shows.
+            is_worse = ~(losses.detach() <= worst_losses)
             worst = torch.where(is_worse.reshape(-1, *[1] * (x.ndim - 1)), x_adv.detach(), worst)
             worst_losses = torch.where(is_worse, losses.detach(), worst_losses)
             if not is_last:

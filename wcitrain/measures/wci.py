@@ -2,20 +2,20 @@
 
     WCI = Σ_l sqrt( a_l t_l ),     a_l = ||W_l||_F²,  t_l = Tr(H_l)          (Xu & Zhang, arXiv 2410.07719v1)
 
-The square root of a noisy mean is biased low. With K independent samples (batches) the jackknife removes the bias of order
-1/K and gives the standard error of the sum, correlations between layers included:
+The square root of a noisy mean is biased low. With K independent samples (batches) the jackknife removes the
+bias of order 1/K and gives the standard error of the sum, correlations between layers included:
 
-    θ_{-k} = Σ_l sqrt( a_l t_{l,-k} ),   θ̂ = K θ − (K−1) mean θ_{-k},   Var θ̂ = (K−1)/K Σ_k (θ_{-k} − mean)²      (1)
+    θ_{-k} = Σ_l sqrt( a_l t_{l,-k} ),  θ̂ = K θ − (K−1) mean θ_{-k},  Var θ̂ = (K−1)/K Σ_k (θ_{-k} − mean)² (1)
 
-The index is the curvature term of a PAC-Bayes bound at its best layer-wise Gaussian posterior N(W_l, σ_l² I) (d_l weights):
+The index is the curvature term of a PAC-Bayes bound at its best posterior N(W_l, σ_l² I) of d_l weights:
 
-    σ_l* = ( a_l / (β t_l) )^¼ = argmin_σ ½ [ σ² t_l + a_l / (β σ²) ],     minimum  sqrt( a_l t_l / β )            (2)
+    σ_l* = ( a_l / (β t_l) )^¼ = argmin_σ ½ [ σ² t_l + a_l / (β σ²) ],     minimum  sqrt( a_l t_l / β )    (2)
 
-A loss L + λ WCI is that bound at the temperature β = 1/λ². σ_l* says how far the weights of a layer may move at random before
-the loss rises, σ_l* sqrt(d_l) / ||W_l|| the same as a share of their norm; the ratios between layers do not depend on β.
+A loss L + λ WCI is that bound at the temperature β = 1/λ². σ_l* says how far the weights of a layer may move
+at random before the loss rises, σ_l* sqrt(d_l) / ||W_l|| the same as a share of their norm; the ratios
+between layers do not depend on β.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class WCIMeasurement:
         layers: Names [L].
         squared_norms: a_l [L].
         trace: t_l [L] with standard errors; negative estimates are possible where the estimator allows them.
-        total, total_stderr: The index by (1). With one sample there is no jackknife: the plain value, infinite error.
+        total, total_stderr: The index by (1); of one sample the plain value, with infinite error.
         sizes: d_l [L], where known.
         num_examples: Examples behind it.
         num_probes: Probes behind each of the K samples.
@@ -43,7 +43,7 @@ class WCIMeasurement:
         loss: The loss whose curvature it is, such as "robust loss linf 8/255 PGD-10".
         mean_loss: That loss, over the same examples; NaN where nobody kept it.
         target_relative_error: What ``total_stderr / total`` was asked to be at most.
-        limited_by: Why it is not: ``"examples"`` (there were no more) or ``"stages"`` (planned anew too often).
+        limited_by: Why not: ``"examples"`` (there were no more) or ``"stages"`` (planned anew too often).
     """
 
     layers: Sequence[str]
@@ -64,7 +64,10 @@ class WCIMeasurement:
     def from_samples(
         cls, layers: Sequence[str], squared_norms: Tensor, samples: Tensor, weights: Tensor, **details: Any
     ) -> "WCIMeasurement":
-        """Combine trace samples [K, L] of independent batches with ``weights`` [K] examples each; ``details`` are fields."""
+        """Combine trace samples [K, L] of independent batches with ``weights`` [K] examples each.
+
+        ``details`` are fields.
+        """
         a = squared_norms.double().cpu()
         samples, weights = samples.double().cpu(), weights.double().cpu()
         details = {"num_examples": int(weights.sum())} | details
@@ -88,8 +91,8 @@ class WCIMeasurement:
     def per_layer_stderr(self) -> Tensor:
         """Standard errors of ``per_layer`` [L]: ½ sqrt(a_l / t_l) stderr(t_l), the delta method.
 
-        Where the error of t_l is large against t_l the method fails; sqrt(a_l stderr(t_l)), the index of a trace of one
-        standard error, bounds it.
+        Where the error of t_l is large against t_l the method fails; sqrt(a_l stderr(t_l)), the index of a
+        trace of one standard error, bounds it.
         """
         t, error = self.trace.mean.clamp_min(0), self.trace.stderr
         return ((self.squared_norms / t).sqrt() / 2 * error).fmin((self.squared_norms * error).sqrt())
@@ -107,12 +110,16 @@ class WCIMeasurement:
     @property
     def relative_error(self) -> float:
         """Standard error over index."""
-        return self.total_stderr / self.total if self.total > 0 else float("inf") if self.total_stderr else 0.0
+        return (
+            self.total_stderr / self.total if self.total > 0 else float("inf") if self.total_stderr else 0.0
+        )
 
     @property
     def reached(self) -> bool | None:
         """Whether ``target_relative_error`` holds; None without one."""
-        return None if self.target_relative_error is None else self.relative_error <= self.target_relative_error
+        return (
+            None if self.target_relative_error is None else self.relative_error <= self.target_relative_error
+        )
 
     def posterior_sigma(self, beta: float = 1.0) -> Tensor:
         """Return σ_l* [L] of (2), in the units of the weights; infinite where the loss is flat.
@@ -123,10 +130,10 @@ class WCIMeasurement:
         return posterior_sigma(self.squared_norms, self.trace.mean, beta)
 
     def relative_sigma(self, beta: float = 1.0) -> Tensor:
-        """Return σ_l* sqrt(d_l) / ||W_l|| [L]: the size of the posterior's noise as a share of the layer's norm."""
+        """Return σ_l* sqrt(d_l) / ||W_l|| [L]: the posterior's noise as a share of the layer's norm."""
         if self.sizes is None:
             raise ValueError(
-                "relative_sigma: got a measurement without layer sizes; expected them. Pass sizes= to from_samples."
+                "relative_sigma: got no layer sizes; expected them. Pass sizes= to from_samples."
             )
         return self.posterior_sigma(beta) * (self.sizes.cpu() / self.squared_norms).sqrt()
 
@@ -136,11 +143,13 @@ class WCIMeasurement:
         columns = (self.per_layer, self.trace.mean, self.trace.stderr, self.squared_norms)
         prefixes = ("wci", "curvature/trace", "curvature/trace_stderr", "frobenius")
         for prefix, column in zip(prefixes, columns, strict=True):
-            flat |= {f"{prefix}/{name}": value for name, value in zip(self.layers, column.tolist(), strict=True)}
+            flat |= {
+                f"{prefix}/{name}": value for name, value in zip(self.layers, column.tolist(), strict=True)
+            }
         return flat
 
     def headline(self, *context: str) -> str:
-        """Return one line: "WCI 163.2 ± 5.1 (train, robust loss linf 8/255 PGD-10, 1000 examples, gauss_newton)"."""
+        """Return one line: "WCI 163.2 ± 5.1 (train, robust loss linf 8/255 PGD-10, 1000 examples, ...)"."""
         notes = [*context, self.loss, f"{self.num_examples} examples", self.estimator]
         if self.num_negative:
             notes.append(f"{self.num_negative} of {len(self.layers)} traces negative, counted as 0")
@@ -149,23 +158,36 @@ class WCIMeasurement:
                 f"relative error {self.relative_error:.2g} instead of {self.target_relative_error:g}: "
                 f"limited by {self.limited_by}"
             )
-        return f"WCI {with_error(self.total, self.total_stderr)} ({', '.join(note for note in notes if note)})"
+        return (
+            f"WCI {with_error(self.total, self.total_stderr)} ({', '.join(note for note in notes if note)})"
+        )
 
     def table(self, beta: float = 1.0) -> str:
-        """Return aligned text, a line a layer: name, a_l, t_l ± error, WCI_l ± error, share, σ_l* at ``beta``."""
+        """Return aligned text, a line a layer: a_l, t_l ± error, WCI_l ± error, share, σ_l* at ``beta``."""
         header = ["layer", "||W||_F²", "Tr(H)", "WCI", "share %", f"σ* (β={beta:.4g})"]
         columns = [
             list(self.layers),
             [f"{a:.4g}" for a in self.squared_norms.tolist()],
-            [with_error(*pair) for pair in zip(self.trace.mean.tolist(), self.trace.stderr.tolist(), strict=True)],
-            [with_error(*pair) for pair in zip(self.per_layer.tolist(), self.per_layer_stderr.tolist(), strict=True)],
+            [
+                with_error(*pair)
+                for pair in zip(self.trace.mean.tolist(), self.trace.stderr.tolist(), strict=True)
+            ],
+            [
+                with_error(*pair)
+                for pair in zip(self.per_layer.tolist(), self.per_layer_stderr.tolist(), strict=True)
+            ],
             [f"{100 * share:.1f}" for share in self.shares.tolist()],
             [f"{sigma:.3g}" for sigma in self.posterior_sigma(beta).tolist()],
         ]
         rows = [header, *map(list, zip(*columns, strict=True))]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
             for row in rows
         )
 
@@ -201,10 +223,6 @@ class WCIMeasurement:
                 for i, name in enumerate(self.layers)
             },
         }
-
-    def to_json(self) -> str:
-        """Return ``as_dict`` as text."""
-        return json.dumps(self.as_dict(), indent=2, allow_nan=False)
 
 
 def with_error(value: float, error: float) -> str:

@@ -1,113 +1,80 @@
 """Adversarial training with an auxiliary task: which of four ways was the image turned?
 
-Legend: B batch, r_n ∈ {0, 1, 2, 3} quarter turns of image n, R_r the rotation by r quarter turns, f the class head, g the
-rotation head of one network.
+Legend: B batch, r_n ∈ {0, 1, 2, 3} quarter turns of image n, R_r the rotation by r quarter turns, f the class
+head, g the rotation head of one network.
 """
 
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Generator, Tensor, nn
 
-from wcitrain.attacks import attack_loss, pgd
+from wcitrain.attacks import LabelLossName, attack_loss
+from wcitrain.attacks.losses import ce, precise
 from wcitrain.curvature.loss import Loss, Output
-from wcitrain.objectives.objective import PGDAttacked, attacked
-from wcitrain.objectives.terms import class_loss, precise
+from wcitrain.method import NonNegative, method
+from wcitrain.objectives.objective import PGDAttacked, attack_mode
+from wcitrain.objectives.terms import class_loss, with_term
 
 
-@dataclass(frozen=True)
+@method
 class RotationAT(PGDAttacked):
-    """Adversarial training with self-supervision by rotations (Hendrycks et al. 2019, arXiv 1906.12340, eq. 1).
+    """Adversarial training with self-supervision by rotations (Hendrycks et al. 2019, 1906.12340, eq. 1).
 
-        CE( f(x + δ), y ) + weight · CE( g(R_r(x + δ)), r ),   δ maximises the sum                                      (1)
+        CE( f(x + δ), y ) + weight · CE( g(R_r(x + δ)), r ),   δ maximises the sum                         (1)
 
-    What differs: the authors' code turns every image all four ways, each copy with a perturbation of its own (five copies of
-    the batch a step; the rotation term enters their attack with weight 1/8 a copy). Here one δ serves both terms and image n is
-    turned r_n = n mod 4 times, which is balanced and costs two passes instead of five.
+    What differs: the authors' code turns every image all four ways, each copy with a perturbation of its own
+    (five copies of the batch a step; the rotation term enters their attack with weight 1/8 a copy). Here one
+    δ serves both terms and image n is turned r_n = n mod 4 times: two passes instead of five.
 
-    Cost of the loss: (2, 2) passes, of an attack step as much. Gauss–Newton: exact.
-
-    The model must answer ``model(x, head="rotation")`` with four logits an image: ``create_model(..., rotation_head=True)``.
-
-    Args:
-        weight: Of the rotation term in loss and attack; 0.5 in the paper; >= 0.
-        attack_loss: Of the class term in the attack: "ce", "margin" or "dlr".
-
-    The other arguments: see ``PGDAttacked``.
-
-    Example:
-        >>> from wcitrain.models import create_model
-        >>> _ = torch.manual_seed(0)
-        >>> model = create_model("preact_resnet18", num_classes=3, in_chans=1, width=4, rotation_head=True)
-        >>> x, y = torch.rand(8, 1, 8, 8), torch.randint(0, 3, (8,))
-        >>> sorted(RotationAT(num_steps=1)(model, x, y).parts)
-        ['cross_entropy', 'rotation']
+    Cost of the loss: (2, 2) passes, of an attack step as much. Gauss–Newton: exact. The model must answer
+    ``model(x, head="rotation")`` with four logits an image: ``create_model(..., rotation_head=True)``.
     """
 
-    weight: float = 0.5
+    attack_loss: LabelLossName = "ce"  # for the classes
+    weight: NonNegative = Field(
+        default=0.5, description="Weight of the rotation term in loss and attack; 0.5 in the paper."
+    )
+    label: ClassVar[str] = "AT + rotations {weight:g}"
+    needs_rotation_head = True
+    passes = (2, 2)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.attack_loss == "kl":
-            raise ValueError("RotationAT.attack_loss: got 'kl'; expected 'ce', 'margin' or 'dlr'. Choose one of them.")
-
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
         """Return PGD examples against the sum in (1); the model is left exactly as it was."""
-        check_square(x)
-        classes = attack_loss(self.attack_loss)
 
         def both(x_adv: Tensor) -> Tensor:
             turned, turns = quarter_turns(x_adv)
-            rotation = attack_loss("ce")(rotation_logits(model, turned), turns)
-            return classes(model(x_adv), y) + self.weight * rotation
+            rotation = ce(rotation_logits(model, turned), turns)
+            return attack_loss(self.attack_loss)(model(x_adv), y) + self.weight * rotation
 
-        with attacked(model, self.attack_bn):
-            return pgd(
-                both,
-                x,
-                threat=self.threat,
-                num_steps=self.num_steps,
-                step_size=self.step_size,
-                random_start=self.random_start,
-                num_restarts=self.num_restarts,
-                l1_share=self.l1_share,
-                generator=generator,
-            )
+        with attack_mode(model, self.attack_bn):
+            return self.attack.maximise(both, x, generator)
 
     def loss(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Loss:
         """Return (1) with ``x_adv`` held fixed."""
-        check_square(x_adv)
         turned, turns = quarter_turns(x_adv)
         classes = class_loss(model(x_adv), y, self.label_smoothing)
         logits = precise(rotation_logits(model, turned))
         rotation = class_loss(logits, turns).total
-        return Loss(
-            classes.total + self.weight * rotation,
-            {**classes.parts, "rotation": rotation.detach()},
-            (*classes.outputs, Output(logits, weight=self.weight)),
-        )
+        return with_term(classes, self.weight, "rotation", rotation, Output(logits, weight=self.weight))
 
     def attack_passes(self) -> tuple[int, int]:
         """Twice those of ``PGDAT``: one pass for each head."""
         forward, backward = super().attack_passes()
         return 2 * forward, 2 * backward
 
-    def loss_passes(self) -> tuple[int, int]:
-        """Forward at x_adv and at its rotations, and backward through both."""
-        return 2, 2
-
 
 def quarter_turns(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return image n turned n mod 4 times by 90 degrees, and the numbers of turns [B].
 
     Raises:
-        ValueError: Fewer than four images, of which some rotation would never be seen.
+        ValueError: Fewer than four images, so that some rotation is never seen, or images not square.
     """
+    if x.ndim != 4 or x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"RotationAT: got images {tuple(x.shape)}; expected [B, C, H, W], H = W. Crop them.")
     if len(x) < 4:
-        raise ValueError(
-            f"RotationAT: got a micro-batch of {len(x)} images; expected a multiple of 4, so that every rotation is as frequent. "
-            "Use larger micro-batches."
-        )
+        raise ValueError(f"RotationAT: got a micro-batch of {len(x)}; expected 4 or more. Use larger ones.")
     turned = x.clone()
     for turns in (1, 2, 3):
         turned[turns::4] = torch.rot90(x[turns::4], turns, (-2, -1))
@@ -116,21 +83,12 @@ def quarter_turns(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotation_logits(model: nn.Module, x: Tensor) -> Tensor:
     """Return the four logits of the rotation head for every image."""
-    advice = "Use create_model(..., rotation_head=True), or a model of your own whose forward takes head='rotation'."
+    advice = "Use create_model(..., rotation_head=True), or a model whose forward takes head='rotation'."
     try:
         logits = model(x, head="rotation")
     except TypeError as error:
         raise ValueError(f"RotationAT: model(x, head='rotation') failed: {error}. {advice}") from error
-    if logits.shape != (len(x), 4):
-        raise ValueError(
-            f"RotationAT: got rotation logits of shape {tuple(logits.shape)}; expected ({len(x)}, 4). {advice}"
-        )
+    got, expected = tuple(logits.shape), (len(x), 4)
+    if got != expected:
+        raise ValueError(f"RotationAT: got rotation logits of shape {got}; expected {expected}. {advice}")
     return logits
-
-
-def check_square(x: Tensor) -> None:
-    """Refuse images that do not fit into themselves when turned."""
-    if x.ndim != 4 or x.shape[-1] != x.shape[-2]:
-        raise ValueError(
-            f"RotationAT: got images of shape {tuple(x.shape)}; expected [B, C, H, W] with H = W. Crop or resize them."
-        )

@@ -3,120 +3,128 @@
 Legend: B batch, T threat models, C classes.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Generator, Tensor, nn
 
-from wcitrain.attacks import Attack, ThreatModel, attack_loss, msd
+from wcitrain.attacks import Attack, L1Share, LossName, Norm, NumRestarts, Start, ThreatModel, msd
+from wcitrain.attacks.losses import attack_loss, ce
 from wcitrain.curvature.loss import Loss
-from wcitrain.objectives.objective import AttackMode, OneStepPerBatch, attacked, check_settings
-from wcitrain.objectives.terms import class_loss
+from wcitrain.method import Nested, Radius, StepSize, method, refuse
+from wcitrain.objectives.objective import (
+    AttackMode,
+    LabelSmoothing,
+    NumSteps,
+    Objective,
+    RandomStart,
+    attack_mode,
+    check_start,
+)
 
-Strategy = Literal["max", "average", "msd"]
+
+@method
+class UnionThreat(ThreatModel):
+    """One ball of a union, and the length of the steps in it."""
+
+    norm: Norm = Field(description="Norm of the image perturbation.")
+    eps: Radius = Field(description="Radius of the ball in [0, 1] pixel units.")
+    step_size: StepSize | None = Field(
+        default=None,
+        description="Length of a step in this norm, in [0, 1] pixel units; null: 2.5 eps / num_steps.",
+    )
+
+    def scaled(self, factor: float) -> Self:
+        """Return the same ball with radius and step times ``factor``; 1 returns the ball itself."""
+        step_size = None if self.step_size is None else self.step_size * factor or None  # no step: no radius
+        return self if factor == 1 else replace(super().scaled(factor), step_size=step_size)
 
 
-@dataclass(frozen=True)
-class UnionAT(OneStepPerBatch):
-    """Robustness to the union of T balls (Tramèr & Boneh 2019, arXiv 1904.13000, eq. 2, 3; Maini et al. 2020, 1909.04068).
+@method
+class UnionAT(Objective):
+    """Robustness to the union of T balls (Tramèr & Boneh 2019, 1904.13000; Maini et al. 2020, 1909.04068).
 
-        "max":      CE at the worst of the T PGD adversaries' images, chosen for each example by its cross-entropy          (1)
-        "average":  the mean of the CE at all T images                                                                      (2)
-        "msd":      CE at one adversary's image, whose every step is the best of T steps (``attacks.msd``)                  (3)
+        "max":      CE at the one of the T PGD adversaries' images where it is largest, for each example   (1)
+        "average":  the mean of the CE at all T images                                                     (2)
+        "msd":      CE at one adversary's image, every step the best of T steps (``attacks.msd``)          (3)
 
-    For "average", ``perturb`` returns the images of all adversaries one after the other, [T·B, *dims].
-    What differs: Maini et al. attack l1 with 5 to 20 coordinates a step, drawn at random, and with 50 to 100 steps; here with a
-    fixed share, and every adversary takes as many steps. Their radii on CIFAR-10 are the defaults, with linf 0.03.
-
-    Cost of the loss: (1, 1) passes, for "average" (T, T). Gauss–Newton: exact.
-
-    Args:
-        threats: Pairs of a threat model and its step size (None: 2.5 eps / num_steps), at least one.
-        strategy: As above.
-        num_steps, random_start, num_restarts: Of every adversary, see ``attacks.pgd``; "msd" has no restarts.
-        attack_bn, label_smoothing, attack_loss, l1_share: See ``PGDAttacked``.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-        >>> x, y = torch.rand(8, 1, 4, 4), torch.randint(0, 3, (8,))
-        >>> threats = ((ThreatModel("linf", 0.1), None), (ThreatModel("l2", 0.5), None))
-        >>> [UnionAT(threats, strategy, num_steps=2).perturb(model, x, y).shape[0] for strategy in ("max", "average", "msd")]
-        [8, 16, 8]
+    For "average", ``perturb`` returns the images of all adversaries one after the other, [T·B, *dims]. What
+    differs: Maini et al. attack l1 with 5 to 20 coordinates a step, drawn at random, and with 50 to 100
+    steps; here with a fixed share and as many steps as the others. Their CIFAR-10 radii: linf 0.03, l2 0.5,
+    l1 12. Cost of the loss: (1, 1) passes, for "average" (T, T). Gauss–Newton: exact. "msd": no restarts.
     """
 
-    threats: tuple[tuple[ThreatModel, float | None], ...] = (
-        (ThreatModel("linf", 8 / 255), None),
-        (ThreatModel("l2", 0.5), None),
-        (ThreatModel("l1", 12.0), None),
+    threats: Annotated[tuple[Annotated[UnionThreat, Nested()], ...], Field(strict=False)] = Field(
+        default=(UnionThreat("linf", 8 / 255), UnionThreat("l2", 0.5)),
+        description="The threat models of training, at least two; threat is that of the evaluation.",
     )
-    strategy: Strategy = "max"
-    num_steps: int = 10
-    random_start: bool = True
-    num_restarts: int = 1
+    strategy: Literal["max", "average", "msd"] = Field(
+        default="max",
+        description="The worst for each image, the mean over all, or the steepest at each step.",
+    )
+    num_steps: NumSteps = 10
+    random_start: RandomStart = True
+    num_restarts: NumRestarts = 1
     attack_bn: AttackMode = "eval"
-    label_smoothing: float = 0.0
-    attack_loss: str = "ce"
-    l1_share: float = 0.05
+    label_smoothing: LabelSmoothing = 0.0
+    attack_loss: LossName = "ce"
+    l1_share: L1Share = 0.05
+    label: ClassVar[str] = "AT {strategy} of {norms}"
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        if self.strategy not in get_args(Strategy):
-            raise ValueError(
-                f"UnionAT.strategy: got {self.strategy!r}; expected one of {', '.join(get_args(Strategy))}."
-            )
-        if not self.threats:
-            raise ValueError("UnionAT.threats: got none; expected at least one pair of a threat model and a step size.")
+        if len(self.threats) < 2:
+            refuse("threats", f"got {len(self.threats)}; expected at least 2 balls. For one, use PGDAT.")
+        for ball in self.threats:
+            shortest, longest = ball.eps / self.num_steps * (1 - 1e-9), 2 * ball.eps * (1 + 1e-9)  # rounding
+            if ball.step_size is not None and not shortest <= ball.step_size <= longest:
+                text = f"got {ball.norm} with step_size {ball.step_size:g}; expected eps / num_steps to 2 eps"
+                refuse("threats", f"{text}, eps = {ball.eps:g}. Change it, or leave it out.")
         if self.strategy == "msd" and (self.num_restarts != 1 or self.attack_loss == "kl"):
-            raise ValueError(
-                f"UnionAT: got strategy='msd' with num_restarts={self.num_restarts}, attack_loss={self.attack_loss!r}; expected "
-                "1 restart and a loss of the labels. Choose another strategy."
-            )
-        _ = self.attacks  # refuses what it cannot run
+            got = f"got 'msd' with num_restarts {self.num_restarts}, attack_loss {self.attack_loss!r}"
+            refuse("strategy", f"{got}; expected 1 restart and a loss of the labels. Change one of them.")
+        check_start(self.random_start, self.attack_loss)
+
+    def __str__(self) -> str:
+        return self.label.format(strategy=self.strategy, norms=", ".join(ball.norm for ball in self.threats))
 
     @property
     def attacks(self) -> tuple[Attack, ...]:
         """One adversary for each threat model."""
+        start: Start = "uniform" if self.random_start else "none"
+        settings = start, self.num_restarts, self.attack_loss, self.l1_share
         return tuple(
-            Attack(
-                threat,
-                num_steps=self.num_steps,
-                step_size=2.5 * threat.eps / max(self.num_steps, 1) if step_size is None else step_size,
-                start="uniform" if self.random_start else "none",
-                num_restarts=self.num_restarts,
-                loss=self.attack_loss,
-                l1_share=self.l1_share,
-            )
-            for threat, step_size in self.threats
+            Attack(ball, self.num_steps, ball.step_for(self.num_steps, ball.step_size), *settings)
+            for ball in self.threats
         )
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
         """Return the images of (1), (2) or (3); the model is left exactly as it was."""
-        with attacked(model, self.attack_bn):
+        attacks, loss = self.attacks, attack_loss(self.attack_loss)
+        with attack_mode(model, self.attack_bn):
             if self.strategy == "msd":
-                loss = attack_loss(self.attack_loss)
                 return msd(
                     lambda x_adv: loss(model(x_adv), y),
                     x,
-                    threats=[attack.threat for attack in self.attacks],
-                    step_sizes=[attack.step_size for attack in self.attacks],
+                    threats=self.threats,
+                    step_sizes=[attack.step_size for attack in attacks],
                     num_steps=self.num_steps,
-                    random_start=self.random_start,
+                    start=attacks[0].start,
                     l1_share=self.l1_share,
                     generator=generator,
                 )
-            found = torch.stack([attack(model, x, y, generator) for attack in self.attacks])
-            if self.strategy == "average" or len(found) == 1:
-                return found.flatten(0, 1)
+            candidates = torch.stack([attack(model, x, y, generator) for attack in attacks])
+            if self.strategy == "average":
+                return candidates.flatten(0, 1)
             with torch.no_grad():
-                worst = torch.stack([attack_loss("ce")(model(x_adv), y) for x_adv in found]).argmax(0)
-            return found[worst, torch.arange(len(x), device=x.device)]
+                worst = torch.stack([ce(model(x_adv), y) for x_adv in candidates]).argmax(0)
+            return candidates[worst, torch.arange(len(x), device=x.device)]
 
     def loss(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Loss:
         """Return the mean cross-entropy at ``x_adv``, held fixed; the targets are repeated to as many."""
         times = len(x_adv) // len(y)
-        return class_loss(model(x_adv), y.repeat(times, *[1] * (y.ndim - 1)), self.label_smoothing)
+        return super().loss(model, x, x_adv, y.repeat(times, *[1] * (y.ndim - 1)))
 
     def attack_passes(self) -> tuple[int, int]:
         """The sum over the adversaries, and T forward passes to choose the worst; "msd": K (1 + T) and K."""
@@ -124,7 +132,7 @@ class UnionAT(OneStepPerBatch):
         if self.strategy == "msd":
             return self.num_steps * (1 + num), self.num_steps
         passes = [attack.passes() for attack in self.attacks]
-        compare = num if self.strategy == "max" and num > 1 else 0
+        compare = num if self.strategy == "max" else 0
         return sum(forward for forward, _ in passes) + compare, sum(backward for _, backward in passes)
 
     def loss_passes(self) -> tuple[int, int]:
@@ -134,7 +142,4 @@ class UnionAT(OneStepPerBatch):
 
     def scaled(self, factor: float) -> Self:
         """Return the objective with all radii and steps times ``factor``; 1 returns the objective itself."""
-        if factor == 1:
-            return self
-        threats = tuple((t.scaled(factor), None if step is None else step * factor) for t, step in self.threats)
-        return replace(self, threats=threats)
+        return self if factor == 1 else replace(self, threats=tuple(b.scaled(factor) for b in self.threats))

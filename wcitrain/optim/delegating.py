@@ -1,7 +1,8 @@
 """An optimizer that owns nothing: everything torch keeps in an optimizer is the base optimizer's.
 
-Aliases go stale (``accelerate.prepare`` and ``load_state_dict`` replace the group list at once), so groups, state and
-defaults are properties. torch's ``Optimizer.__init__`` is not called: hooks and profiling live in the base, and run once.
+Aliases go stale (``accelerate.prepare`` and ``load_state_dict`` replace the group list at once), so groups,
+state and defaults are properties. torch's ``Optimizer.__init__`` is not called: hooks and profiling live in
+the base, and run once.
 """
 
 from typing import Any
@@ -9,49 +10,24 @@ from typing import Any
 from torch.optim import Optimizer
 
 
+def _of_the_base(name: str) -> Any:
+    """Return a property that reads and sets the base optimizer's attribute ``name``."""
+    return property(
+        lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value)
+    )
+
+
 class DelegatingOptimizer(Optimizer):
-    """Base of optimizer wrappers; see the module docstring.
+    """Hands everything but the step to ``base``, the optimizer that steps."""
 
-    Args:
-        base: The optimizer that steps.
-
-    Raises:
-        TypeError: ``base`` is not a ``torch.optim.Optimizer`` instance.
-    """
-
-    base: Optimizer
+    param_groups = _of_the_base("param_groups")
+    state = _of_the_base("state")
+    defaults = _of_the_base("defaults")
 
     def __init__(self, base: Optimizer) -> None:
         if not isinstance(base, Optimizer):
             raise TypeError(f"base: got {base!r}; expected a torch.optim.Optimizer instance, not its class.")
         self.base = base
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's groups."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer."""
@@ -64,7 +40,8 @@ class DelegatingOptimizer(Optimizer):
         return getattr(self.base, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "step"}  # a scheduler's patch of step
+        # torch's keeps groups and state alone; ``step`` is there only where a scheduler patched it.
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

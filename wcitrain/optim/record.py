@@ -1,10 +1,12 @@
 """The wrapper's own numbers: running averages of the layers' traces and what they were made of.
 
-They live in the base optimizer's first group under ``KEY``, so they survive every checkpoint path. An average over n
-estimates is Σ_k decay^(n−k) (1 − decay) t_k, divided by the same sum of ones, which removes its start-up bias. An estimate
-that is not finite (layer off the graph, zero weights) leaves its layer's average alone.
+They live in the base optimizer's first group under ``KEY``, so they survive every checkpoint path. An average
+over n estimates is Σ_k decay^(n−k) (1 − decay) t_k, divided by the same sum of ones, which removes its
+start-up bias. An estimate that is not finite (layer off the graph, zero weights) leaves its layer's average
+alone.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from wcitrain.params import Layers
 KEY = "regularizer"
 
 
-def fresh_record(layers: Layers) -> dict[str, Any]:
+def fresh(layers: Layers) -> dict[str, Any]:
     """Return the record before the first step."""
     zeros = torch.zeros_like(layers.squared_norms())
     return {
@@ -29,8 +31,27 @@ def fresh_record(layers: Layers) -> dict[str, Any]:
     }
 
 
+def loaded(saved: dict[str, Any], layers: Layers) -> dict[str, Any]:
+    """Return a saved record with its tensors where the layers are.
+
+    Raises:
+        ValueError: It belongs to another choice of layers.
+    """
+    if saved["layers"] != list(layers):
+        other = sorted(set(saved["layers"]) ^ set(layers))[:6]
+        raise ValueError(
+            f"load_state_dict: got running averages of {len(saved['layers'])} layers; expected this model's "
+            f"{len(layers)}. They differ in {', '.join(other) or 'order'}. Was the choice of layers changed?"
+        )
+    like = layers.squared_norms()
+    record = {k: v.to(like).clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
+    if "memory" in saved:
+        record["memory"] = [m.to(t).clone() for m, t in zip(saved["memory"], layers.tensors, strict=True)]
+    return record
+
+
 def averages(record: dict[str, Any]) -> Tensor | None:
-    """Return the bias-corrected running averages of t_l [L], NaN for a layer not measured yet; None before any."""
+    """Return the running averages of t_l [L], NaN for a layer without an estimate; None before any."""
     return record["trace_sum"] / record["trace_weight"] if record["is_measured"] else None
 
 
@@ -45,11 +66,23 @@ def fold(record: dict[str, Any], estimate: Tensor, decay: float) -> None:
     record["is_measured"] = True
 
 
-def refuse_other_layers(record: dict[str, Any], layers: Layers) -> None:
-    """Raise ``ValueError`` where saved averages belong to another choice of layers."""
-    if record["layers"] != list(layers):
-        other = sorted(set(record["layers"]) ^ set(layers))[:6]
-        raise ValueError(
-            f"load_state_dict: got running averages of {len(record['layers'])} layers; expected this model's {len(layers)}. "
-            f"They differ in {', '.join(other) or 'order'}. Was the choice of layers changed?"
-        )
+def metrics(record: dict[str, Any], layers: Layers) -> dict[str, float]:
+    """Return what is known of the layers, as floats.
+
+    ``relative_size`` and ``lambda`` of the latest step. For every layer ``frobenius/<layer>`` (a_l), and once
+    measured ``curvature/trace/<layer>`` (running average of t_l) and ``wci/<layer>`` = sqrt(a_l max(t_l, 0));
+    their sum ``wci/total``; ``curvature/negative``, the share of single-step estimates below zero.
+    """
+    a, traces = layers.squared_norms(), averages(record)
+    values = {f"frobenius/{name}": v for name, v in zip(layers, a.tolist(), strict=True)}
+    if traces is not None:
+        wci = (a * traces.nan_to_num().clamp_min(0)).sqrt()
+        values |= {f"curvature/trace/{name}": v for name, v in zip(layers, traces.tolist(), strict=True)}
+        values |= {f"wci/{name}": v for name, v in zip(layers, wci.tolist(), strict=True)}
+        values["wci/total"] = float(wci.sum())
+        share = record["num_negative"].sum() / record["num_estimates"].sum().clamp_min(1)
+        values["curvature/negative"] = float(share)
+    latest = {name: float(record[name]) for name in ("relative_size", "lambda") if name in record}
+    if math.isnan(latest.get("lambda", 0.0)):  # not known before the first traces
+        del latest["lambda"]
+    return values | latest

@@ -1,32 +1,30 @@
 """When a perturbation or penalty acts, and how strongly."""
 
-from dataclasses import dataclass
+from pydantic import Field
+
+from wcitrain.method import NonNegative, PositiveCount, method
 
 
-@dataclass(frozen=True)
+@method
 class StrengthSchedule:
     """Off before ``start``, then a linear ramp to full strength, acting on every ``every``-th optimizer step.
 
-    Args:
-        start: First optimizer step (0-based) at which the rule may act.
-        ramp: Steps from ``start`` until full strength; 0 switches on at once.
-        every: Act on one step in ``every``. A penalty is multiplied by ``every`` to keep its mean strength; a weight
-            perturbation is not (its radius is a radius, not a rate): its mean strength falls.
-
-    Raises:
-        ValueError: A negative ``start`` or ``ramp``, or ``every < 1``.
+    A penalty is multiplied by ``every`` to keep its mean strength. A weight perturbation is not (its radius
+    is a radius, not a rate): its mean strength falls.
     """
 
-    start: int = 0
-    ramp: int = 0
-    every: int = 1
+    start: NonNegative = Field(
+        default=0.0, description="Epochs trained before it acts; steps in plain loops."
+    )
+    ramp: NonNegative = Field(default=0.0, description="Epochs over which it grows to full strength.")
+    every: PositiveCount = Field(default=1, description="Acts in one of so many optimizer steps.")
 
-    def __post_init__(self) -> None:
-        if self.start < 0 or self.ramp < 0 or self.every < 1:
-            raise ValueError(f"schedule: got {self}; expected start >= 0, ramp >= 0 and every >= 1 (optimizer steps).")
-
-    def factor(self, step: int) -> float:
-        """Return the share of full strength at optimizer step ``step`` (0-based): 0 when the rule does not act."""
-        if step < self.start or (step - self.start) % self.every:
+    def factor(self, step: int, steps_per_epoch: int = 1) -> float:
+        """Return the share of full strength at optimizer step ``step`` (0-based), 0 where it does not act."""
+        start, ramp = round(self.start * steps_per_epoch), round(self.ramp * steps_per_epoch)
+        if step < start or (step - start) % self.every:
             return 0.0
-        return 1.0 if step >= self.start + self.ramp else (step - self.start + 1) / (self.ramp + 1)
+        return 1.0 if step >= start + ramp else (step - start + 1) / (ramp + 1)
+
+
+ALWAYS = StrengthSchedule()

@@ -1,78 +1,71 @@
 """The optimizer wrapper: all regularisation happens in ``backward``, all stepping in ``step``.
 
-Legend: W layer weights, u perturbation, L the loss at fixed adversarial examples, g its gradient, t_l = Tr(H_l).
+Legend: W layer weights, u perturbation, g gradient of the loss at fixed adversarial examples, t_l = Tr(H_l).
 
-One call of ``backward(loss_fn)`` leaves the gradients of the regularised objective in ``.grad``, added to what is there
-(so micro-batches accumulate and the user clips between ``backward`` and ``step``):
+One call of ``backward(loss_fn)`` adds the gradients of the regularised objective to ``.grad`` (so
+micro-batches accumulate and the user clips between ``backward`` and ``step``):
 
-| rule active at this step   | what lands in `.grad`                            | passes (forward, backward)  |
-|----------------------------|--------------------------------------------------|-----------------------------|
-| none                       | g(W)                                             | 1, 1                        |
-| a weight perturbation      | g(W + u), ½ [g(W + u) + g(W − u)], ...           | by rule, `ascent` and `perturbation` |
-| a penalty with curvature   | g(W) + ∇ Σ c_l t_l + 2 ∂φ/∂a W                   | by estimator, `penalty_steps` |
-| a penalty on norms alone   | g(W) + 2 λ_F W                                   | 1, 1                        |
+| rule active at this step   | what is added to `.grad`                    | passes (forward, backward) |
+|----------------------------|---------------------------------------------|----------------------------|
+| none                       | g(W)                                        | 1, 1                       |
+| a weight perturbation      | g(W + u), ½ [g(W + u) + g(W − u)], ...      | by rule                    |
+| a penalty with curvature   | g(W) + ∇ Σ c_l t_l + 2 ∂φ/∂a W              | by estimator               |
+| a penalty on norms alone   | g(W) + 2 λ_F W                              | 1, 1                       |
 
-A perturbation whose gradient is taken at W + u alone (SAM, AWP, ...) composes with a Gauss–Newton penalty, which is then the
-penalty at W + u; one with a norm penalty always does. All others are refused (`composition`).
+Beside a perturbation the curvature of a penalty is that at W + u; `refusals` says which two go together.
 
-Contracts: the wrapper owns no parameter group and no state of the base optimizer. With every strength at zero it *is* the
-base optimizer, bit for bit. Perturbed weights come back by copy from a clone, also on exceptions. The passes of one call see
-the same random numbers (dropout) and running statistics move once: in the pass at W where there is one, else in the last.
+Contracts: the wrapper owns no parameter group and no state of the base optimizer. With every strength at zero
+it *is* the base optimizer, bit for bit. Perturbed weights come back by copy from a clone, also on exceptions.
+The passes of one call see the same random numbers (dropout) and running statistics move once: in the pass at
+W where there is one, else in the last.
 """
 
-import warnings
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wcitrain.curvature.estimators import Auto, Choice, choose, name_of
 from wcitrain.curvature.loss import LossFn
-from wcitrain.curvature.top_layer import find_head
-from wcitrain.optim import record
-from wcitrain.optim.attaching import check_attachable
-from wcitrain.optim.choice import Choice, choose_estimator
-from wcitrain.optim.composition import refuse_what_does_not_compose
+from wcitrain.curvature.passes import Passes, Step
+from wcitrain.optim import record, refusals
 from wcitrain.optim.delegating import DelegatingOptimizer
-from wcitrain.optim.passes import Passes
 from wcitrain.optim.penalty import Penalty
-from wcitrain.optim.penalty_steps import extra_passes as penalty_passes
-from wcitrain.optim.penalty_steps import penalized
-from wcitrain.optim.perturbation import WeightPerturbation
-from wcitrain.optim.perturbed_steps import Step, perturbed_step
-from wcitrain.optim.perturbed_steps import extra_passes as perturbation_passes
-from wcitrain.params import Layers, select_layers
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from wcitrain.optim.perturbation import State, WeightPerturbation
 
 
 class RegularizedOptimizer(DelegatingOptimizer):
     """Any torch optimizer, with a weight perturbation and/or a penalty in the gradient it steps on.
 
-    In one's own loop (``loss_fn`` returns the differentiable loss at fixed ``x_adv``, and calls neither ``backward`` nor
-    ``zero_grad``; it is called several times)::
+    In one's own loop ``loss_fn`` returns the differentiable loss at fixed ``x_adv``. It is called several
+    times and calls neither ``backward`` nor ``zero_grad``::
 
-        optimizer = RegularizedOptimizer(SGD(model.parameters(), lr=0.1), model, perturbation=WCIPosterior(1.0))
-        loss = optimizer.step(lambda: F.cross_entropy(model(x_adv), y))
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = RegularizedOptimizer(base, model, perturbation=WCIPosterior(1.0))
+        loss = optimizer.step(lambda: cross_entropy(model(x_adv), y))
 
-    With accumulation, clipping or Accelerate: ``backward(loss_fn)`` once a micro-batch, then ``step()``, ``zero_grad()``.
+    With accumulation, clipping or Accelerate: ``backward(loss_fn)`` once a micro-batch, then ``step()`` and
+    ``zero_grad()``.
 
     Args:
-        base: The optimizer that steps; groups, state and defaults remain its own, and schedulers may be given either.
+        base: The optimizer that steps and keeps groups and state; schedulers may be given either.
         model: The module whose layers are perturbed and whose buffers are protected in the extra passes.
-        perturbation: A rule of ``ascent`` (SAM, ASAM, AWP, GSAM, VaSSO, ...) or ``perturbation`` (WCIPosterior, noise).
-        penalty: ``WCIPenalty`` or ``FrobeniusTracePenalty``.
-        layers, split_qkv: Which tensors are layers, see ``params.select_layers``; None: what the rule is published for
-            (``"all"`` for SAM's family, else ``"weights"``). With the estimator ``top_layer`` the head alone.
+        perturbation: A rule of ``ascent`` (SAM, AWP, ...) or ``random_directions`` (WCIPosterior, ...).
+        penalty: A rule of ``penalty``.
+        layers, split_qkv: Which tensors are layers, see ``params.select_layers``; None: what the rule is
+            published for. With the estimator ``top_layer`` the head alone.
         trace_decay: Decay of the running average of t_l, in [0, 1); its start-up bias is corrected.
         num_micro_batches: ``backward`` calls per ``step``; each contributes 1/num_micro_batches.
+        steps_per_epoch: Optimizer steps of an epoch, which the rules' schedules count; 1: they count steps.
         seed: Of the random directions: they depend on (seed, step, micro-batch, rank) and nothing else.
 
     Raises:
-        ValueError: A perturbation and a penalty that do not compose; no layers; a parameter outside the given ranges.
-        TypeError: ``base`` is not a ``torch.optim.Optimizer`` instance.
+        ValueError: A perturbation and a penalty that do not compose; no layers; a number out of its range.
+        TypeError: ``base`` is not an optimizer.
     """
 
     def __init__(
@@ -86,101 +79,74 @@ class RegularizedOptimizer(DelegatingOptimizer):
         split_qkv: bool = False,
         trace_decay: float = 0.9,
         num_micro_batches: int = 1,
+        steps_per_epoch: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__(base)
-        if perturbation is not None and penalty is not None:
-            refuse_what_does_not_compose(perturbation, penalty)
-            if layers is None and perturbation.default_layers != "weights":
-                raise ValueError(
-                    f"layers: got None with {perturbation}, which is published for all tensors, and a penalty, which is defined on "
-                    "weight matrices; expected the layers of both. Set layers to 'weights' or 'all'."
-                )
-        layers = layers or (perturbation.default_layers if perturbation is not None else "weights")
+        refusals.refuse_what_does_not_compose(perturbation, penalty)
+        layers = layers or refusals.default_layers(perturbation, penalty)
         if not 0 <= trace_decay < 1 or num_micro_batches < 1:
-            raise ValueError(
-                f"got trace_decay={trace_decay}, num_micro_batches={num_micro_batches}; expected 0 <= trace_decay < 1 "
-                "and num_micro_batches >= 1."
-            )
-        self.model = model
-        self.perturbation = perturbation
-        self.penalty = penalty
-        self.trace_decay = trace_decay
-        self.num_micro_batches = num_micro_batches
-        self.seed = seed
+            got = f"got trace_decay={trace_decay}, num_micro_batches={num_micro_batches}"
+            raise ValueError(f"{got}; expected 0 <= trace_decay < 1 and num_micro_batches >= 1.")
+        self.model, self.perturbation, self.penalty = model, perturbation, penalty
+        self.trace_decay, self.seed = trace_decay, seed
+        self.num_micro_batches, self.steps_per_epoch = num_micro_batches, steps_per_epoch
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
-        if penalty is not None and penalty.measures_curvature and penalty.estimator == "top_layer":
-            self.layers = _head_layer(model, layers).only(optimized)
-        else:
-            self.layers = select_layers(model, layers, split_qkv=split_qkv).only(optimized)
+        estimator = (penalty and penalty.estimator) or Auto()
+        self.layers = estimator.layers(model, layers, split_qkv=split_qkv).only(optimized)
         if not self.layers:
-            raise ValueError("layers: none of the selected tensors is in the optimizer's groups. Is it the same model?")
+            raise ValueError(
+                "layers: none of the selected tensors is in the optimizer. Is it the same model?"
+            )
+        refusals.refuse_low_precision(self.layers, penalty)
         self._accelerator: Accelerator | None = None
         self._micro_step = 0  # backward calls since the last step
         self._pending: list[Tensor] = []  # their trace estimates, each [L]
         self._memory_sum: list[Tensor] | None = None  # the sum of their smoothed gradients (VaSSO)
-        self._latest: tuple[Tensor, Tensor | None] | None = None  # relative size and λ
         self._choice: Choice | None = None
         self._is_busy = False
-        low = [n for n, p in self.layers.items() if p.dtype.itemsize < 4]
-        takes_differences = penalty is not None and penalty.estimator in ("auto", "two_point", "hutchinson")
-        if low and takes_differences and penalty is not None and penalty.measures_curvature:
-            raise ValueError(
-                f"penalty: got {self.layers[low[0]].dtype} weights in {low[0]}; expected float32 or float64: differences of "
-                "low-precision gradients are noise. Keep float32 weights and use autocast, or use WCIPosterior."
-            )
         if base.param_groups[0].get(record.KEY, {}).get("layers") != list(self.layers):
-            base.param_groups[0][record.KEY] = record.fresh_record(self.layers)
-
-    # ---- the two calls -----------------------------------------------------------------------------------------------
+            base.param_groups[0][record.KEY] = record.fresh(self.layers)
 
     def backward(self, loss_fn: LossFn) -> Tensor:
         """Add the gradients of the regularised objective at one micro-batch to ``.grad``.
 
         Args:
-            loss_fn: Returns the scalar mean loss at fixed adversarial examples, with graph, or a `Loss` that carries its
-                outputs too (``wcitrain.cross_entropy``; every objective's loss), which gauss_newton and top_layer need.
-                Called once or several times.
+            loss_fn: Returns the scalar mean loss with its graph, or a `Loss` that carries its outputs too
+                (``wcitrain.cross_entropy``, every objective's loss), which gauss_newton and top_layer need.
 
         Returns:
-            The loss at the unperturbed weights, detached; where no pass is made there (posterior without clean
-            statistics) the mean of the two perturbed losses.
+            The loss at W, detached; where no pass is made at W, the mean of those at the perturbed weights.
 
         Raises:
             TypeError: ``loss_fn`` does not return a scalar tensor with a graph.
-            RuntimeError: ``loss_fn`` changes gradients or calls this method; an autocast is on around the call; several
-                processes without ``attach``.
+            RuntimeError: ``loss_fn`` changes gradients; autocast around the call; processes not attached.
         """
-        if self._is_busy:
-            raise RuntimeError("RegularizedOptimizer.backward: called inside its own loss_fn. Return the loss instead.")
-        self._refuse_what_is_silently_wrong()
-        perturbation, penalty, now = self.perturbation, self.penalty, self._record["step"]
-        factor = perturbation.schedule.factor(now) if perturbation else 0.0
-        penalty_factor = penalty.schedule.factor(now) * penalty.schedule.every if penalty else 0.0
-        if penalty and penalty_factor and penalty.measures_curvature and self._choice is None:
-            choice = self.choose_estimator(loss_fn)
-            if choice and penalty.estimator == "auto" and choice.estimator == "two_point":
-                warnings.warn(f"penalty estimator: two_point, since {choice.reason}", UserWarning, stacklevel=2)
-        passes = self._passes(loss_fn)
+        self._refuse_inside_loss_fn("backward", "Return the loss instead.")
+        refusals.refuse_stale_weights(self.layers.tensors[0], self._accelerator is not None)
+        perturbation, penalty = self.perturbation, self.penalty
+        now = self._record["step"], self.steps_per_epoch
+        factor = perturbation.schedule.factor(*now) if perturbation else 0.0
+        penalty_factor = penalty.schedule.factor(*now) * penalty.schedule.every if penalty else 0.0
+        if penalty_factor and self._choice is None:
+            self.choose_estimator(loss_fn)
+        passes, penalized = self._passes(loss_fn), None
         self._is_busy = True
         try:
-            is_penalized = bool(penalty and penalty_factor and penalty.measures_curvature)
-            with_penalty = (
-                partial(self._penalized, passes, penalty_factor, self.layers.squared_norms()) if is_penalized else None
-            )
+            if penalty and penalty_factor and self._choice:
+                known = penalty_factor, self.traces(), self.layers.squared_norms()
+                penalized = partial(penalty.add_gradient, passes, self._choice.estimator, *known)
             if perturbation and factor:
                 with passes.undone_on_error():
-                    memory = self._record.get("memory")
-                    step = perturbed_step(passes, perturbation, factor, self.traces(), memory, with_penalty)
-            elif with_penalty is not None:
+                    state = State(self.traces(), self._record.get("memory"))
+                    step = perturbation.gradient(passes, state, factor, penalized)
+            elif penalized:
                 with passes.undone_on_error():
-                    step = with_penalty()
+                    step = penalized()
             else:
                 step = Step(passes.plain())
             if penalty and penalty_factor:
-                coefficients = penalty.norm_coefficients(
-                    self.layers.squared_norms(), self.layers.sizes(), self.traces()
-                )
+                coefficients = penalty.norm_coefficients(self.layers.squared_norms(), self.traces())
                 passes.add_norm_gradients(coefficients, penalty_factor)
         finally:
             self._is_busy = False
@@ -190,236 +156,169 @@ class RegularizedOptimizer(DelegatingOptimizer):
             total = self._memory_sum
             self._memory_sum = step.memory if total is None else list(torch._foreach_add(total, step.memory))
         if step.relative_size is not None:
-            self._latest = step.relative_size, step.strength
+            self._record["relative_size"] = step.relative_size
+            self._record.pop("lambda", None)  # of an earlier step
+            if step.strength is not None:
+                self._record["lambda"] = step.strength
         self._micro_step += 1
         return step.loss
 
-    def _penalized(self, passes: Passes, factor: float, a: Tensor) -> Step:
-        """Make the penalty's pass where the weights are now; ``a`` are the squared norms at W."""
-        assert self.penalty is not None
-        assert self._choice is not None
-        return penalized(passes, self.penalty, self._choice.estimator, factor, self.traces(), a)
-
-    def choose_estimator(self, loss_fn: LossFn) -> Choice | None:
-        """Decide how the penalty's traces are estimated, by a dry run on one batch; the first ``backward`` calls it too.
-
-        Returns:
-            The estimator and the reason in a sentence; None without a curvature penalty.
-
-        Raises:
-            ValueError: The penalty's explicit estimator is impossible with this model or loss; names the modules.
-        """
-        if self.penalty is None or not self.penalty.measures_curvature:
-            return None
-        self._is_busy = True
-        try:
-            choice = choose_estimator(self._passes(loss_fn), self.penalty, self.penalty.trace_strength)
-        finally:
-            self._is_busy = False
-        if self._accelerator is not None and self._accelerator.num_processes > 1:  # all alike
-            is_fallback = torch.tensor(float(choice.estimator == "two_point"), device=self.layers.tensors[0].device)
-            if float(self._accelerator.reduce(is_fallback, reduction="sum")) and choice.estimator != "two_point":
-                choice = Choice("two_point", "the dry run failed on another process")
-        if self.perturbation is not None and choice.estimator != "gauss_newton":
-            raise ValueError(
-                f"penalty.estimator: got {choice.estimator} ({choice.reason}) beside {self.perturbation}; expected gauss_newton, "
-                "the one that moves no weights. Make it possible, or leave one of the two out."
-            )
-        self._choice = choice
-        return choice
-
     def step(self, closure: LossFn | None = None) -> Any:  # type: ignore[override]
-        """Step the base optimizer on what is in ``.grad``; with a closure: ``zero_grad``, ``backward(closure)``, step.
+        """Step the base optimizer on what is in ``.grad``, and fold in the step's trace estimates.
 
-        The closure returns the differentiable loss and does *not* call ``backward``. Running averages of the traces are
-        folded in here (over micro-batches and processes), and processes get the same running statistics.
+        With a closure: ``zero_grad``, ``backward(closure)``, step, and return the loss. The closure returns
+        the differentiable loss and does *not* call ``backward``.
         """
-        if closure is None:
-            result = self.base.step()
-            self._fold_estimates()
-            self._share_buffers()
-            return result
-        if self._accelerator is not None or self.num_micro_batches > 1:
-            raise RuntimeError(
-                "RegularizedOptimizer.step: got a closure under Accelerate or with several micro-batches, of which it would see "
-                "only some. Use backward(loss_fn) in every micro-batch, then step()."
-            )
-        self.zero_grad()
-        loss = self.backward(closure)
-        self.step()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients (the base optimizer's ``zero_grad``); an error inside ``loss_fn``."""
-        if self._is_busy:
-            raise RuntimeError(
-                "RegularizedOptimizer.zero_grad: called inside loss_fn, where it would wipe the gradients of the passes "
-                "already made. Clear them before backward, or let step(closure) do it."
-            )
-        self.base.zero_grad(set_to_none=set_to_none)
-        self._forget_micro_batches()  # of a batch that was skipped
-
-    # ---- norms, traces, record -----------------------------------------------------------------------------------------
-
-    @property
-    def _record(self) -> dict[str, Any]:
-        """The wrapper's numbers, kept in the base optimizer's first group: they survive every checkpoint path."""
-        return self.param_groups[0][record.KEY]
-
-    def traces(self) -> Tensor | None:
-        """Return the bias-corrected running averages of t_l [L], NaN for a layer not measured yet; None before any."""
-        return record.averages(self._record)
-
-    def _fold_estimates(self) -> None:
-        """Average the step's estimates over micro-batches and processes, and fold them into the running averages."""
+        if closure is not None:
+            if self._accelerator is not None or self.num_micro_batches > 1:
+                got = (
+                    "RegularizedOptimizer.step: got a closure under Accelerate or with several micro-batches"
+                )
+                raise RuntimeError(f"{got}; expected none. Call backward(loss_fn) in each, then step().")
+            self.zero_grad()
+            loss = self.backward(closure)
+            self.step()
+            return loss
+        result = self.base.step()
         if self._pending:
             record.fold(self._record, self._averaged(torch.stack(self._pending).mean(0)), self.trace_decay)
         if self._memory_sum is not None:
             self._record["memory"] = [self._averaged(total / self._micro_step) for total in self._memory_sum]
         self._record["step"] += 1
         self._forget_micro_batches()
+        if self._world > 1:
+            for buffer in self.model.buffers():  # DDP does so before a forward, which an extra pass undoes
+                torch.distributed.broadcast(buffer, src=0)
+        return result
 
-    def _averaged(self, value: Tensor) -> Tensor:
-        """Return the mean over processes."""
-        if self._accelerator is not None and self._accelerator.num_processes > 1:
-            return self._accelerator.reduce(value, reduction="mean")
-        return value
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients by the base optimizer's ``zero_grad``, and forget a batch that was skipped."""
+        self._refuse_inside_loss_fn("zero_grad", "Call it before backward, or let step(closure) do so.")
+        self.base.zero_grad(set_to_none=set_to_none)
+        self._forget_micro_batches()
 
-    def _forget_micro_batches(self) -> None:
-        self._pending, self._memory_sum, self._micro_step = [], None, 0
+    def choose_estimator(self, loss_fn: LossFn) -> Choice | None:
+        """Decide by a dry run on one batch how traces are estimated, if at all; else ``backward`` does so.
+
+        Raises:
+            ValueError: The estimator is impossible with this model or loss, here or on another process.
+        """
+        if self.penalty is None or self.penalty.estimator is None:
+            return None
+        refusal = choice = None
+        wanted, passes = self.penalty.estimator, self._passes(loss_fn)
+        needs_gradient, may_move_weights = self.penalty.trace_strength > 0, self.perturbation is None
+        self._is_busy = True
+        try:
+            choice = choose(wanted, passes, needs_gradient=needs_gradient, may_move_weights=may_move_weights)
+        except ValueError as error:
+            refusal = ValueError(f"penalty.{error}")
+        finally:
+            self._is_busy = False
+        if self._world > 1:
+            names = gather_object([choice and name_of(choice.estimator)])
+            if refusal is None and len(set(names)) > 1:
+                text = f"penalty.estimator: got {names} on the processes; expected one."
+                refusal = ValueError(f"{text} Name one that all allow.")
+        if refusal is not None:
+            raise refusal
+        self._choice = choice
+        return choice
+
+    def traces(self) -> Tensor | None:
+        """Return the running averages of t_l [L], NaN for a layer without an estimate; None before any."""
+        return record.averages(self._record)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what there is to log, as floats (synchronises with the device).
+
+        ``relative_size`` (||u|| / ||W||) of the latest perturbation or penalty, the ``lambda`` it amounts to,
+        and what ``record.metrics`` knows of the layers.
+        """
+        return record.metrics(self._record, self.layers)
+
+    def extra_passes(self) -> tuple[float, float]:
+        """Return the mean forward and backward passes a step costs beyond a plain one, at full schedule."""
+        forward = backward = 0.0
+        if rule := self.perturbation:
+            extra, every = rule.extra_passes(self.model), rule.schedule.every
+            forward, backward = extra[0] / every, extra[1] / every
+        if (penalty := self.penalty) and penalty.estimator:
+            estimator = self._choice.estimator if self._choice else penalty.estimator
+            extra, every = estimator.extra_passes(penalty.trace_strength > 0), penalty.schedule.every
+            forward, backward = forward + extra[0] / every, backward + extra[1] / every
+        return forward, backward
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        return self.param_groups[0][record.KEY]
+
+    @property
+    def _world(self) -> int:
+        return 1 if self._accelerator is None else self._accelerator.num_processes
 
     def _passes(self, loss_fn: LossFn) -> Passes:
-        """Return what this micro-batch may do with ``loss_fn``; its random directions go by (seed, step, micro-batch)."""
-        accelerator = self._accelerator
-        rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        """Return what this micro-batch may do with ``loss_fn``."""
+        rank = 0 if self._accelerator is None else self._accelerator.process_index
         return Passes(
             self.model,
             self.layers,
             loss_fn,
             parameters=[p for group in self.param_groups for p in group["params"]],
             share=1 / self.num_micro_batches,
-            key=(self.seed, self._record["step"], self._micro_step * world + rank),
-            accelerator=accelerator,
+            key=(self.seed, self._record["step"], self._micro_step * self._world + rank),
+            accelerator=self._accelerator,
             use_math_attention=self._choice is not None and self._choice.use_math_attention,
         )
 
-    def _refuse_what_is_silently_wrong(self) -> None:
-        """Raise where passes would not be what they seem."""
-        if torch.is_autocast_enabled(self.layers.tensors[0].device.type):
-            raise RuntimeError(
-                "RegularizedOptimizer.backward: called under autocast, which keeps low-precision copies of the weights, so that "
-                "passes at perturbed weights would use the old ones. Enter autocast inside loss_fn, or let Accelerate do it."
-            )
-        if self._accelerator is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise RuntimeError(
-                "RegularizedOptimizer.backward: called in one of several processes without attach; weights would diverge "
-                "between them. Call attach(accelerator, model) after accelerator.prepare."
-            )
+    def _averaged(self, value: Tensor) -> Tensor:
+        """Return the mean over processes."""
+        return reduce(value, reduction="mean") if self._world > 1 else value
 
-    def _share_buffers(self) -> None:
-        """Give every process the main one's running statistics.
+    def _forget_micro_batches(self) -> None:
+        self._pending, self._memory_sum, self._micro_step = [], None, 0
 
-        DistributedDataParallel does so before a forward, but there it would be undone together with the extra pass.
-        """
-        if self._accelerator is not None and self._accelerator.num_processes > 1:
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+    def _refuse_inside_loss_fn(self, name: str, advice: str) -> None:
+        """Raise RuntimeError where ``loss_fn``, called at perturbed weights, calls method ``name``."""
+        if self._is_busy:
+            raise RuntimeError(f"RegularizedOptimizer.{name}: called inside loss_fn. {advice}")
 
-    def metrics(self) -> dict[str, float]:
-        """Return what there is to log, as floats (synchronises with the device).
+    def attach(self, accelerator: Accelerator, model: nn.Module) -> "RegularizedOptimizer":
+        """Let all passes but the last run without reducing gradients, and penalties in float32.
 
-        ``relative_size`` (||u|| / ||W||) of the latest perturbation or penalty, and the ``lambda`` it amounts to; for every
-        layer ``frobenius/<layer>`` (a_l), and once measured ``curvature/trace/<layer>`` (running average of t_l) and
-        ``wci/<layer>`` = sqrt(a_l max(t_l, 0)); their sum
-        ``wci/total``; ``curvature/negative`` the share of single-step estimates below zero.
-        """
-        a, traces = self.layers.squared_norms(), self.traces()
-        values = {f"frobenius/{name}": v for name, v in zip(self.layers, a.tolist(), strict=True)}
-        if traces is not None:
-            wci = (a * traces.nan_to_num().clamp_min(0)).sqrt()
-            values |= {f"curvature/trace/{name}": v for name, v in zip(self.layers, traces.tolist(), strict=True)}
-            values |= {f"wci/{name}": v for name, v in zip(self.layers, wci.tolist(), strict=True)}
-            values["wci/total"] = float(wci.sum())
-            numbers = self._record
-            values["curvature/negative"] = float(
-                numbers["num_negative"].sum() / numbers["num_estimates"].sum().clamp_min(1)
-            )
-        if self._latest is not None:
-            size, strength = self._latest
-            values["relative_size"] = float(size)
-            if strength is not None and not torch.isnan(strength):
-                values["lambda"] = float(strength)
-        return values
-
-    def extra_passes(self) -> tuple[float, float]:
-        """Return the mean forward and backward passes a step costs beyond a plain one, at full schedule."""
-        forward = backward = 0.0
-        if self.perturbation is not None:
-            extra, every = perturbation_passes(self.perturbation, self.model), self.perturbation.schedule.every
-            forward, backward = forward + extra[0] / every, backward + extra[1] / every
-        if self.penalty is not None and self.penalty.measures_curvature:
-            estimator = self._choice.estimator if self._choice else self.penalty.estimator
-            extra, every = penalty_passes(self.penalty, estimator), self.penalty.schedule.every
-            forward, backward = forward + extra[0] / every, backward + extra[1] / every
-        return forward, backward
-
-    # ---- Accelerate ------------------------------------------------------------------------------------------------
-
-    def attach(self, accelerator: "Accelerator", model: nn.Module) -> "RegularizedOptimizer":
-        """Wire the wrapper to a prepared model: local passes under ``no_sync``, one reduction, float32 differences.
-
-        Call it after ``accelerator.prepare`` on the wrapper itself (``prepare`` returns an ``AcceleratedOptimizer`` around
-        it), with the prepared model.
+        Call it on the wrapper itself, not on what ``prepare`` made of it, with the prepared model.
 
         Raises:
-            ValueError: See ``attaching.check_attachable``.
+            ValueError: fp16, a static DDP graph, sharded or DeepSpeed models, a compiled bfloat16 model with
+                a curvature penalty, or another number of micro-batches than Accelerate's.
         """
-        check_attachable(accelerator, model, self.penalty, self.num_micro_batches)
+        refusals.check_attachable(accelerator, model, self.penalty, self.num_micro_batches)
         self._accelerator, self.model, self._choice = accelerator, model, None
         self.num_micro_batches = accelerator.gradient_accumulation_steps
         return self
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict; the wrapper's few numbers are in its first group."""
-        if self._is_busy:
-            raise RuntimeError(
-                "RegularizedOptimizer.state_dict: called inside loss_fn, while the weights are perturbed."
-            )
+        self._refuse_inside_loss_fn("state_dict", "Save between steps: the weights are perturbed here.")
         state = self.base.state_dict()
-        state["param_groups"][0][record.KEY] = dict(self._record)  # a snapshot: later steps must not change it
+        state["param_groups"][0][record.KEY] = dict(self._record)  # later steps must not change it
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned, or the bare base optimizer's (the running averages then start afresh).
+        """Load what ``state_dict`` returned, or the bare base optimizer's, which has no running averages.
 
         Raises:
             ValueError: The saved running averages are for other layers.
         """
         saved = state_dict["param_groups"][0].get(record.KEY)
-        if saved is not None:
-            record.refuse_other_layers(saved, self.layers)
-        fresh = record.fresh_record(self.layers)
+        own = record.fresh(self.layers) if saved is None else record.loaded(saved, self.layers)
         self.base.load_state_dict(state_dict)
-        like = fresh["trace_sum"]
-        loaded = {k: v.to(like).clone() if isinstance(v, Tensor) else v for k, v in (saved or fresh).items()}
-        if "memory" in loaded:
-            loaded["memory"] = [m.to(t).clone() for m, t in zip(loaded["memory"], self.layers.tensors, strict=True)]
-        self.param_groups[0][record.KEY] = loaded
+        self.param_groups[0][record.KEY] = own
         self._forget_micro_batches()
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_accelerator": None}
 
     def __repr__(self) -> str:
-        return f"RegularizedOptimizer({self.base!r}, perturbation={self.perturbation}, penalty={self.penalty})"
-
-
-def _head_layer(model: nn.Module, layers: str) -> Layers:
-    """Return the head's weight as the only layer."""
-    if layers != "weights":
-        raise ValueError(
-            f"layers: got {layers!r} with estimator 'top_layer', whose only layer is the head's weight; expected 'weights'. "
-            "Leave it out."
-        )
-    name, head = find_head(model)
-    return Layers({f"{name}.weight".removeprefix("."): head.weight})
+        rules = f"perturbation={self.perturbation}, penalty={self.penalty}"
+        return f"{type(self).__name__}({self.base!r}, {rules})"

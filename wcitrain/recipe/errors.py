@@ -3,79 +3,58 @@
 A line reads ``<file:line>: <dotted key>: got <value>; expected <rule>. <what to do>.``
 """
 
-import difflib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from wcitrain.recipe.reading import Layer, RecipeError, merge
+from wcitrain.method import SettingError, fields_of, nearest, rule, show
+from wcitrain.recipe.layers import Kinds, lay, named, value_at
+from wcitrain.recipe.reading import Key, Layer, RecipeError
 
 M = TypeVar("M", bound=BaseModel)
-Sections = dict[str, tuple[type[BaseModel], ...]]  # the models of each section: several where it has kinds
-
-_TRUTH_HINT = "YAML reads unquoted on, off, yes and no as truth values: put quotes around the text."
-_EXPECTED = {  # rules that read better than pydantic's; the others are its own "Input should be <rule>"
-    "model_type": "a mapping of keys",
-    "model_attributes_type": "a mapping of keys",
-    "invalid_key": "a key that is text",
-    "invalid-json-value": "plain YAML data: texts, numbers, lists, mappings",
-    "less_than": "a number less than {lt}",
-    "less_than_equal": "a number less than or equal to {le}",
-    "greater_than": "a number greater than {gt}",
-    "greater_than_equal": "a number greater than or equal to {ge}",
-    "literal_error": "{expected}",
-    "union_tag_invalid": "one of {expected_tags}",
-    "value_error": "{error}",
-}
+Problem = tuple[tuple[str, ...], str]  # dotted keys, the one to blame first; "got ...; expected ... ."
 
 
 class ContradictionError(ValueError):
-    """Settings that are fine alone and wrong together.
+    """Settings of different sections that are fine alone and wrong together."""
 
-    Args:
-        problems: For each, the dotted keys that disagree, the one to blame first, and ``got ...; expected ... .``.
-    """
-
-    def __init__(self, problems: list[tuple[tuple[str, ...], str]]) -> None:
+    def __init__(self, problems: list[Problem]) -> None:
         super().__init__("\n".join(f"{keys[0]}: {text}" for keys, text in problems))
         self.problems = problems
 
 
-def build(model: type[M], layers: Sequence[Layer], problems: list[str], default_names: Mapping[str, str]) -> M:
+def build(model: type[M], layers: Sequence[Layer], problems: list[str], kinds: Kinds) -> M:
     """Lay ``layers`` on one another, lowest first, and build ``model`` from them.
 
     Args:
-        model: Pydantic model of sections; its validators raise ``ContradictionError`` for settings wrong together.
+        model: Its validators raise ``ContradictionError`` for settings that are wrong together.
         layers: Settings and where they were written.
         problems: Lines found while reading; they go first in the error.
-        default_names: ``name`` of each section of several kinds when none is written.
+        kinds: The keys whose value is one of several methods.
 
     Raises:
         RecipeError: There was any problem; the message has a line for each.
     """
     layer = Layer({}, {})
     for above in layers:
-        layer = merge(layer, above, default_names)
-    data = layer.data
-    for section, name in default_names.items():
-        if isinstance(data.get(section), dict):
-            data[section] = {"name": name} | data[section]
-    result, errors, contradictions = _try(model, data)
+        layer = lay(layer, above, kinds)
+    layer = named(layer, kinds)
+    result, errors, contradictions = _try(model, layer.data)
     wrong: set[str] = set()
-    if errors:
-        # Contradictions show only between right values: take the wrong ones out, to their defaults, and look again.
-        sections = _sections(model)
+    if errors:  # contradictions show only between right values: look again without the wrong ones
+        sentences = _Sentences(model, layer, kinds)
         for error in errors:
-            key, line = _explain(error, layer, model, sections)
+            key, line = sentences.line(error)
             problems.append(line)
-            is_kind_unknown = error["type"].startswith("union_tag")
-            wrong.add(key[0] if is_kind_unknown else ".".join(key[:2]))
-        _, _, contradictions = _try(model, _without(data, wrong))
+            wrong.add(key[0] if error["type"].startswith("choice") else ".".join(key[:2]))
+        _, errors, contradictions = _try(model, _without(layer.data, wrong))
+        if errors:  # the default is not right either: leave the section out
+            wrong |= {str(error["loc"][0]) for error in errors}
+            _, _, contradictions = _try(model, _without(layer.data, wrong))
     for keys, text in contradictions:
-        if not any(key in wrong or key.split(".")[0] in wrong for key in keys):
+        if not any(f"{key}.".startswith(f"{part}.") for key in keys for part in wrong):
             written = next((key for key in keys if tuple(key.split(".")) in layer.places), keys[0])
             problems.append(f"{layer.place(tuple(written.split('.')))}: {keys[0]}: {text}")
     if problems or result is None:
@@ -83,7 +62,7 @@ def build(model: type[M], layers: Sequence[Layer], problems: list[str], default_
     return result
 
 
-def _try(model: type[M], data: dict[Any, Any]) -> tuple[M | None, list[Any], list[tuple[tuple[str, ...], str]]]:
+def _try(model: type[M], data: dict[Any, Any]) -> tuple[M | None, list[Any], list[Problem]]:
     """Return the model, or pydantic's list of wrong values, or the contradictions between right ones."""
     try:
         return model.model_validate(data), [], []
@@ -93,97 +72,118 @@ def _try(model: type[M], data: dict[Any, Any]) -> tuple[M | None, list[Any], lis
     return (None, [], cause.problems) if isinstance(cause, ContradictionError) else (None, errors, [])
 
 
-def _without(data: Mapping[Any, Any], wrong: set[str]) -> dict[Any, Any]:
+def _without(data: dict[Any, Any], wrong: set[str]) -> dict[Any, Any]:
     """Return ``data`` without the sections and keys in ``wrong``."""
-    return {
-        section: {key: value for key, value in content.items() if f"{section}.{key}" not in wrong}
-        if isinstance(content, dict)
-        else content
-        for section, content in data.items()
-        if str(section) not in wrong
-    }
+    kept = {section: content for section, content in data.items() if str(section) not in wrong}
+    for section, content in kept.items():
+        if isinstance(content, dict):
+            kept[section] = {key: one for key, one in content.items() if f"{section}.{key}" not in wrong}
+    return kept
 
 
-def _sections(model: type[BaseModel]) -> Sections:
-    """Return the fields of ``model`` that are models, or unions of models, themselves."""
-    sections: Sections = {}
-    for name, field in model.model_fields.items():
-        kinds = get_args(field.annotation) or (field.annotation,)
-        if all(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
-            sections[name] = kinds
-    return sections
+class _Sentences:
+    """Says what is wrong with single settings of one recipe."""
+
+    def __init__(self, model: type[BaseModel], layer: Layer, kinds: Kinds) -> None:
+        self.model, self.layer, self.kinds = model, layer, kinds
+
+    def line(self, error: Any) -> tuple[Key, str]:
+        """Return the key of one pydantic error and its line."""
+        kind, value, key = error["type"], error["input"], tuple(str(part) for part in error["loc"])
+        cause = error.get("ctx", {}).get("error")
+        if isinstance(cause, SettingError):
+            key = (*key, *cause.key.split("."))
+            return key, f"{self.layer.place(self._written(key, cause.text))}: {'.'.join(key)}: {cause.text}"
+        if kind == "choice_name":
+            key, value = (*key, "name"), error["ctx"]["name"]
+        fields = self._fields(key[:-1])
+        if kind in ("extra_forbidden", "unexpected_keyword_argument", "not_here"):
+            text = f"an unknown key; expected one of {', '.join(fields)}. {self._unknown(key, list(fields))}"
+        elif kind == "missing":
+            text = f"nothing; expected a value. {fields[key[-1]].description} Set it."
+        else:
+            text = f"{show(value)}; expected {rule(error)}."
+            if kind != "value_error":  # that rule brings its own advice
+                text += f" {self._advice(kind, value, rule(error), key)}"
+        return key, f"{self.layer.place(key)}: {'.'.join(key)}: got {text}"
+
+    def _written(self, key: Key, text: str) -> Key:
+        """Return ``key`` where it is written, else a key beside it that ``text`` speaks of."""
+        spoken = re.findall(r"\w+", text)
+        beside = (one for one in self.layer.places if one[:-1] == key[:-1] and one[-1:] and one[-1] in spoken)
+        return key if key in self.layer.places else next(beside, key)
+
+    def _advice(self, kind: str, value: Any, expected: str, key: Key) -> str:
+        """Say what to do about a value that is not allowed."""
+        if kind in ("literal_error", "choice_name"):
+            choices = expected.removeprefix("one of ").replace(" or ", ", ").split(",")
+            near = nearest(value, [one.strip(" '") for one in choices]) if isinstance(value, str) else None
+            return f"Did you mean {near}?" if near else "Choose one of them."
+        if kind == "invalid_key" or (kind == "string_type" and value is not None):
+            return "Put quotes around it."
+        if kind in ("choice_type", "dataclass_type", "model_type"):
+            first = next(iter(self._fields(key)), "name")
+            return f"Write {key[-1]}: {{{first}: ...}}, or leave {key[-1]} out."
+        is_item = key[-1].isdigit()
+        while key and key[-1].isdigit():  # an item of a list
+            key = key[:-1]
+        field = self._fields(key[:-1]).get(key[-1])
+        if field is None or not field.description:
+            return "Correct it."
+        if field.is_required() or is_item:
+            return f"{field.description} Correct it."
+        default = field.get_default(call_default_factory=True)
+        return f"{field.description} Correct it, or leave it out for the default, {show(default)}."
+
+    def _unknown(self, key: Key, known: list[str]) -> str:
+        """Say where an unknown key belongs, or which known one is meant."""
+        section, name, path = key[:-1], key[-1], ".".join(key[:-1])
+        if section in self.kinds:
+            choice = self.kinds[section].choice
+            if others := [one for one, method in choice.table.items() if name in choice.keys(method)]:
+                return f"It belongs to {path}.name {' or '.join(others)}: set that name, or remove the key."
+        if section and name in fields_of(self.model):
+            return "It belongs at the top of the recipe, in no section."
+        everywhere = list(self._everywhere(fields_of(self.model)))
+        inside = [pair for pair in everywhere if pair[0].startswith(f"{path}.")]
+        for pairs, cutoff in ((inside, 0.7), (everywhere, 0.6)):
+            if homes := dict.fromkeys(home for home, one in pairs if one == name):
+                return f"It belongs under {' or '.join(homes)}."
+            close = [(path, one) for one in known] + pairs
+            names = [one for _, one in close]
+            part = max((one for one in names if f"_{one}_" in f"_{name}_"), key=len, default=None)
+            if near := part or nearest(name, names, cutoff):  # start for start_after, or a slip of the pen
+                home = next(home for home, one in close if one == near)
+                return f"Did you mean {near}{'' if home == path else f' under {home}'}?"
+        return "Remove it."
+
+    def _fields(self, section: Key) -> dict[str, Any]:
+        """Return the keys of a section as it is now, with their fields; the name of a choice first."""
+        kind: Any = self.model
+        fields = fields_of(kind)
+        for end, part in enumerate(section, 1):
+            if here := self.kinds.get(section[:end]):
+                settings = value_at(self.layer.data, section[:end])
+                method = here.choice.kind(settings["name"] if isinstance(settings, dict) else here.default)
+                fields = {"name": None} | (here.choice.keys(method) if method else {})
+            else:
+                kind = _item(kind) if part.isdigit() else getattr(fields.get(part), "annotation", None)
+                fields = fields_of(kind) if hasattr(kind, "__pydantic_fields__") else {}
+        return fields
+
+    def _everywhere(self, fields: dict[str, Any], place: Key = ()) -> Iterator[tuple[str, str]]:
+        """Yield every section of these fields, kind of it and class inside it, with each of its keys."""
+        for name, field in fields.items():
+            here = (*place, name)
+            choice = self.kinds[here].choice if here in self.kinds else None
+            for kind in choice.table.values() if choice else [field.annotation]:
+                if hasattr(kind, "__pydantic_fields__"):
+                    keys = choice.keys(kind) if choice else fields_of(kind)
+                    yield from ((".".join(here), key) for key in keys)
+                    yield from self._everywhere(keys, here)
 
 
-def _explain(error: Any, layer: Layer, model: type[BaseModel], sections: Sections) -> tuple[tuple[str, ...], str]:
-    """Return the key of one pydantic error and its line."""
-    kind, value, key = error["type"], error["input"], tuple(str(part) for part in error["loc"])
-    owners = sections.get(key[0], ()) if len(key) > 1 else (model,)
-    if len(owners) > 1:  # pydantic puts the name of the kind between the section and its key
-        owners = tuple(owner for owner in owners if _kind_name(owner) == key[1])
-        key = (key[0], *key[2:])
-    if kind.startswith("union_tag"):
-        value, key = value["name"], (key[0], "name")
-    start = f"{layer.place(key)}: {'.'.join(key)}: got"
-    if kind == "extra_forbidden":
-        allowed = ", ".join(owners[0].model_fields)
-        return key, f"{start} an unknown key; expected one of {allowed}. {_unknown_hint(key, owners[0], sections)}"
-    if kind in _EXPECTED:
-        rule = _EXPECTED[kind].format(**error.get("ctx", {}))
-    else:
-        rule = re.sub(r"^\w+ should (be|have) ", "", error["msg"])
-    if kind == "value_error":  # the rule brings its own advice
-        return key, f"{start} {_show(value)}; expected {rule}."
-    hint = _value_hint(kind, value, rule, key, owners, sections)
-    return key, f"{start} {_show(value)}; expected {rule}. {hint}"
-
-
-def _value_hint(
-    kind: str, value: Any, rule: str, key: tuple[str, ...], owners: tuple[type[BaseModel], ...], sections: Sections
-) -> str:
-    """Say what to do about a value that is not allowed."""
-    is_choice = kind in ("literal_error", "union_tag_invalid")
-    if isinstance(value, bool) and (is_choice or kind == "string_type"):
-        return _TRUTH_HINT
-    if is_choice:
-        nearest = _nearest(value, re.findall(r"'([^']+)'", rule)) if isinstance(value, str) else None
-        return f"Did you mean {nearest}?" if nearest else "Choose one of them."
-    if kind == "invalid_key" or (kind == "string_type" and value is not None):
-        return "Put quotes around it."
-    if len(key) == 1 and (kinds := sections.get(key[0])):
-        is_name = len(kinds) > 1 and value in map(_kind_name, kinds)
-        example = f"name: {value}" if is_name else f"{next(iter(kinds[0].model_fields))}: ..."
-        return f"Write {key[0]}: {{{example}}}, or leave {key[0]} out."
-    field = owners[0].model_fields.get(key[-1]) if owners else None
-    if field is None:
-        return "Correct it."
-    default = owners[0]().model_dump(mode="json")[key[-1]]
-    return f"{field.description} Correct it, or leave it out for the default, {_show(default)}."
-
-
-def _unknown_hint(key: tuple[str, ...], owner: type[BaseModel], sections: Sections) -> str:
-    """Say where an unknown key belongs, or which known one is meant."""
-    section, name = (key[0] if len(key) > 1 else ""), key[-1]
-    if kinds := [_kind_name(kind) for kind in sections.get(section, ()) if name in kind.model_fields]:
-        return f"It belongs to {section}.name {' or '.join(kinds)}: set that name, or remove the key."
-    if homes := [home for home, kinds in sections.items() if any(name in kind.model_fields for kind in kinds)]:
-        return f"It belongs under {' or '.join(homes)}."
-    if nearest := _nearest(name, list(owner.model_fields)):
-        return f"Did you mean {nearest}?"
-    everywhere = {known: home for home, kinds in sections.items() for kind in kinds for known in kind.model_fields}
-    if nearest := _nearest(name, list(everywhere)):
-        return f"Did you mean {nearest} under {everywhere[nearest]}?"
-    return "Remove it."
-
-
-def _kind_name(kind: type[BaseModel]) -> str:
-    return kind.model_fields["name"].default
-
-
-def _nearest(word: str, known: list[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(word, known, n=1)), None)
-
-
-def _show(value: Any) -> str:
-    """Return ``value`` as it is written in YAML, cut to one readable line."""
-    text = json.dumps(value, default=repr, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _item(kind: Any) -> Any:
+    """Return the class of a list's items, such as UnionThreat of tuple[Annotated[UnionThreat, ...], ...]."""
+    item = next(iter(get_args(kind)), None)
+    return get_args(item)[0] if get_args(item) else item

@@ -1,6 +1,6 @@
 """Charts as inline SVG: lines against epochs, dots by name, heat maps.
 
-A chart is a <figure> whose caption is its title; its text is real text, its label for screen readers says the values.
+A chart is a <figure> with its title as caption and real text; its label for screen readers says the values.
 """
 
 from __future__ import annotations
@@ -78,11 +78,15 @@ def line_chart(
         lows, highs = [y(v) for v in s.low], [y(v) for v in s.high]
         inner = ""
         if len(points) == 1 and lows:
-            inner += path("whisker", f"M{coordinate(points[0][0])},{coordinate(lows[0])}V{coordinate(highs[0])}")
+            inner += path(
+                "whisker", f"M{coordinate(points[0][0])},{coordinate(lows[0])}V{coordinate(highs[0])}"
+            )
         elif lows != highs:
             outline = [(a, low) for (a, _), low in zip(points, lows, strict=True)]
             outline += [(a, high) for (a, _), high in zip(points[::-1], highs[::-1], strict=True)]
-            inner += path("band", "M" + "L".join(f"{coordinate(a)},{coordinate(b)}" for a, b in outline) + "z")
+            inner += path(
+                "band", "M" + "L".join(f"{coordinate(a)},{coordinate(b)}" for a, b in outline) + "z"
+            )
         inner += '<polyline class="line" points="POINTS"/>'
         marked = points[:: -max(1, math.ceil(len(points) / MAX_MARKERS))]  # from the last one back
         inner += path("dot", "".join(marker(legend[s.entry].marker, a, b) for a, b in marked))
@@ -104,7 +108,7 @@ def dot_chart(
     from_zero: bool = False,
     note: str = "",
 ) -> str:
-    """Return one line a name, on it a dot with whiskers for each series that has it; ``Series.x`` are places of names."""
+    """Return one line a name, on it a dot with whiskers for each series; ``Series.x`` are places of names."""
     left, end = _name_width(names), WIDTH - RIGHT
     height = ROW_HEIGHT * (1.0 if len(series) <= 2 * len(names) else 1.3)
     bottom = TOP + height * len(names)
@@ -122,7 +126,8 @@ def dot_chart(
     for s in series:
         points, whiskers = [], ""
         for j, (i, value) in enumerate(zip(map(int, s.x), s.y, strict=True)):
-            middle = TOP + height * (i + 0.5 + 0.6 * ((drawn[i] + 0.5) / sharing[i] - 0.5))  # none hides another
+            # None hides another.
+            middle = TOP + height * (i + 0.5 + 0.6 * ((drawn[i] + 0.5) / sharing[i] - 0.5))
             drawn[i] += 1
             points.append((x(value), middle))
             if len(s.low) and s.low[j] < s.high[j]:  # false for NaN
@@ -132,14 +137,22 @@ def dot_chart(
         inner += path("dot", "".join(marker(legend[s.entry].marker, a, b, 3.8) for a, b in points))
         at, values = [names[int(i)] for i in s.x], [text(v) for v in s.y]
         body.append(series_group(s, legend, points, inner, at, values))
-        said += [f"{name} {s.name or s.title(legend)} {value}" for name, value in zip(at, values, strict=True)]
+        said += [
+            f"{name} {s.name or s.title(legend)} {value}" for name, value in zip(at, values, strict=True)
+        ]
     return figure(title, unit, WIDTH, bottom + 24, summary(title, unit, said), body, note)
 
 
 def heat_map(
-    title: str, names: Sequence[str], epochs: Sequence[int], values: np.ndarray, low: float, high: float, is_log: bool
+    title: str,
+    names: Sequence[str],
+    epochs: Sequence[int],
+    values: np.ndarray,
+    low: float,
+    high: float,
+    is_log: bool,
 ) -> str:
-    """Return ``values`` [names, epochs] as colours from ``low``, dark, to ``high``, bright; a missing value stays empty."""
+    """Return ``values`` [names, epochs] as colours from dark ``low`` to bright ``high``; empty: missing."""
     left, end = _name_width(names), WIDTH - RIGHT
     width = (end - left) / len(epochs)
     bottom = TOP + CELL_HEIGHT * len(names)
@@ -149,13 +162,19 @@ def heat_map(
             level = _level(value, low, high, is_log)
             corner = f"M{coordinate(left + j * width)},{TOP + CELL_HEIGHT * i}"
             cells[level] = cells.get(level, "") + f"{corner}h{width:.2f}v{CELL_HEIGHT}h-{width:.2f}z"
-    body = [f'<path class="cell" fill="{_colour(level)}" d="{squares}"/>' for level, squares in sorted(cells.items())]
+    body = [
+        f'<path class="cell" fill="{_colour(level)}" d="{squares}"/>'
+        for level, squares in sorted(cells.items())
+    ]
     for i, name in enumerate(names):
         body.append(text_at(left - 6, TOP + CELL_HEIGHT * (i + 0.5) + 4, name, "name small", "end"))
     for j in range(0, len(epochs), max(1, math.ceil(30 / width))):
         body.append(text_at(left + (j + 0.5) * width, bottom + 16, str(epochs[j])))
     body.append(text_at(end, bottom + 32, "epoch", anchor="end"))
-    label = f"{title}: {len(names)} layers, epochs {epochs[0]} to {epochs[-1]}, values {plain(low)} to {plain(high)}"
+    label = (
+        f"{title}: {len(names)} layers, epochs {epochs[0]} to {epochs[-1]}, values {plain(low)} to "
+        f"{plain(high)}"
+    )
     return figure(title, "", WIDTH, bottom + 38, label, body)
 
 
@@ -164,7 +183,8 @@ def colour_key(low: float, high: float, is_log: bool) -> str:
     stops = ", ".join(_colour(level) for level in range(0, LEVELS, 4))
     strip = f'<span class="strip" style="background:linear-gradient(90deg, {stops})"></span>'
     kind = "logarithmic" if is_log else "linear"
-    return f'<p class="key"><span>{plain(low)}</span>{strip}<span>{plain(high)}</span><span>({kind})</span></p>\n'
+    ends = f"<span>{plain(low)}</span>{strip}<span>{plain(high)}</span>"
+    return f'<p class="key">{ends}<span>({kind})</span></p>\n'
 
 
 def _name_width(names: Sequence[str]) -> float:

@@ -46,7 +46,10 @@ def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 
 def curves(rows: Sequence[Row]) -> Figure:
-    """Accuracies, gap and WCI over the epochs: mean over the seeds in a min-max band (one run: WCI ± its stderr)."""
+    """Draw accuracies, gap and WCI over the epochs: mean over the seeds in a min-max band.
+
+    The WCI of a single run has a band of its standard error.
+    """
     figure = _figure(12, 8.6, "Training curves: mean and range over seeds")
     panels = (  # title, y label, factor, keys (the first solid, the second dashed)
         ("Clean accuracy", "accuracy (%)", 100, ("val/clean_accuracy", "train/clean_accuracy")),
@@ -61,7 +64,9 @@ def curves(rows: Sequence[Row]) -> Figure:
         drawn: list[float] = []
         for row in rows:
             for key, line in zip(keys, ("-", "--"), strict=False):
-                epochs, mean, low, high = band(row.runs, key, "wci/total_stderr" if key == "wci/total" else "")
+                epochs, mean, low, high = band(
+                    row.runs, key, "wci/total_stderr" if key == "wci/total" else ""
+                )
                 if not epochs:
                     continue
                 mean, low, high = factor * mean, factor * low, factor * high
@@ -76,10 +81,15 @@ def curves(rows: Sequence[Row]) -> Figure:
         if keys == ("wci/total",) and spans_decades(drawn):
             ax.set_yscale("log")
         if not drawn:
-            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="#888888", fontsize=12)
+            ax.text(
+                0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="#888888", fontsize=12
+            )
             ax.set(xticks=[], yticks=[])
     handles = [Line2D([], [], label=row.label, **_line_style(row, has_markers)) for row in rows]
-    handles += [Line2D([], [], color=INK, label="validation"), Line2D([], [], color=INK, linestyle="--", label="train")]
+    handles += [
+        Line2D([], [], color=INK, label="validation"),
+        Line2D([], [], color=INK, linestyle="--", label="train"),
+    ]
     _legend(figure, handles)
     return figure
 
@@ -95,7 +105,7 @@ def _line_style(row: Row, has_markers: bool) -> dict[str, Any]:
     }
 
 
-# Row, values [runs, 2], mean [2], low [2] and high [2] of the bars, in percent; coordinate 0 is clean, 1 is robust.
+# Row, values [runs, 2], mean [2], low [2] and high [2] of the bars, in percent; 0 is clean, 1 is robust.
 _Point = tuple[Row, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -105,13 +115,17 @@ def tradeoff(rows: Sequence[Row]) -> Figure | None:
     figure = _figure(8, 6.2, "Clean and robust test accuracy, last epoch")
     ax = figure.subplots()
     for row in rows:
-        numbers = [n for n in (measured(run, "last") for run in row.runs) if math.isfinite(n["clean"] + n["robust"])]
+        numbers = [
+            n for n in (measured(run, "last") for run in row.runs) if math.isfinite(n["clean"] + n["robust"])
+        ]
         if not row.is_finished or not numbers:
             continue
         values = 100 * np.array([[n[kind] for kind in KINDS] for n in numbers])  # [runs, 2]
         mean, low, high = values.mean(0), values.min(0), values.max(0)
         if len(values) == 1:
-            low, high = (100 * np.array([numbers[0][f"{kind}/{end}"] for kind in KINDS]) for end in ("low", "high"))
+            low, high = (
+                100 * np.array([numbers[0][f"{kind}/{end}"] for kind in KINDS]) for end in ("low", "high")
+            )
             low, high = np.where(np.isfinite(low), low, mean), np.where(np.isfinite(high), high, mean)
         points.append((row, values, mean, low, high))
         style: dict[str, Any] = {"color": row.colour, "marker": row.marker, "linestyle": ""}
@@ -136,7 +150,7 @@ def tradeoff(rows: Sequence[Row]) -> Figure | None:
 
 
 def _label_points(figure: Figure, ax: Axes, points: Sequence[_Point]) -> None:
-    """Name each mean beside its marker, at the first of a few places that covers the least of what is already there."""
+    """Name each mean beside its marker, at the place that covers the least of what is already there."""
     figure.canvas.draw()  # fixes the layout, so that text can be measured in pixels
     to_pixels = ax.transData.transform
     taken = [Bbox(to_pixels([mean, mean])).padded(12) for _, _, mean, _, _ in points]
@@ -147,12 +161,19 @@ def _label_points(figure: Figure, ax: Axes, points: Sequence[_Point]) -> None:
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     halo = [withStroke(linewidth=3, foreground="white")]
     for row, _, mean, _, _ in points:
-        style: dict[str, Any] = {"color": row.colour, "fontsize": 11, "fontweight": "bold", "path_effects": halo}
+        style: dict[str, Any] = {
+            "color": row.colour,
+            "fontsize": 11,
+            "fontweight": "bold",
+            "path_effects": halo,
+        }
         text = ax.annotate(row.label, (mean[0], mean[1]), xytext=(0, 0), textcoords="offset points", **style)
         text.set_in_layout(False)
 
         def covered(place: tuple[int, int], text: Any = text) -> float:
-            text.set(position=place, ha="left" if place[0] > 0 else "right", va="bottom" if place[1] > 0 else "top")
+            text.set(
+                position=place, ha="left" if place[0] > 0 else "right", va="bottom" if place[1] > 0 else "top"
+            )
             box = text.get_window_extent(renderer).padded(2)
             overlaps = (Bbox.intersection(box, other) for other in taken)
             outside = box.width * box.height - _area(Bbox.intersection(box, ax.bbox))
@@ -168,7 +189,7 @@ def _area(box: Bbox | None) -> float:
 
 
 def wci_layers(rows: Sequence[Row]) -> Figure | None:
-    """Each layer's share of the WCI at the last measured epoch, and its WCI through training; None without WCI."""
+    """Each layer's share of the WCI at the last measured epoch, and its WCI; None without WCI."""
     maps = []  # row, epochs, {layer: WCI [epochs], mean over the seeds}
     for row in [row for row in rows if row.is_finished] or rows:
         epochs, values = layer_series(row)
@@ -203,7 +224,11 @@ def wci_layers(rows: Sequence[Row]) -> Figure | None:
         axes[0].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     _legend(figure, axes[0].get_lines())
 
-    every = np.concatenate([curve for _, _, values in heat for curve in values.values()]) if heat else np.array([])
+    every = (
+        np.concatenate([curve for _, _, values in heat for curve in values.values()])
+        if heat
+        else np.array([])
+    )
     low, high = (np.nanmin(every), np.nanmax(every)) if heat else (0, 1)
     norm = LogNorm(low, high) if spans_decades(every) else Normalize(low, high)
     for ax, (row, epochs, values) in zip(axes[1:], heat, strict=True):

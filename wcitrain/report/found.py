@@ -1,7 +1,7 @@
 """What later commands left in a run folder: evaluations, measures and pictures.
 
-Their files are read with forbearance: a key that is absent leaves a gap, a file that is no JSON object is left out with a
-warning. Nothing is measured here.
+Their files are read with forbearance: a key that is absent leaves a gap, a file that is no JSON object is
+left out with a warning. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from wcitrain.report.runs import Run, number
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One accuracy of an evaluation: the share in [0, 1] that is right under an attack, its 95 % interval, NaN where unknown."""
+    """One accuracy of an evaluation: the share right under an attack and its 95 % interval; NaN: unknown."""
 
     where: str  # epoch, split and images, "last test, 100 examples"; the seed where it is not 0
     digest: str  # of the images; empty where unknown
@@ -49,31 +49,39 @@ class Measured:
 
 
 def accuracies(run: Run) -> list[Accuracy]:
-    """Return the accuracies in ``evaluations/*.json``: clean, a row an attack, the worst case of several, corruptions.
+    """Return the accuracies in ``evaluations/*.json``: clean, each attack, the worst case, corruptions.
 
     A corruption's accuracy is its mean over the severities.
     """
-    return [found for _, document in _documents(run.folder / "evaluations") for found in _accuracies(document)]
+    return [
+        found for _, document in _documents(run.folder / "evaluations") for found in _accuracies(document)
+    ]
 
 
 def findings(run: Run) -> list[str]:
     """Return what the checks of the evaluations found about the model under attack: "warning, name: text"."""
     entries = [
-        entry for _, document in _documents(run.folder / "evaluations") for entry in _entries(document, "findings")
+        entry
+        for _, document in _documents(run.folder / "evaluations")
+        for entry in _entries(document, "findings")
     ]
     texts = (f"{e.get('severity', 'note')}, {e.get('name', 'unnamed')}: {e.get('text', '')}" for e in entries)
     return list(dict.fromkeys(texts))
 
 
 def _accuracies(document: Mapping[str, Any]) -> Iterator[Accuracy]:
-    where = _joined(_where(document), *_images(document, document), *_seed(number(document, "settings", "seed")))
+    where = _joined(
+        _where(document), *_images(document, document), *_seed(number(document, "settings", "seed"))
+    )
     digest = str(document.get("digest") or "")
 
     def accuracy(entry: Any, attack: str) -> Accuracy:
         threat = entry.get("threat")
         norm = str(threat.get("norm", "")) if isinstance(threat, dict) else ""
         low, high = number(entry, "interval", 0), number(entry, "interval", 1)
-        return Accuracy(where, digest, norm, number(threat, "eps"), attack, number(entry, "accuracy"), low, high)
+        return Accuracy(
+            where, digest, norm, number(threat, "eps"), attack, number(entry, "accuracy"), low, high
+        )
 
     if isinstance(document.get("clean"), dict):
         yield accuracy(document["clean"], "clean")
@@ -110,7 +118,7 @@ def _threat_text(norm: str, eps: float) -> str:
 
 
 def measures(run: Run) -> list[Measured]:
-    """Return the numbers in ``measures/*.json``: of ``wci`` files, and of files with a mapping ``measures``."""
+    """Return the numbers in ``measures/*.json``: of ``wci`` files, and of files with ``measures``."""
     found = []
     for path, document in _documents(run.folder / "measures"):
         where = _where(document)
@@ -118,11 +126,15 @@ def measures(run: Run) -> list[Measured]:
             for name, entry in document["measures"].items():
                 entry = entry if isinstance(entry, dict) else {"value": entry}
                 settings = _protocol(_settings_text(entry.get("settings", "")), entry, document)
-                found.append(Measured(str(name), number(entry, "value"), number(entry, "stderr"), where, settings))
+                found.append(
+                    Measured(str(name), number(entry, "value"), number(entry, "stderr"), where, settings)
+                )
         if "wci" in document:
             about = _joined(document.get("estimator"), document.get("loss"), _layers_text(document))
             settings = _protocol(about, document, document)
-            found.append(Measured("wci", number(document, "wci"), number(document, "wci_stderr"), where, settings))
+            found.append(
+                Measured("wci", number(document, "wci"), number(document, "wci_stderr"), where, settings)
+            )
         if "wci" not in document and not isinstance(document.get("measures"), dict):
             warnings.warn(f"{path}: got neither a WCI nor measures; left out of the report", stacklevel=2)
     return found
@@ -130,11 +142,13 @@ def measures(run: Run) -> list[Measured]:
 
 def _layers_text(document: Mapping[str, Any]) -> str:
     layers = document.get("layers_counted", "weights")
-    return _joined(f"layers {layers}" if layers != "weights" else "", "split qkv" if document.get("split_qkv") else "")
+    return _joined(
+        f"layers {layers}" if layers != "weights" else "", "split qkv" if document.get("split_qkv") else ""
+    )
 
 
 def _protocol(settings: str, entry: Mapping[str, Any], document: Mapping[str, Any]) -> str:
-    """Return the settings with what else changes a measure: threat and number of images, where it has any, and the seed."""
+    """Return the settings and what else changes a measure: threat, number of images, seed."""
     images, threat = _images(entry, document), document.get("threat")
     if isinstance(threat, dict):
         threat = _threat_text(str(threat.get("norm", "")), number(threat, "eps"))

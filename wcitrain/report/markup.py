@@ -40,10 +40,14 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], cl
         element("tr", join([element("th", line[0], scope="row"), *map(_cell, line[1:])])) + Markup("\n")
         for line in map(list, rows)
     )
-    inside = join([element("caption", caption), element("thead", element("tr", head)), element("tbody", body)])
+    inside = join(
+        [element("caption", caption), element("thead", element("tr", head)), element("tbody", body)]
+    )
     box = element("table", inside, class_=class_)
     # A box that scrolls must be reachable by keyboard.
-    return Markup(f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">{box}</div>\n')
+    return Markup(
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">{box}</div>\n'
+    )
 
 
 def _cell(text: str) -> Markup:

@@ -30,23 +30,33 @@ def facts(rows: Sequence[Row]) -> Markup:
                 row, values, (low, high) = top
                 title = f"{'Highest ' * (len(rows) > 1)}{kind} test accuracy".capitalize()
                 spread = f"{percent(low)} to {percent(high)} %" + ", 95 % interval" * (len(values) == 1)
-                boxes.append((title, f"{percent(sum(values) / len(values))} %", f"{row.label}, last epoch; {spread}"))
+                boxes.append(
+                    (title, f"{percent(sum(values) / len(values))} %", f"{row.label}, last epoch; {spread}")
+                )
     models = sorted({str(_section(run, "model").get("name", MISSING)) for run in runs})
     sizes = sorted({int(s["num_parameters"]) for s in summaries if s.get("num_parameters")})
-    sizes_text = " to ".join(f"{size:,}" for size in {sizes[0]: 0, sizes[-1]: 0}) + " parameters" if sizes else ""
+    sizes_text = (
+        " to ".join(f"{size:,}" for size in {sizes[0]: 0, sizes[-1]: 0}) + " parameters" if sizes else ""
+    )
     boxes.append(("Model" if len(models) == 1 else "Models", few(models), sizes_text))
     sources = sorted({_data_text(run) for run in runs})
     boxes.append(("Data", few(sources), f"attack: {attacks(rows)}" if attacks(rows) else ""))
     seconds = [train_seconds(run) for run in runs if math.isfinite(train_seconds(run))]
     if seconds:
-        spread = f"{duration(min(seconds))} to {duration(max(seconds))} a run" if len(seconds) > 1 else "wall-clock"
+        spread = (
+            f"{duration(min(seconds))} to {duration(max(seconds))} a run"
+            if len(seconds) > 1
+            else "wall-clock"
+        )
         boxes.append(("Training time", duration(sum(seconds)), spread))
     devices = sorted({str(summary["device"]) for summary in summaries if summary.get("device")})
     versions = sorted({_versions(summary["versions"]) for summary in summaries if summary.get("versions")})
     if devices:
         boxes.append(("Device", few(devices), " / ".join(versions)))
     dates = sorted({_written(run)[:10] for run in runs})
-    boxes.append(("Last written", " to ".join(dict.fromkeys((dates[0], dates[-1]))), "date of the files, UTC"))
+    boxes.append(
+        ("Last written", " to ".join(dict.fromkeys((dates[0], dates[-1]))), "date of the files, UTC")
+    )
     entries = [
         element("div", join([element("dt", name), element("dd", join([value, element("small", note)]))]))
         for name, value, note in boxes
@@ -63,21 +73,29 @@ def findings(rows: Sequence[Row]) -> Markup:
         said.append(
             element(
                 "p",
-                f"These runs differ in what is learnt or how it is tested, not only in the method: {', '.join(differing)}. "
-                "Their accuracies do not compare directly.",
+                "These runs differ in what is learnt or how it is tested, not only in the method: "
+                f"{', '.join(differing)}. Their accuracies do not compare directly.",
                 class_="warn",
             )
         )
     elif len([row for row in rows if row.is_finished]) > 1 and (top := _top(rows, "robust")):
         best, values, (low, high) = top
-        others = [(row.label, row_bounds(row, "robust")) for row in rows if row.is_finished and row is not best]
+        others = [
+            (row.label, row_bounds(row, "robust")) for row in rows if row.is_finished and row is not best
+        ]
         near = [label for label, bounds in others if bounds and bounds[1] >= low]
         kind = "range over seeds" if len(values) > 1 else "95 % interval"
-        text = f"At the last epoch {best.label} has the highest robust test accuracy, {cell(values, percent, ' %')}"
+        text = (
+            f"At the last epoch {best.label} has the highest robust test accuracy, "
+            f"{cell(values, percent, ' %')}"
+        )
         one = f"; its {kind} is {percent(low)} to {percent(high)} %."
         text += one if len(values) == 1 else f", over {len(values)} seeds."
         if near:
-            text += f" The {kind if len(values) > 1 else 'interval or range'} of {few(near, 4)} overlaps with its own: "
+            text += (
+                f" The {kind if len(values) > 1 else 'interval or range'} of {few(near, 4)} overlaps with "
+                "its own: "
+            )
             text += "these runs do not tell them apart."
         elif others:
             text += " No other method's range or interval reaches its own."
@@ -104,7 +122,9 @@ def runs_table(runs: Sequence[Run]) -> Markup:
         now, best = measured(run, "last"), measured(run, "best")
         planned = number(run.recipe, "train", "epochs")
         done = f"{run.metrics[-1]['epoch']}" + (f" of {planned:g}" if math.isfinite(planned) else "")
-        values = [cell([n], percent, "" if run.is_finished else " (val)") for n in (now["clean"], now["robust"])]
+        values = [
+            cell([n], percent, "" if run.is_finished else " (val)") for n in (now["clean"], now["robust"])
+        ]
         best_text = cell([best["robust"]], percent, "" if run.is_finished else " (val)")
         best_text += f", epoch {best['epoch']:.0f}" if math.isfinite(best["epoch"]) else ""
         state = element("td", _state(run))
@@ -157,7 +177,9 @@ def _versions(versions: Any) -> str:
 
 def _written(run: Run) -> str:
     """Return when the metrics were last written, UTC."""
-    return datetime.fromtimestamp((run.folder / "metrics.jsonl").stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M")
+    return datetime.fromtimestamp((run.folder / "metrics.jsonl").stat().st_mtime, UTC).strftime(
+        "%Y-%m-%d %H:%M"
+    )
 
 
 def _section(run: Run, key: str) -> dict[str, Any]:
@@ -167,5 +189,7 @@ def _section(run: Run, key: str) -> dict[str, Any]:
 
 def _data_text(run: Run) -> str:
     data = _section(run, "data")
-    name = data.get("name") or (str(data.get("root")).rstrip("/").rpartition("/")[2] if data.get("root") else "")
+    name = data.get("name") or (
+        str(data.get("root")).rstrip("/").rpartition("/")[2] if data.get("root") else ""
+    )
     return f"{data.get('source', MISSING)}{f' {name}' if name else ''}"

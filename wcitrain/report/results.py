@@ -32,17 +32,30 @@ def results(rows: Sequence[Row], legend: Sequence[Entry], at: str) -> Markup:
         dots = []
         for epoch in ("last", "best"):
             for place, (i, row) in enumerate(finished):
-                values, (low, high) = row_values(row, kind, epoch), row_bounds(row, kind, epoch) or (math.nan, math.nan)
+                values, (low, high) = (
+                    row_values(row, kind, epoch),
+                    row_bounds(row, kind, epoch) or (math.nan, math.nan),
+                )
                 if values:
                     mean = sum(values) / len(values)
                     dots.append(
-                        Series(i, f"{epoch} epoch", [place], [100 * mean], [100 * low], [100 * high], epoch == "best")
+                        Series(
+                            i,
+                            f"{epoch} epoch",
+                            [place],
+                            [100 * mean],
+                            [100 * low],
+                            [100 * high],
+                            epoch == "best",
+                        )
                     )
         if dots:
             title, text = f"{kind.capitalize()} test accuracy", "{:.1f} %".format
             figures.append(dot_chart(title, names, dots, legend, unit="%", text=text))
     if figures:
-        note = "Filled: last epoch; hollow: best epoch. Whiskers: min to max over seeds; one run: 95 % interval."
+        note = (
+            "Filled: last epoch; hollow: best epoch. Whiskers: min to max over seeds; one run: 95 % interval."
+        )
         parts += [charts(figures), element("p", note, class_="note")]
     return join(parts)
 
@@ -68,11 +81,14 @@ def costs(rows: Sequence[Row], legend: Sequence[Entry]) -> Markup:
         def of(*keys: str, runs: Sequence[Run] = runs) -> list[float]:
             return [number(run.summary, *keys) for run in runs]
 
-        passes = [mean_and_range(of("cost", f"{way}_passes"), lambda v: f"{v:g}") for way in ("forward", "backward")]
+        passes = [
+            mean_and_range(of("cost", f"{way}_passes"), lambda v: f"{v:g}") for way in ("forward", "backward")
+        ]
         epoch = [train_seconds(run) / run.metrics[-1]["epoch"] for run in runs if run.metrics[-1]["epoch"]]
         epoch = [value for value in epoch if math.isfinite(value)]
         multiples = [
-            mean_and_range(of("cost", key), lambda v: f"{v:.2f}×") for key in ("relative", "relative_to_pgd10_at")
+            mean_and_range(of("cost", key), lambda v: f"{v:.2f}×")
+            for key in ("relative", "relative_to_pgd10_at")
         ]
         lines.append(
             (
@@ -94,16 +110,20 @@ def costs(rows: Sequence[Row], legend: Sequence[Entry]) -> Markup:
     names = [row.label for row in rows]
     figures = []
     if measured_dots:
-        figures.append(dot_chart("Training time of an epoch", names, measured_dots, legend, unit="s", from_zero=True))
+        figures.append(
+            dot_chart("Training time of an epoch", names, measured_dots, legend, unit="s", from_zero=True)
+        )
     if counted_dots:
         unit = "× adversarial training with PGD-10"
-        figures.append(dot_chart("Counted cost of a step", names, counted_dots, legend, unit=unit, from_zero=True))
+        figures.append(
+            dot_chart("Counted cost of a step", names, counted_dots, legend, unit=unit, from_zero=True)
+        )
     if not figures and all(set(line[1:]) == {MISSING} for line in lines):
         return Markup("")
     note = (
-        "Forwards and backwards are passes of a step; a forward counts 1, a backward to the input 1, a backward to the "
-        "weights 2. × own objective: the same objective without weight perturbation and penalty. "
-        "Times are wall-clock and depend on what else the machine did."
+        "Forwards and backwards are passes of a step; a forward counts 1, a backward to the input 1, a "
+        "backward to the weights 2. × own objective: the same objective without weight perturbation and "
+        "penalty. Times are wall-clock and depend on what else the machine did."
     )
     return table("Cost of training", header, lines) + element("p", note, class_="note") + charts(figures)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from wcitrain.recipe.reading import read_yaml
 
 RUN_FOLDER = "a run folder: recipe.yaml, metrics.jsonl and, once finished, summary.json"
 MISSING = "–"
@@ -42,27 +42,34 @@ class Run:
 def load_run(folder: str | Path) -> Run:
     """Read one run folder.
 
-    A last line of ``metrics.jsonl`` that is not whole is left out with a warning: the run may be writing it right now.
-    Without a summary the folder names the run, its seed comes from the recipe, and the group name stands for the method.
+    A last line of ``metrics.jsonl`` that is not whole is left out with a warning: the run may be writing it
+    right now. Without a summary the folder names the run, its seed comes from the recipe, and the group name
+    stands for the method.
 
     Raises:
         ValueError: The folder, its metrics or its recipe is missing, empty or damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: got a path that is not a folder; expected {RUN_FOLDER}. Check the spelling.")
+        raise ValueError(
+            f"{folder}: got a path that is not a folder; expected {RUN_FOLDER}. Check the spelling."
+        )
     for file in ("metrics.jsonl", "recipe.yaml"):
         if not (folder / file).is_file():
-            raise ValueError(f"{folder}: got a folder without {file}; expected {RUN_FOLDER}. Pass one run's folder.")
+            raise ValueError(
+                f"{folder}: got a folder without {file}; expected {RUN_FOLDER}. Pass one run's folder."
+            )
     metrics = _read_metrics(folder / "metrics.jsonl")
     try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
-    except yaml.YAMLError as error:
+        recipe = read_yaml((folder / "recipe.yaml").read_text("utf-8"))
+    except ValueError as error:
         raise ValueError(
             f"{folder / 'recipe.yaml'}: got {error}; expected YAML. Restore the file from a checkpoint."
         ) from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"{folder / 'recipe.yaml'}: got {recipe!r}; expected a mapping. Restore the resolved recipe.")
+        raise ValueError(
+            f"{folder / 'recipe.yaml'}: got {recipe!r}; expected a mapping. Restore the resolved recipe."
+        )
     summary = None
     if (folder / "summary.json").is_file():
         try:
@@ -81,7 +88,9 @@ def load_run(folder: str | Path) -> Run:
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return one dict a line, in the order of the epochs."""
-    lines = [(i, line) for i, line in enumerate(path.read_text("utf-8").splitlines(), start=1) if line.strip()]
+    lines = [
+        (i, line) for i, line in enumerate(path.read_text("utf-8").splitlines(), start=1) if line.strip()
+    ]
     metrics = []
     for i, line in lines:
         try:
@@ -99,7 +108,9 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
                 f"{path}:{i}: the last line is not whole and is left out (is it being written?)", stacklevel=3
             )
     if not metrics:
-        raise ValueError(f"{path}: got no whole line; expected one JSON object an epoch. Wait for the first epoch.")
+        raise ValueError(
+            f"{path}: got no whole line; expected one JSON object an epoch. Wait for the first epoch."
+        )
     return sorted(metrics, key=lambda entry: entry["epoch"])
 
 
@@ -121,7 +132,9 @@ class Row:
 def group_rows(runs: Sequence[Run]) -> list[Row]:
     """Group the runs, groups in the order in which they are first met."""
     if not runs:
-        raise ValueError("report: got no runs; expected at least one. Pass the folders of the runs to compare.")
+        raise ValueError(
+            "report: got no runs; expected at least one. Pass the folders of the runs to compare."
+        )
     folders = [run.folder.resolve() for run in runs]
     if twice := [str(run.folder) for i, run in enumerate(runs) if folders[i] in folders[:i]]:
         raise ValueError(
@@ -130,7 +143,9 @@ def group_rows(runs: Sequence[Run]) -> list[Row]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(run)
-    methods = {group: next((r.method for r in members if r.summary), group) for group, members in groups.items()}
+    methods = {
+        group: next((r.method for r in members if r.summary), group) for group, members in groups.items()
+    }
     rows = []
     for i, (group, members) in enumerate(groups.items()):
         label = methods[group]
@@ -139,7 +154,9 @@ def group_rows(runs: Sequence[Run]) -> list[Row]:
         style = (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)])
         finished = [run for run in members if run.is_finished]
         if len({run.seed for run in finished}) < len(finished):
-            warnings.warn(f"group {group!r} holds a seed more than once: its runs are not independent", stacklevel=3)
+            warnings.warn(
+                f"group {group!r} holds a seed more than once: its runs are not independent", stacklevel=3
+            )
         if finished:
             rows.append(Row(label, finished, *style))
         for run in members:
@@ -164,7 +181,9 @@ def measured(run: Run, at: str) -> dict[str, float]:
     if run.is_finished:
         assert run.summary is not None
         entry, split = run.summary.get(at) or {}, "test"
-        numbers = {f"{s}/{k}_accuracy": number(entry, s, f"{k}_accuracy") for s in ("train", "test") for k in KINDS}
+        numbers = {
+            f"{s}/{k}_accuracy": number(entry, s, f"{k}_accuracy") for s in ("train", "test") for k in KINDS
+        }
         for kind in KINDS:
             numbers[f"{kind}/low"] = number(entry, "test", f"{kind}_accuracy_interval", 0)
             numbers[f"{kind}/high"] = number(entry, "test", f"{kind}_accuracy_interval", 1)
@@ -174,7 +193,9 @@ def measured(run: Run, at: str) -> dict[str, float]:
         entry, split = {}, "val"
         if evaluated:
             entry = evaluated[-1] if at == "last" else max(evaluated, key=lambda m: m["val/robust_accuracy"])
-        numbers = {key: number(entry, key) for key in (f"{s}/{k}_accuracy" for s in ("train", "val") for k in KINDS)}
+        numbers = {
+            key: number(entry, key) for key in (f"{s}/{k}_accuracy" for s in ("train", "val") for k in KINDS)
+        }
         numbers |= {"wci": number(entry, "wci/total"), "wci_stderr": number(entry, "wci/total_stderr")}
     numbers |= {kind: numbers[f"{split}/{kind}_accuracy"] for kind in KINDS}
     return numbers | {"gap": number(entry, "robust_gap"), "epoch": number(entry, "epoch")}

@@ -21,7 +21,7 @@ def scatter_page(
     target_name: str,
     groups: Sequence[str],
 ) -> Figure | None:
-    """Return a figure with one panel a measure: target against measure, one colour and marker a group; None without measures.
+    """Return a figure of target against measure, one panel a measure, one marker a group; None without any.
 
     Args:
         panels: Values [M] by measure; what is not finite is left out.

@@ -79,7 +79,9 @@ def _panel(
     is_log = factor == 1 and spans_decades(value for line in lines for value in line.y)
     title += " (logarithmic)" * is_log
     text = (lambda value: f"{value:.1f}") if factor == 100 else three_digits
-    return line_chart(title, lines, legend, unit=unit, text=text, is_log=is_log, has_zero=keys == ("robust_gap",))
+    return line_chart(
+        title, lines, legend, unit=unit, text=text, is_log=is_log, has_zero=keys == ("robust_gap",)
+    )
 
 
 def layers(rows: Sequence[Row], legend: Sequence[Entry]) -> Markup:
@@ -92,11 +94,15 @@ def layers(rows: Sequence[Row], legend: Sequence[Entry]) -> Markup:
     names = short_names(keys)
     shares, indices = [], []
     for i, _, epochs, values in maps:
-        last = {keys.index(key): float(curve[-1]) for key, curve in values.items() if math.isfinite(curve[-1])}
+        last = {
+            keys.index(key): float(curve[-1]) for key, curve in values.items() if math.isfinite(curve[-1])
+        }
         total = sum(last.values())
         indices.append(Series(i, f"epoch {epochs[-1]}", list(last), list(last.values())))
         if total > 0:
-            shares.append(Series(i, f"epoch {epochs[-1]}", list(last), [100 * v / total for v in last.values()]))
+            shares.append(
+                Series(i, f"epoch {epochs[-1]}", list(last), [100 * v / total for v in last.values()])
+            )
     figures = []
     for title, unit, dots in (("WCI of the layer", "", indices), ("Share of the network's WCI", "%", shares)):
         dots = [series for series in dots if series.x]
@@ -114,7 +120,11 @@ def layers(rows: Sequence[Row], legend: Sequence[Entry]) -> Markup:
             heat_map(row.label, names, epochs, _grid(keys, epochs, values), low, high, is_log)
             for _, row, epochs, values in heat
         ]
-        parts += [element("h3", "Through training"), Markup(colour_key(low, high, is_log)), charts(drawn[:MAX_MAPS])]
+        parts += [
+            element("h3", "Through training"),
+            Markup(colour_key(low, high, is_log)),
+            charts(drawn[:MAX_MAPS]),
+        ]
         if len(drawn) > MAX_MAPS:
             parts.append(folded(f"{len(drawn) - MAX_MAPS} more methods", charts(drawn[MAX_MAPS:])))
     return join(parts)
@@ -126,32 +136,42 @@ def _grid(keys: Sequence[str], epochs: Sequence[int], values: dict[str, np.ndarr
 
 
 def evaluations(rows: Sequence[Row], legend: Sequence[Entry]) -> Markup:
-    """Return the accuracies of ``wcitrain evaluate``: a line a method, a column an attack; curves against eps."""
+    """Return the accuracies of ``wcitrain evaluate``, a column an attack, and curves against eps."""
     found = _per_protocol(rows)
     if not found:
         return Markup("")
-    columns = list(dict.fromkeys(name for per_run in found.values() for entries in per_run for name in entries))
+    columns = list(
+        dict.fromkeys(name for per_run in found.values() for entries in per_run for name in entries)
+    )
     lines = []
     for (i, where), per_run in found.items():
-        cells = [_accuracy_cell([entries[n] for entries in per_run if n in entries], len(per_run)) for n in columns]
+        cells = [
+            _accuracy_cell([entries[n] for entries in per_run if n in entries], len(per_run)) for n in columns
+        ]
         lines.append((join([rows[i].label, element("small", where)]), str(len(per_run)), *cells))
     caption = "Evaluations, accuracy in percent; one run: [95 % interval], several: (min to max)"
     notes = [(run.name, text) for row in rows for run in row.runs for text in findings(run)]
-    checks = element("h3", "Checks") + element("ul", join(element("li", f"{name}: {text}") for name, text in notes))
+    checks = element("h3", "Checks") + element(
+        "ul", join(element("li", f"{name}: {text}") for name, text in notes)
+    )
     parts = [table(caption, ("method", "runs", *columns), lines), charts(_eps_curves(found, legend))]
     return join([*parts, checks] if notes else parts)
 
 
-_Found = dict[tuple[int, str], list[dict[str, Accuracy]]]  # row and protocol: of each run its accuracies by name
+# By row and protocol: of each run its accuracies by name.
+_Found = dict[tuple[int, str], list[dict[str, Accuracy]]]
 
 
 def _per_protocol(rows: Sequence[Row]) -> _Found:
-    """Return one accuracy a run and name; what was taken of other images, or under another seed, stands apart.
+    """Return one accuracy a run and name; those of other images or another seed stand apart.
 
-    Where several files of a run hold the same attack or worst case, the least counts: each bounds the robust accuracy above.
+    Where several files of a run hold the same attack or worst case, the least counts: each is an upper bound.
     """
     taken = [
-        (i, number, a) for i, row in enumerate(rows) for number, run in enumerate(row.runs) for a in accuracies(run)
+        (i, number, a)
+        for i, row in enumerate(rows)
+        for number, run in enumerate(row.runs)
+        for a in accuracies(run)
     ]
     digests: dict[str, set[str]] = {}
     for *_, accuracy in taken:
@@ -181,7 +201,9 @@ def _eps_curves(found: _Found, legend: Sequence[Entry]) -> list[str]:
         points: dict[tuple[str, str], dict[float, list[Accuracy]]] = {}
         for accuracy in (a for entries in per_run for a in entries.values()):
             if accuracy.norm and math.isfinite(accuracy.eps):
-                points.setdefault((accuracy.norm, accuracy.attack), {}).setdefault(accuracy.eps, []).append(accuracy)
+                points.setdefault((accuracy.norm, accuracy.attack), {}).setdefault(accuracy.eps, []).append(
+                    accuracy
+                )
         for (norm, attack), at_eps in points.items():
             known = {eps: [a for a in at_eps[eps] if math.isfinite(a.value)] for eps in sorted(at_eps)}
             known = {eps: entries for eps, entries in known.items() if entries}
@@ -231,11 +253,13 @@ def measured_afterwards(runs: Sequence[Run]) -> Markup:
         )
         for (name, where, settings), cells in sorted(values.items())
     ]
-    return table("Measures ± standard error, where one is known", ("measure", *(runs[i].name for i in places)), lines)
+    return table(
+        "Measures ± standard error, where one is known", ("measure", *(runs[i].name for i in places)), lines
+    )
 
 
 def gallery(runs: Sequence[Run]) -> Markup:
-    """Return the pictures of the run folders inside the page, as many as ``PICTURE_BYTES`` allow; the others are named."""
+    """Return the run folders' pictures, as many as ``PICTURE_BYTES`` allow; the others are named."""
     shown, left_out, size = [], [], 0
     for run in runs:
         for path in pictures(run, OURS):
@@ -252,5 +276,9 @@ def gallery(runs: Sequence[Run]) -> Markup:
                 f'<figure class="chart"><figcaption>{escape(name)}</figcaption>'
                 f'<img src="{source}" alt="{escape(alt)}"></figure>\n'
             )
-    note = element("p", f"Left out to keep the page small: {', '.join(left_out)}.", class_="note") if left_out else ""
+    note = (
+        element("p", f"Left out to keep the page small: {', '.join(left_out)}.", class_="note")
+        if left_out
+        else ""
+    )
     return charts(shown, "charts wide") + note if shown or note else Markup("")

@@ -9,7 +9,8 @@ import numpy as np
 
 from wcitrain.report.runs import Row, Run, number
 
-LOG_RATIO = 30.0  # an axis is logarithmic when its largest value exceeds its smallest by more than this factor
+# An axis is logarithmic when its largest value exceeds its smallest by more than this factor.
+LOG_RATIO = 30.0
 
 
 def spans_decades(values: Iterable[float]) -> bool:
@@ -20,13 +21,17 @@ def spans_decades(values: Iterable[float]) -> bool:
 
 def series(runs: Sequence[Run], key: str) -> tuple[list[int], np.ndarray]:
     """Return the epochs at which every run has a finite ``key``, and its values [runs, epochs]."""
-    per_run = [{m["epoch"]: number(m, key) for m in run.metrics if math.isfinite(number(m, key))} for run in runs]
+    per_run = [
+        {m["epoch"]: number(m, key) for m in run.metrics if math.isfinite(number(m, key))} for run in runs
+    ]
     epochs = sorted(set.intersection(*(set(values) for values in per_run)))
     return epochs, np.array([[values[epoch] for epoch in epochs] for values in per_run])
 
 
-def band(runs: Sequence[Run], key: str, stderr: str = "") -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
-    """Return epochs, mean, and the band around it: min to max over the runs; of one run ± its ``stderr``, if it has one."""
+def band(
+    runs: Sequence[Run], key: str, stderr: str = ""
+) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """Return epochs, mean, and the band around it: min to max over runs, for one run ± its ``stderr``."""
     epochs, values = series(runs, key)
     mean, low, high = values.mean(0), values.min(0), values.max(0)
     if stderr and len(runs) == 1:
@@ -37,7 +42,7 @@ def band(runs: Sequence[Run], key: str, stderr: str = "") -> tuple[list[int], np
 
 
 def layer_series(row: Row) -> tuple[list[int], dict[str, np.ndarray]]:
-    """Return the epochs and the WCI of every layer at them, mean over the row's runs, NaN where a layer lacks one."""
+    """Return the epochs and every layer's WCI at them, mean over the row's runs, NaN where one lacks it."""
     keys = dict.fromkeys(key for m in row.runs[0].metrics for key in m if is_layer(key))
     values: dict[str, dict[int, float]] = {}
     for key in keys:

@@ -13,13 +13,21 @@ NAMES = ("name", "seed", "output")  # they tell runs apart and are no settings o
 FEW = 6  # up to here settings are lines and runs columns
 # Settings that change the task or the test and not only the method; rows that differ in one do not compare.
 _TASK = (
-    *("data.source", "data.root", "data.name", "data.test_split", "data.image_size", "data.max_train", "data.max_test"),
+    *(
+        "data.source",
+        "data.root",
+        "data.name",
+        "data.test_split",
+        "data.image_size",
+        "data.max_train",
+        "data.max_test",
+    ),
     *("model.", "threat.", "evaluation.num_steps", "evaluation.step_size", "evaluation.num_restarts"),
 )
 
 
 def flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return ``{"train.epochs": "30", ...}``: dotted keys in the recipe's order, values as a recipe writes them.
+    """Return ``{"train.epochs": "30", ...}``: dotted keys in the recipe's order, values as it writes them.
 
     >>> flat({"train": {"epochs": 30, "compile": False}, "milestones": [1, 2], "kwargs": {}})
     {'train.epochs': '30', 'train.compile': 'false', 'milestones': '[1, 2]', 'kwargs': '{}'}
@@ -42,7 +50,7 @@ def _written(value: Any) -> str:
 
 
 def compare_settings(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, list[str | None]]]:
-    """Return the settings that all runs share, and those that differ with each run's value, None where it has no such key.
+    """Return the settings that all runs share, and each run's value of the others, None where it has none.
 
     ``NAMES`` are left out of both. The order is that of the recipes.
     """
@@ -75,7 +83,9 @@ def task_differences(runs: Sequence[Run]) -> list[str]:
     _, differing = compare_settings(runs)
     found = []
     for key, values in differing.items():
-        known = {value.rpartition("/")[2] if key == "data.root" else value for value in values if value is not None}
+        known = {
+            value.rpartition("/")[2] if key == "data.root" else value for value in values if value is not None
+        }
         if key.startswith(_TASK) and len(known) > 1:
             found.append(key)
     return found
@@ -86,7 +96,9 @@ def settings_section(runs: Sequence[Run]) -> Markup:
     equal, differing = compare_settings(runs)
     parts = []
     if len(runs) > 1:
-        parts.append(element("p", "Seeds and names aside, these runs have the same settings.") if not differing else "")
+        parts.append(
+            element("p", "Seeds and names aside, these runs have the same settings.") if not differing else ""
+        )
     if differing:
         parts.append(_differences(runs, differing))
     shared = [(key, element("td", element("code", value))) for key, value in equal.items()]
@@ -114,7 +126,9 @@ def _differences(runs: Sequence[Run], differing: dict[str, list[str | None]]) ->
             for value, rare in zip(here, is_rare, strict=True)
         ]
         lines.append((key, cells))
-    caption = f"{count(len(differing), 'setting')} that differ; bold: unlike most runs; {MISSING}: no such setting"
+    caption = (
+        f"{count(len(differing), 'setting')} that differ; bold: unlike most runs; {MISSING}: no such setting"
+    )
     if len(heads) <= FEW:
         return table(caption, ("setting", *heads), [(key, *cells) for key, cells in lines], "settings")
     body = [(head, *(cells[i] for _, cells in lines)) for i, head in enumerate(heads)]

@@ -1,7 +1,7 @@
 """The parts of a chart as inline SVG: legend entries, series, scales, ticks, markers, the figure around them.
 
-Colours are CSS classes, so that they follow the theme. In a series ``points`` holds its pixels and ``data-x`` and ``data-y``
-its values as text, so that a script can show the value under the pointer.
+Colours are CSS classes, so that they follow the theme. In a series ``points`` holds its pixels and ``data-x``
+and ``data-y`` its values as text, so that a script can show the value under the pointer.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Series:
-    """Values of one legend entry: against epochs, or against the places of names (then ``x`` holds whole numbers).
+    """Values of one legend entry: against epochs, or against the places of names (whole ``x``).
 
-    ``low`` and ``high`` bound a band or whiskers. The second series of an entry is dashed with hollow markers.
+    ``low`` and ``high`` bound a band or whiskers. An entry's second series is dashed with hollow markers.
     """
 
     entry: int
@@ -55,7 +55,7 @@ def plain(value: float) -> str:
 
 
 def ticks(low: float, high: float, is_log: bool = False, count: int = 6) -> list[float]:
-    """Return round numbers inside [low, high]: at most ``count`` + 1 multiples of 1, 2 or 5 times a power of ten."""
+    """Return round numbers inside [low, high]: at most ``count`` + 1 multiples of 1, 2 or 5 times 10^k."""
     if is_log:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         decades = math.log10(high / low)
@@ -134,8 +134,14 @@ def marker(kind: int, x: float, y: float, r: float = 3.4) -> str:
     """Return one marker as a subpath: circle, square, triangle, diamond, triangle down, cross."""
     if kind == 0:
         half = f"a{r},{r} 0 1 0"
-        return f"M{coordinate(x - r)},{coordinate(y)}{half} {coordinate(2 * r)},0{half} {coordinate(-2 * r)},0z"
-    return "M" + "L".join(f"{coordinate(x + r * a)},{coordinate(y + r * b)}" for a, b in _CORNERS[kind - 1]) + "z"
+        return (
+            f"M{coordinate(x - r)},{coordinate(y)}{half} {coordinate(2 * r)},0{half} {coordinate(-2 * r)},0z"
+        )
+    return (
+        "M"
+        + "L".join(f"{coordinate(x + r * a)},{coordinate(y + r * b)}" for a, b in _CORNERS[kind - 1])
+        + "z"
+    )
 
 
 def swatch(entry: Entry) -> str:
@@ -164,19 +170,22 @@ def series_group(
     second = " second" if series.is_second else ""
     thin = "" if entry.is_finished else " thin"
     return (
-        f'<g class="series c{entry.colour}{second}{thin}" data-entry="{series.entry}" data-name="{escape(series.title(legend))}" '
+        f'<g class="series c{entry.colour}{second}{thin}" data-entry="{series.entry}" '
+        f'data-name="{escape(series.title(legend))}" '
         f'data-x="{escape("|".join(x))}" data-y="{escape("|".join(y))}">{inner.replace("POINTS", pixels)}</g>'
     )
 
 
-def figure(title: str, unit: str, width: float, height: float, label: str, body: Sequence[str], note: str = "") -> str:
+def figure(
+    title: str, unit: str, width: float, height: float, label: str, body: Sequence[str], note: str = ""
+) -> str:
     """Return the <figure>; ``label`` is what a screen reader says."""
     unit = f" <small>{escape(unit)}</small>" if unit else ""
     note = f'<p class="note">{escape(note)}</p>' if note else ""
     return (
         f'<figure class="chart"><figcaption>{escape(title)}{unit}</figcaption>'
-        f'<svg viewBox="0 0 {coordinate(width)} {coordinate(height)}" role="img" aria-label="{escape(label)}">{"".join(body)}</svg>'
-        f"{note}</figure>\n"
+        f'<svg viewBox="0 0 {coordinate(width)} {coordinate(height)}" role="img" '
+        f'aria-label="{escape(label)}">{"".join(body)}</svg>{note}</figure>\n'
     )
 
 

@@ -15,13 +15,15 @@ def results_table(runs: Sequence[Run], *, at: str = "last") -> str:
 
     Args:
         runs: At least one; rows keep the order in which the groups are first met.
-        at: ``"last"`` or ``"best"``, the epoch of every column but the last, which is always the best epoch's.
+        at: ``"last"`` or ``"best"``, the epoch of all columns but the last, which is the best epoch's.
 
     Raises:
         ValueError: No runs, or an unknown ``at``.
     """
     if at not in ("last", "best"):
-        raise ValueError(f'results_table: got at={at!r}; expected "last" or "best". Choose the epoch to report.')
+        raise ValueError(
+            f'results_table: got at={at!r}; expected "last" or "best". Choose the epoch to report.'
+        )
     rows = group_rows(runs)
     header, *body = table_cells(rows, at)
     lines = [header, ("---", *["---:"] * (len(header) - 1)), *body]
@@ -35,7 +37,17 @@ def table_cells(rows: Sequence[Row], at: str) -> list[tuple[str, ...]]:
     # Two plain-AT groups (two models, say) leave no single reference.
     seconds = [number(run.summary, "train_seconds") for run in plain[0]] if len(plain) == 1 else [math.nan]
     reference = sum(seconds) / len(seconds) or math.nan
-    header = ("method", "seeds", "clean test", "robust test", "robust train", "gap", "WCI", "cost", "best (epoch)")
+    header = (
+        "method",
+        "seeds",
+        "clean test",
+        "robust test",
+        "robust train",
+        "gap",
+        "WCI",
+        "cost",
+        "best (epoch)",
+    )
     return [header, *(_table_row(row, at, reference) for row in rows)]
 
 
@@ -46,9 +58,10 @@ def how_to_read(rows: Sequence[Row], at: str) -> tuple[str, ...]:
     return (
         f"Accuracies in percent at {epoch}{'; attack: ' * bool(attack)}{attack}.",
         f"Several seeds: mean (min to max); one run: value [95 % interval]; {MISSING}: not measured.",
-        "gap: robust train minus robust test accuracy, in points. best: robust test accuracy at the epoch that is best by "
-        "robust validation accuracy.",
-        "cost: training time as a multiple of AT's in this table. (val): an unfinished run, measured on validation data.",
+        "gap: robust train minus robust test accuracy, in points. best: robust test accuracy at the epoch "
+        "that is best by robust validation accuracy.",
+        "cost: training time as a multiple of AT's in this table. (val): an unfinished run, measured on "
+        "validation data.",
     )
 
 
@@ -66,7 +79,9 @@ def _table_row(row: Row, at: str, reference: float) -> tuple[str, ...]:
     def accuracy(kind: str) -> str:
         low, high = now[0].get(f"{kind}/low", math.nan), now[0].get(f"{kind}/high", math.nan)
         has_interval = len(now) == 1 and math.isfinite(low) and math.isfinite(high)
-        return cell([n[kind] for n in now], percent, val) + has_interval * f" [{percent(low)}, {percent(high)}]"
+        return (
+            cell([n[kind] for n in now], percent, val) + has_interval * f" [{percent(low)}, {percent(high)}]"
+        )
 
     wci = cell([n["wci"] for n in now], three_digits)
     if len(now) == 1 and wci != MISSING and math.isfinite(now[0]["wci_stderr"]):

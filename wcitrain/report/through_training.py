@@ -1,4 +1,4 @@
-"""Measures at every kept epoch of runs: against the epoch, and against the robust loss (Stutz et al. 2021, figures 1 and 5)."""
+"""Measures at every kept epoch: against the epoch and the robust loss (Stutz et al. 2021, figures 1, 5)."""
 
 import json
 import math
@@ -28,10 +28,10 @@ class Point:
 
 
 def measures_through_training(points: Sequence[Point]) -> Figure | None:
-    """Return a figure with one panel a measure: curves over epochs, one a run, a ring at the epoch best by validation.
+    """Return a figure with one panel a measure: curves over epochs, a ring at the best by validation.
 
-    The ring is where early stopping would have stopped, where that epoch was kept; else at the kept epoch before it.
-    None without measures.
+    The ring is where early stopping would have stopped, where that epoch was kept; else at the kept epoch
+    before it. None without measures.
     """
     names = _names(points)
     runs = _runs(points)
@@ -60,12 +60,14 @@ def measures_through_training(points: Sequence[Point]) -> Figure | None:
         _finish(ax, name, [p.measures.get(name, math.nan) for p in points], vertical=True)
         ax.set_xlabel("epoch", fontsize=9, color=INK)
     return _with_legend(
-        figure, len(names), "Rings: the epoch best by robust validation accuracy (or the kept epoch before it)"
+        figure,
+        len(names),
+        "Rings: the epoch best by robust validation accuracy (or the kept epoch before it)",
     )
 
 
 def measures_against_loss(points: Sequence[Point]) -> Figure | None:
-    """Return a figure with one panel a measure: robust loss against it at all epochs, the last epoch of each run large.
+    """Return a figure with one panel a measure: robust loss against it, the last epoch of each run large.
 
     None without the robust loss, or without another measure.
     """
@@ -100,7 +102,7 @@ def _runs(points: Sequence[Point]) -> dict[Path, list[Point]]:
 
 
 def _labels(runs: Iterable[Path]) -> dict[Path, str]:
-    """Return "AT, seed 0" for each run; with the recipe's name where that is not unique, the folder's without a summary."""
+    """Return "AT, seed 0" for each run, or with the recipe's name, or the folder's."""
     short, long = {}, {}
     for run in runs:
         try:

@@ -16,7 +16,9 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{seconds:.3g} s" if seconds < 10 else f"{whole} s"
     return (
-        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+        f"{whole // 60} min {whole % 60:02d} s"
+        if whole < 3600
+        else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     )
 
 

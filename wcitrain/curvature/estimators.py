@@ -1,0 +1,110 @@
+"""The estimators by name, and which of them a model and its loss allow.
+
+Not every operation can be differentiated twice (fused attention, hardsigmoid, anything compiled), and some
+only twice (BatchNorm in train mode). A dry run of the very derivatives on one batch tells. It leaves weights,
+gradients, buffers and random state as they were.
+"""
+
+from typing import ClassVar, NamedTuple
+
+from pydantic import Field
+
+from wcitrain.curvature.estimator import Estimator
+from wcitrain.curvature.gauss_newton import GaussNewton
+from wcitrain.curvature.hutchinson import Hutchinson
+from wcitrain.curvature.passes import Passes
+from wcitrain.curvature.top_layer import TopLayer
+from wcitrain.curvature.two_point import TwoPoint
+from wcitrain.method import PositiveCount, method
+from wcitrain.preserve import kept_random_state, undisturbed
+
+# In torch's message about every fused kernel of attention, whose plain formula has all derivatives.
+FUSED_ATTENTION = "scaled_dot_product"
+
+
+@method
+class Auto(Estimator):
+    """Gauss–Newton where a dry run finds it possible, else an error; to measure only, Hutchinson is second.
+
+    As penalties the estimators that move the weights, `TwoPoint` and `Hutchinson`, see the kinks of a ReLU
+    network, which is another quantity: they wrecked training there (DESIGN.md). On smooth networks they are
+    right: ask for them by name. `Auto` itself estimates nothing: `choose` puts a candidate in its place.
+    """
+
+    num_probes: PositiveCount = Field(default=1, description="Random probes for each batch.")
+    label: ClassVar[str] = "auto"
+
+    def candidates(self, needs_gradient: bool) -> tuple[Estimator, ...]:
+        """Return what is tried, in order."""
+        first = GaussNewton(self.num_probes)
+        return (first,) if needs_gradient else (first, Hutchinson(self.num_probes))
+
+    def extra_passes(self, is_active: bool) -> tuple[int, int]:
+        """Return those of the first candidate."""
+        return self.candidates(is_active)[0].extra_passes(is_active)
+
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "auto": Auto,
+    "gauss_newton": GaussNewton,
+    "hutchinson": Hutchinson,
+    "two_point": TwoPoint,
+    "top_layer": TopLayer,
+}
+
+
+class Choice(NamedTuple):
+    """The estimator, why in one sentence, and whether attention must run by its plain formula for it."""
+
+    estimator: Estimator
+    reason: str
+    use_math_attention: bool = False
+
+
+def choose(
+    wanted: Estimator, passes: Passes, *, needs_gradient: bool, may_move_weights: bool = True
+) -> Choice:
+    """Return the estimator to use, after a dry run on one batch.
+
+    Args:
+        wanted: An estimator; of `Auto` the first candidate that is possible.
+        passes: Of one micro-batch; the loss is evaluated a few times, nothing is left behind. Where fused
+            attention is what stands in the way, ``passes.use_math_attention`` is set.
+        needs_gradient: Whether the traces are differentiated; measuring needs fewer derivatives.
+        may_move_weights: False beside a weight perturbation.
+
+    Raises:
+        ValueError: None is possible: what stands in the way, and what to do.
+    """
+    candidates = wanted.candidates(needs_gradient) if isinstance(wanted, Auto) else (wanted,)
+    obstacles: list[str] = []
+    for candidate in candidates:
+        reason: str | None = "it moves the weights itself, as the perturbation does."
+        if may_move_weights or not candidate.moves_weights:
+            reason = _refusal(candidate, passes, needs_gradient)
+        if reason is None:
+            why = "as asked" if candidate is wanted else "; ".join(["the dry run passed", *obstacles])
+            why += ", with attention unfused" if passes.use_math_attention else ""
+            return Choice(candidate, why, passes.use_math_attention)
+        obstacles.append(f"{name_of(candidate)} is not possible here: {reason}")
+    text = f"estimator: got {name_of(wanted)}; expected one that this model and loss allow."
+    raise ValueError(" ".join([text, *obstacles]))
+
+
+def name_of(estimator: Estimator) -> str:
+    """Return the name of an estimator in the table; of another one its class's name."""
+    names = (name for name, kind in ESTIMATORS.items() if type(estimator) is kind)
+    return next(names, type(estimator).__name__)
+
+
+def _refusal(estimator: Estimator, passes: Passes, needs_gradient: bool) -> str | None:
+    """Return what stands in the way of an estimator, also with attention by its plain formula."""
+    before = passes.use_math_attention
+    with undisturbed(passes.model, training=None), kept_random_state(passes.device), passes.local():
+        reason = estimator.refuses(passes, needs_gradient)
+        if reason is not None and FUSED_ATTENTION in reason:
+            passes.use_math_attention = True
+            reason = estimator.refuses(passes, needs_gradient)
+    if reason is not None:
+        passes.use_math_attention = before
+    return reason

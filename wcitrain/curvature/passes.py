@@ -1,0 +1,270 @@
+"""What one call of ``backward`` may do with ``loss_fn``: evaluate it and differentiate it, several times.
+
+Every pass of a call sees the same random numbers (dropout) and the same module; all passes but the last run
+inside ``local()``, so that processes reduce their gradients once; on an exception nothing of it remains.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wcitrain.curvature.hvp import signs
+from wcitrain.curvature.loss import Loss, LossFn, as_loss
+from wcitrain.params import Layers
+from wcitrain.preserve import put_back_buffers, random_state, saved_buffers, set_random_state
+from wcitrain.seeding import generator_from
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Step(NamedTuple):
+    """What the passes of a perturbation or a penalty found, beside the gradients they left in ``.grad``."""
+
+    loss: Tensor
+    traces: Tensor | None = None  # estimates of t_l [L]
+    relative_size: Tensor | None = None  # ||u|| / ||W||
+    strength: Tensor | None = None  # λ, NaN where it is not defined
+    memory: list[Tensor] | None = None  # what a rule carries to the next step, one tensor a layer
+
+
+@dataclass(eq=False)
+class Passes:
+    """The passes of one micro-batch on one process."""
+
+    model: nn.Module  # that ``loss_fn`` calls (prepared, under Accelerate)
+    layers: Layers  # the tensors that are perturbed and measured
+    loss_fn: LossFn  # see ``RegularizedOptimizer.backward``
+    _: KW_ONLY
+    parameters: Sequence[Tensor] = ()  # all that the optimizer steps, for undoing
+    share: float = 1.0  # of this micro-batch in the step, 1 / num_micro_batches
+    key: tuple[object, ...] = (0,)  # names the micro-batch: every random direction is a function of it
+    accelerator: "Accelerator | None" = None  # None in a plain loop
+    use_math_attention: bool = False  # the plain formula: fused kernels cannot be differentiated twice
+
+    def __post_init__(self) -> None:
+        self.device = self.layers.tensors[0].device
+        self._states = random_state(self.device)
+
+    def evaluate(self, needs_graph: bool = True) -> Loss:
+        """Call ``loss_fn`` with the random numbers that every pass sees, and check what it returns."""
+        set_random_state(self._states, self.device)
+        before = self._gradient_versions()
+        with sdpa_kernel(SDPBackend.MATH) if self.use_math_attention else nullcontext():
+            loss = as_loss(self.loss_fn())
+        if before != self._gradient_versions():
+            raise RuntimeError(
+                "RegularizedOptimizer: loss_fn called backward() or zero_grad() itself. Return the "
+                "differentiable loss and leave the gradients alone."
+            )
+        total: Any = loss.total
+        if not isinstance(total, Tensor) or total.ndim != 0 or (needs_graph and not total.requires_grad):
+            got = repr(total)
+            if isinstance(total, Tensor):
+                got = f"shape {tuple(total.shape)}, requires_grad={total.requires_grad}"
+            raise TypeError(
+                f"RegularizedOptimizer: loss_fn returned {got}; expected a scalar loss with its graph. "
+                "Return the mean loss and do not call backward, item or detach on it."
+            )
+        return loss
+
+    def backward(self, total: Tensor, weight: float = 1.0) -> None:
+        """Add ``weight`` times the gradients of ``total``, in this micro-batch's share, to ``.grad``."""
+        with explained():
+            (total if weight == 1 == self.share else total * (weight * self.share)).backward()
+
+    def plain(self, weight: float = 1.0) -> Tensor:
+        """Evaluate once, add ``weight`` times the gradients, return the loss, detached."""
+        total = self.evaluate().total
+        self.backward(total, weight)
+        return total.detach()
+
+    def plain_weighed(self, weigh: Callable[[list[Tensor]], float]) -> Tensor:
+        """As ``plain``, with a weight that ``weigh`` computes from the layers' gradients of this very pass.
+
+        In one process the gradients are scaled before they join what is in ``.grad``. Among several they are
+        reduced while they are computed, so the weight has to be known first: there this takes a second
+        backward pass.
+        """
+        total = self.evaluate().total
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            gradients = self.layer_gradients(total, retain_graph=True)
+            self.backward(total, weigh(self.filled(gradients)))
+            return total.detach()
+        parameters = self._trained()
+        earlier = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        with explained():
+            total.backward()
+        weight = weigh(self.filled([t.grad for t in self.layers.tensors])) * self.share
+        for p, gradient in zip(parameters, earlier, strict=True):
+            if p.grad is None:
+                p.grad = gradient
+            else:
+                p.grad = p.grad.mul_(weight) if gradient is None else gradient.add_(p.grad, alpha=weight)
+        return total.detach()
+
+    def layer_gradients(
+        self, total: Tensor, *, create_graph: bool = False, retain_graph: bool | None = None
+    ) -> Sequence[Tensor | None]:
+        """Return the gradients in the layers' tensors, on this process, without touching ``.grad``."""
+        tensors = self.layers.tensors
+        with explained():
+            return torch.autograd.grad(
+                total, tensors, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+            )
+
+    def generator(self, *names: object) -> torch.Generator:
+        """Return the random numbers of this micro-batch that go by these names."""
+        return generator_from(self.device, *self.key, *names)
+
+    def random_direction(
+        self, sigma: Tensor, probe: int = 0, *, gaussian: bool = False
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return u_l = σ_l v_l, v signs or normal numbers, and σ as rounded to the weights' dtype."""
+        detached = [t.detach() for t in self.layers.tensors]
+        rounded = sigma.to(detached[0].dtype)
+        names = [probe] if probe else []
+        direction = self.gaussian() if gaussian else signs(detached, self.generator(*names))
+        for u, factor in zip(direction, self.layers.spread(rounded), strict=True):
+            u.mul_(factor)
+        return direction, rounded
+
+    def gaussian(self) -> list[Tensor]:
+        """Return standard normal numbers shaped like the layers' tensors."""
+        g = self.generator()
+        tensors = self.layers.tensors
+        return [torch.randn(t.shape, generator=g, device=t.device, dtype=t.dtype) for t in tensors]
+
+    def add_norm_gradients(self, coefficients: Tensor | None, factor: float = 1.0) -> None:
+        """Add ``factor · coefficient_l · W_l``, in this share, to ``.grad``; the same on every rank."""
+        if coefficients is None:
+            return
+        with torch.no_grad():
+            factors = self.layers.spread(coefficients * (factor * self.share))
+            for p, c in zip(self.layers.tensors, factors, strict=True):
+                p.grad = p * c if p.grad is None else p.grad.add_(p * c)
+
+    def local(self) -> AbstractContextManager:
+        """Keep gradients on this rank: forward *and* backward of every pass but the last run inside."""
+        return nullcontext() if self.accelerator is None else self.accelerator.no_sync(self.model)
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """On an exception put gradients, buffers and random state back: all passes count or none."""
+        parameters = self._trained()
+        gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+        buffers = saved_buffers(self.model)
+        try:
+            yield
+        except BaseException:
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            put_back_buffers(buffers)
+            set_random_state(self._states, self.device)
+            raise
+
+    def _trained(self) -> list[Tensor]:
+        """Return the optimizer's and the model's parameters, each once."""
+        return list({id(p): p for p in (*self.parameters, *self.model.parameters())}.values())
+
+    def filled(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the layers' gradients, zero where there is none."""
+        pairs = zip(self.layers.tensors, gradients, strict=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in pairs]
+
+    def _gradient_versions(self) -> list[tuple[int, int | None]]:
+        """Return what changes when somebody writes to the layers' gradients."""
+        return [(id(p.grad), None if p.grad is None else p.grad._version) for p in self.layers.tensors]
+
+
+class _Hooks:
+    """Hands each gradient of a layer's tensor to ``collect`` while the context is open.
+
+    It is this process's own, before it is added to ``.grad`` and before any reduction over processes, so
+    neither accumulated micro-batches nor other processes' directions leak in. Reentrant checkpointing hands
+    over a gradient in several pieces.
+    """
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+
+    def collect(self, index: int, gradient: Tensor) -> None:
+        """Take (a piece of) the gradient of tensor ``index``."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        tensors = enumerate(self.layers.tensors)
+        self._handles = [t.register_hook(partial(self.collect, index)) for index, t in tensors]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class Slopes(_Hooks):
+    """Collects <u_l, g_l> of the one backward pass inside ``with Slopes(layers, direction) as slopes``."""
+
+    def __init__(self, layers: Layers, direction: Sequence[Tensor]) -> None:
+        super().__init__(layers)
+        self.direction = direction
+        self._found: list[Tensor | None] = [None] * len(direction)
+
+    def collect(self, index: int, gradient: Tensor) -> None:
+        """Add the inner product."""
+        slope = self.layers.sum_parts(index, self.direction[index] * gradient.detach())
+        earlier = self._found[index]
+        self._found[index] = slope if earlier is None else earlier + slope
+
+    @property
+    def values(self) -> Tensor:
+        """The inner products [L], summed in float64; NaN for a layer that got no gradient."""
+        slopes = [
+            self.layers.sum_parts(index, self.direction[index]) * torch.nan if slope is None else slope
+            for index, slope in enumerate(self._found)
+        ]
+        return torch.cat(slopes)
+
+
+class Captured(_Hooks):
+    """Keeps the layers' gradients of the one backward pass inside ``with Captured(layers, weight)``.
+
+    ``gradients`` has one tensor each, divided by the ``weight`` the loss was multiplied by; None where there
+    is none.
+    """
+
+    def __init__(self, layers: Layers, weight: float) -> None:
+        super().__init__(layers)
+        self.weight = weight
+        self.gradients: list[Tensor | None] = [None] * len(layers.tensors)
+
+    def collect(self, index: int, gradient: Tensor) -> None:
+        """Add the gradient."""
+        earlier, own = self.gradients[index], gradient.detach() / self.weight
+        self.gradients[index] = own if earlier is None else earlier + own
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Say what to do where a graph was used up: torch advises to keep it, which would be passes at old W."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        advice = "Compute it inside loss_fn, and call no backward there."
+        text = "loss_fn returned a loss that was differentiated before"
+        raise RuntimeError(f"RegularizedOptimizer: {text}. {advice}") from error
+
+
+def carry_nan(loss: Tensor, other: Tensor | float) -> Tensor:
+    """Return ``loss``, NaN where ``other`` is not finite: a good loss must not hide a bad extra pass."""
+    return loss + 0.0 * other

@@ -1,0 +1,233 @@
+"""One training run: its parts, how they are built in order, and how they are saved and put back.
+
+Every random number is a function of the recipe's seed and of the step it is used in (``seeding``): there is
+no random state to save, and a run that stops between two optimizer steps goes on as if it had not stopped.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from wcitrain import checkpoint, tracking
+from wcitrain.build import fresh_objective, initial_model, wrap
+from wcitrain.curvature.estimators import name_of
+from wcitrain.data import ImageSet, MixedSet, Splits, StreamSet
+from wcitrain.images import open_splits, open_training_set
+from wcitrain.measures.by_name import NEED_INITIAL
+from wcitrain.models import Classifier, check_channels_last, try_forward
+from wcitrain.objectives import CatastrophicOverfittingGuard, Objective
+from wcitrain.optim import RegularizedOptimizer
+from wcitrain.progress import Progress, has_started, refuse_another_run, run_folder
+from wcitrain.recipe import Recipe, recipe_from_dict
+from wcitrain.recipe.reading import read_yaml
+from wcitrain.stopping import StopRequest
+
+DRY_RUN_IMAGES = 4  # more than one: BatchNorm in train mode needs them
+
+
+@dataclass
+class Run:
+    """The parts of one run."""
+
+    recipe: Recipe
+    folder: Path
+    accelerator: Accelerator
+    device: torch.device  # where this process computes
+    rank: int  # the number of this process
+    world: int  # the number of processes
+    wandb_mode: str
+    splits: Splits
+    train_set: ImageSet | StreamSet | MixedSet
+    monitored: ImageSet | StreamSet  # the training images of the measurements
+    objective: Objective
+    updates: int  # optimizer steps of an epoch
+    bare: Classifier  # the model alone: what is measured and exported
+    attack_model: nn.Module  # what the training attack sees: compiled, if asked for, but no DDP
+    model: nn.Module  # what is trained
+    regularizer: RegularizedOptimizer
+    optimizer: Any  # Accelerate's wrapper around it
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    average: Classifier | None  # the averaged weights, in eval mode
+    guard: CatastrophicOverfittingGuard | None
+    initial: dict[str, Tensor] | None  # the weights before the first step, where a measure asks for them
+    log: tracking.RunLog | None = None  # on the main process, once nothing can be refused any more
+    progress: Progress = field(default_factory=Progress)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def micro_size(self) -> int:
+        """Images of a micro-batch, over all processes."""
+        return self.recipe.train.batch_size // self.recipe.train.accumulate
+
+    @property
+    def measured(self) -> Classifier:
+        """The model that is evaluated and exported: the averaged weights where there are any."""
+        return self.bare if self.average is None else self.average
+
+
+def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None = None) -> Run:
+    """Build the parts of a run in order, and refuse what would not train; errors as in ``train.fit``."""
+    folder = run_folder(recipe) if folder is None else Path(folder)
+    if has_started(folder) and not resume:
+        text = f"{folder}: got a folder that holds a run; expected a new one."
+        advice = f"Go on with `wcitrain train --resume {folder}`, or choose another name= or output=."
+        raise FileExistsError(f"{text} {advice}")
+    if place := next((one for one in (folder, *folder.parents) if one.is_file()), None):
+        raise ValueError(f"output: got {folder}, but {place} is a file; expected folders. Change output=.")
+    if recipe.train.num_threads:
+        torch.set_num_threads(recipe.train.num_threads)
+    wandb_mode = tracking.wandb_mode(recipe.tracking.wandb)
+    trackers = tracking.tracker_names(wandb_mode, recipe.tracking.tensorboard)
+    accelerator = _accelerator(recipe, folder, trackers)
+    with accelerator.main_process_first():
+        splits, is_main = open_splits(recipe), accelerator.is_main_process
+        train_set = open_training_set(recipe, splits, accelerator.device, is_talking=is_main)
+    objective = fresh_objective(recipe)
+    updates = train_set.num_updates(recipe.train.batch_size) * objective.num_replays
+    if not updates:
+        rule = f"at most the {len(splits.train)} training images."
+        raise ValueError(f"train.batch_size: got {recipe.train.batch_size}; expected {rule}")
+
+    model = initial_model(recipe, splits)
+    smallest = recipe.train.batch_size // recipe.train.accumulate // accelerator.num_processes
+    if recipe.averaging:
+        smallest = min(smallest, recipe.evaluation.train_size)
+    shape = splits.in_chans, splits.image_size, splits.num_classes
+    try_forward(model, *shape, trains_on_one=smallest == 1)
+    if recipe.train.channels_last:
+        check_channels_last(model, accelerator.device)
+        model = model.to(memory_format=torch.channels_last)
+    initial = None
+    if set(recipe.measures.names) & NEED_INITIAL:
+        initial = {name: value.clone() for name, value in model.state_dict().items()}
+    base = recipe.optimizer.build(model)
+    regularizer = wrap(recipe, base, model, updates)
+    attack_model = cast(Classifier, torch.compile(model)) if recipe.train.compile else model
+    prepared = accelerator.prepare_model(attack_model)
+    optimizer = accelerator.prepare_optimizer(regularizer)
+    regularizer.attach(accelerator, prepared)
+    has_guard = objective.is_single_step and recipe.train.overfitting_guard != "ignore"
+    factor, epochs = recipe.schedule.factor, recipe.train.epochs
+    run = Run(
+        recipe=recipe,
+        folder=folder,
+        accelerator=accelerator,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        wandb_mode=wandb_mode,
+        splits=splits,
+        train_set=train_set,
+        monitored=splits.train.subset(min(recipe.evaluation.train_size, len(splits.train))),
+        objective=objective,
+        updates=updates,
+        bare=model,
+        attack_model=attack_model,
+        model=prepared,
+        regularizer=regularizer,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(base, lambda step: factor(step / updates, epochs)),
+        average=deepcopy(model).eval() if recipe.averaging else None,
+        guard=CatastrophicOverfittingGuard() if has_guard else None,
+        initial=initial,
+    )
+    _choose_estimator(run)
+    return run
+
+
+def _accelerator(recipe: Recipe, folder: Path, trackers: list[str]) -> Accelerator:
+    """Return Accelerate's view of the processes; refuse batches that cannot be shared out."""
+    if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
+        # Accelerate keeps one global state: let a second run in this process choose another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        mixed_precision=recipe.train.precision,
+        gradient_accumulation_steps=recipe.train.accumulate,
+        cpu=recipe.train.device == "cpu",
+        log_with=trackers or None,
+        project_dir=str(folder),
+        # The optimizer wrapper shares running statistics itself. DDP's own broadcast, before every forward
+        # pass, would write into what the first of two forward passes (TRADES) still needs.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    parts, world = recipe.train.accumulate, accelerator.num_processes
+    if accelerator.gradient_accumulation_steps != parts:
+        rule = f"{accelerator.gradient_accumulation_steps} as in Accelerate's environment."
+        advice = "Unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS."
+        raise ValueError(f"train.accumulate: got {parts}; expected {rule} {advice}")
+    if (recipe.train.batch_size // parts) % world:
+        text = f"got {recipe.train.batch_size} in {parts} micro-batches"
+        raise ValueError(f"train.batch_size: {text}; expected a multiple of {parts} x {world} processes.")
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    return accelerator
+
+
+def _choose_estimator(run: Run) -> None:
+    """Let the penalty find out on a few images, before any step, how it can estimate its traces."""
+    images = run.splits.train.subset(min(DRY_RUN_IMAGES, len(run.splits.train)))
+    x, y, _ = next(images.batches(len(images), device=run.device))
+    run.model.train()
+    choice = run.regularizer.choose_estimator(partial(run.objective.loss, run.model, x, x, y))
+    if choice is not None and run.accelerator.is_main_process:
+        print(f"penalty estimator: {name_of(choice.estimator)} ({choice.reason})", flush=True)
+
+
+# ---- saving ------------------------------------------------------------------------------------------------
+
+
+def save(run: Run) -> None:
+    """Write ``checkpoints/last`` (main process): everything an exact resume needs."""
+    objective = run.objective.state_dict() if hasattr(run.objective, "state_dict") else {}
+    state = {
+        "epoch": run.progress.epoch,  # first, for the messages of ``checkpoint``
+        "recipe": run.recipe.to_yaml(),
+        "world": run.world,
+        "progress": dict(vars(run.progress)),
+        "model": run.bare.state_dict(),
+        "optimizer": run.regularizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(),
+        "average": None if run.average is None else {"module": run.average.state_dict()},
+        "guard": None if run.guard is None else run.guard.state_dict(),
+        "objective": {name: run.accelerator.gather(value) for name, value in objective.items()},  # of all
+    }
+    if run.accelerator.is_main_process:
+        checkpoint.save_checkpoint(run.folder / "checkpoints", state)
+    run.accelerator.wait_for_everyone()
+
+
+def load(run: Run) -> None:
+    """Put back what ``save`` wrote, and drop metrics of steps that are about to be made again.
+
+    Raises:
+        ValueError: It was another run, or one of another number of processes.
+        CheckpointError: There is no intact checkpoint.
+    """
+    state, source = checkpoint.load_checkpoint(run.folder / "checkpoints")
+    refuse_another_run(recipe_from_dict(read_yaml(state["recipe"])), run.recipe, run.folder)
+    if state["world"] != run.world:
+        rule = f"the {state['world']} it began with: batches and random numbers are shared out by process."
+        raise ValueError(f"{run.folder}: got {run.world} processes; expected {rule} Start as many.")
+    run.bare.load_state_dict(state["model"])
+    run.regularizer.load_state_dict(state["optimizer"])
+    run.scheduler.load_state_dict(state["scheduler"])
+    if run.average is not None:
+        run.average.load_state_dict(state["average"]["module"])
+    if run.guard is not None:
+        run.guard.load_state_dict(state["guard"])
+    if state.get("objective"):
+        parts = {name: value.chunk(run.world)[run.rank] for name, value in state["objective"].items()}
+        cast(Any, run.objective).load_state_dict({name: part.to(run.device) for name, part in parts.items()})
+    run.progress = Progress(**state["progress"])
+    if run.log is not None:
+        run.log.truncate(run.progress.step)
+        where = f"epoch {run.progress.epoch}, step {run.progress.step}"
+        print(f"resuming {run.folder} from {source.name}: {where}")
