@@ -148,7 +148,9 @@ class _Sentences:
         inside = [pair for pair in everywhere if pair[0].startswith(f"{path}.")]
         for pairs, cutoff in ((inside, 0.7), (everywhere, 0.6)):
             if homes := dict.fromkeys(home for home, one in pairs if one == name):
-                return f"It belongs under {' or '.join(homes)}."
+                full = [f"{one}_{name}" for one in known]  # threat's warmup_epochs may be eps_warmup_epochs
+                also = next((f" Did you mean {one} under {home}?" for home, one in pairs if one in full), "")
+                return f"It belongs under {' or '.join(homes)}.{also}"
             close = [(path, one) for one in known] + pairs
             names = [one for _, one in close]
             part = max((one for one in names if f"_{one}_" in f"_{name}_"), key=len, default=None)
