@@ -52,7 +52,7 @@ def refuse_another_run(saved: Recipe, asked: Recipe, folder: Path) -> None:
             continue
         pairs = {section: (value, other[section])}
         if isinstance(value, dict):
-            keys = [key for key in {**value, **other[section]}]
+            keys = value | other[section]
             pairs = {f"{section}.{key}": (value.get(key), other[section].get(key)) for key in keys}
         key, (here, there) = next((key, pair) for key, pair in pairs.items() if pair[0] != pair[1])
         advice = "Start another run with another name= or output=, or move the folder away."

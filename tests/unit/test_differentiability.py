@@ -54,6 +54,16 @@ def test_the_other_way_out_of_fused_attention_works_too():
     assert names(model, images(), 2) == []
 
 
+def test_four_examples_of_the_batch_are_enough():
+    """A batch that just fits in memory must not run out of it while the culprit is looked for."""
+    sizes = []
+    layer = nn.Linear(6, 8)
+    layer.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    model = nn.Sequential(layer, nn.Hardsigmoid())
+    assert names(model, torch.rand(64, 6), 2) == ["1"]
+    assert sorted(set(sizes)) == [4, 64]  # what is tried, and the caller's own pass
+
+
 class SelfAttention(nn.Module):
     def __init__(self, need_weights: bool) -> None:
         super().__init__()
