@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PINS := tools/constraints.txt
 NEW := $(VENV)-upgrade/bin
+LOWEST := $(VENV)-lowest/bin
 RUN_ENV := OMP_NUM_THREADS=1 WANDB_SILENT=true
 
-.PHONY: help install upgrade quickstart fmt lint types test check
+.PHONY: help install upgrade quickstart docs fmt lint types test check lowest
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -18,7 +19,7 @@ $(VENV)/.installed: pyproject.toml $(PINS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints $(PINS) --build-constraints $(PINS) \
-		-e '.[dev]'
+		--compile-bytecode -e '.[dev]'
 	touch $@
 
 upgrade:  ## raise the versions that the tests run on to the newest ones (then: make check)
@@ -29,8 +30,11 @@ upgrade:  ## raise the versions that the tests run on to the newest ones (then: 
 	$(NEW)/uv pip freeze --python $(NEW)/python --exclude-editable --exclude pip >> $(PINS)
 	rm -r $(VENV)-upgrade
 
-quickstart: install  ## train digits with AT, AWP and WCI, print one table, draw figures
+quickstart: install  ## digits: AT, WCI at three strengths and AWP; a table, a figure and a report page
 	$(BIN)/wcitrain sweep recipes/sweeps/digits.yaml
+
+docs: install  ## write the generated parts of the documents
+	$(BIN)/python tools/docs.py
 
 fmt: install  ## format the code
 	$(BIN)/ruff format .
@@ -48,3 +52,10 @@ test: install  ## run the tests (minutes)
 
 check: install lint types  ## everything that must hold before a change is proposed
 	$(RUN_ENV) $(BIN)/python -m pytest -q -n 2
+
+lowest:  ## run the tests on the lowest versions that are supported
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	$(LOWEST)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) uv
+	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --resolution lowest-direct \
+		-e '.[dev]' 'pyparsing>=3.1,<3.2'
+	$(RUN_ENV) $(LOWEST)/python -m pytest -q -n 2 -m "not slow"

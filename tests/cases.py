@@ -6,36 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from wcitrain.curvature import ESTIMATORS, GaussNewton, Hutchinson, TwoPoint, cross_entropy
-from wcitrain.optim import (
-    ASAM,
-    AWP,
-    CRSAM,
-    GSAM,
-    PENALTIES,
-    PERTURBATIONS,
-    RWP,
-    SAM,
-    FrobeniusPenalty,
-    FrobeniusTracePenalty,
-    GradientNorm,
-    NoiseStability,
-    RegularizedOptimizer,
-    StrengthSchedule,
-    TracePenalty,
-    UniformNoise,
-    VaSSO,
-    WCIAdversary,
-    WCIPenalty,
-    WCIPosterior,
-)
+from wcitrain import optim
+from wcitrain.curvature import ESTIMATORS, GaussNewton, Hutchinson, cross_entropy
+from wcitrain.objectives import INPUT_REGULARIZERS, OBJECTIVES
+from wcitrain.optim import RegularizedOptimizer
 
 BASES: dict[str, Callable] = {
     "sgd": lambda params, lr=0.05: torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=1e-3),
     "adamw": lambda params, lr=0.01: torch.optim.AdamW(params, lr=lr, weight_decay=0.1),
 }
 
-LATER = StrengthSchedule(start=10**6)
+LATER = optim.StrengthSchedule(start=10**6)
 
 
 @dataclass(frozen=True)
@@ -53,75 +34,76 @@ class Rule:
     is_random: bool = True
 
 
-GAUSS_NEWTON = WCIPenalty(1e-3, estimator="gauss_newton")
-FROBENIUS = FrobeniusPenalty(1e-3)
+GAUSS_NEWTON = optim.WCIPenalty(1e-3, estimator="gauss_newton")
+FROBENIUS = optim.FrobeniusPenalty(1e-3)
 TABLES: dict[str, dict[str, type]] = {
-    "perturbation": PERTURBATIONS,
-    "penalty": PENALTIES,
+    "perturbation": optim.PERTURBATIONS,
+    "penalty": optim.PENALTIES,
     "estimator": ESTIMATORS,
+    "objective": OBJECTIVES,
+    "input_regularizer": INPUT_REGULARIZERS,
 }
 
 RULES: dict[str, Rule] = {
     "none": Rule({}, 0, 0, is_random=False),
-    "sam": Rule({"perturbation": SAM(0.05)}, 1, 1, is_random=False),
-    "asam": Rule({"perturbation": ASAM(0.1)}, 1, 1, is_random=False),
-    "awp": Rule({"perturbation": AWP(0.02)}, 1, 1, is_random=False),
-    "vasso": Rule({"perturbation": VaSSO(0.05)}, 1, 1, is_random=False),
-    "gsam": Rule({"perturbation": GSAM(0.05)}, 1, 1, is_random=False),
-    "gradient norm": Rule({"perturbation": GradientNorm(0.03)}, 1, 1, is_random=False),
-    "cr-sam": Rule({"perturbation": CRSAM()}, 2, 2, is_random=False),
-    "wci adversary": Rule({"perturbation": WCIAdversary(0.02)}, 1, 2),
-    "rwp": Rule({"perturbation": RWP(0.05)}, 1, 1),
-    "rwp, unmixed": Rule({"perturbation": RWP(0.05, mixing=1.0)}, 0, 0),
-    "rwp, unmixed, clean statistics": Rule({"perturbation": RWP(0.05, mixing=1.0, statistics="clean")}, 1, 0),
-    "noise stability": Rule({"perturbation": NoiseStability(0.05)}, 1, 1),
-    "wci": Rule({"perturbation": WCIPosterior(0.5)}, 1, 1),
-    "wci by strength": Rule({"perturbation": WCIPosterior(strength=1e-3)}, 1, 1),
-    "wci with frobenius": Rule({"perturbation": WCIPosterior(0.5, frobenius=True)}, 1, 1),
-    "wci, clean statistics": Rule({"perturbation": WCIPosterior(0.5, statistics="clean")}, 2, 1),
-    "noise": Rule({"perturbation": UniformNoise(0.5)}, 1, 1),
-    "wci penalty": Rule({"penalty": WCIPenalty(1e-3, estimator=TwoPoint(radius=0.05))}, 2, 2),
-    "wci penalty, gauss_newton": Rule({"penalty": WCIPenalty(1e-3, estimator="gauss_newton")}, 0, 3, 1),
-    "wci penalty, hutchinson": Rule({"penalty": WCIPenalty(1e-4, estimator="hutchinson")}, 2, 6, 4),
-    "wci penalty, auto": Rule({"penalty": WCIPenalty(1e-3)}, 0, 3, 1),
-    "wci penalty, 2 probes": Rule({"penalty": WCIPenalty(1e-3, estimator=GaussNewton(2))}, 0, 6, 2),
-    "top layer penalty": Rule({"penalty": WCIPenalty(1e-3, estimator="top_layer")}, 0, 0, is_random=False),
+    "sam": Rule({"perturbation": optim.SAM(0.05)}, 1, 1, is_random=False),
+    "asam": Rule({"perturbation": optim.ASAM(0.1)}, 1, 1, is_random=False),
+    "awp": Rule({"perturbation": optim.AWP(0.02)}, 1, 1, is_random=False),
+    "vasso": Rule({"perturbation": optim.VaSSO(0.05)}, 1, 1, is_random=False),
+    "gsam": Rule({"perturbation": optim.GSAM(0.05)}, 1, 1, is_random=False),
+    "gradient norm": Rule({"perturbation": optim.GradientNorm(0.03)}, 1, 1, is_random=False),
+    "cr-sam": Rule({"perturbation": optim.CRSAM()}, 2, 2, is_random=False),
+    "wci adversary": Rule({"perturbation": optim.WCIAdversary(0.02)}, 1, 2),
+    "rwp": Rule({"perturbation": optim.RWP(0.05)}, 1, 1),
+    "rwp, unmixed": Rule({"perturbation": optim.RWP(0.05, mixing=1.0)}, 0, 0),
+    "rwp, unmixed, clean statistics": Rule(
+        {"perturbation": optim.RWP(0.05, mixing=1.0, statistics="clean")}, 1, 0
+    ),
+    "noise stability": Rule({"perturbation": optim.NoiseStability(0.05)}, 1, 1),
+    "wci": Rule({"perturbation": optim.WCIPosterior(0.5)}, 1, 1),
+    "wci by strength": Rule({"perturbation": optim.WCIPosterior(strength=1e-3)}, 1, 1),
+    "wci with frobenius": Rule({"perturbation": optim.WCIPosterior(0.5, frobenius=True)}, 1, 1),
+    "wci, clean statistics": Rule({"perturbation": optim.WCIPosterior(0.5, statistics="clean")}, 2, 1),
+    "noise": Rule({"perturbation": optim.UniformNoise(0.5)}, 1, 1),
+    "wci penalty, gauss_newton": Rule({"penalty": optim.WCIPenalty(1e-3, estimator="gauss_newton")}, 0, 3, 1),
+    "wci penalty, hutchinson": Rule({"penalty": optim.WCIPenalty(1e-4, estimator="hutchinson")}, 2, 6, 4),
+    "wci penalty, auto": Rule({"penalty": optim.WCIPenalty(1e-3)}, 0, 3, 1),
+    "wci penalty, 2 probes": Rule({"penalty": optim.WCIPenalty(1e-3, estimator=GaussNewton(2))}, 0, 6, 2),
+    "top layer penalty": Rule(
+        {"penalty": optim.WCIPenalty(1e-3, estimator="top_layer")}, 0, 0, is_random=False
+    ),
     "frobenius penalty": Rule({"penalty": FROBENIUS}, 0, 0, is_random=False),
-    "trace penalty": Rule({"penalty": TracePenalty(1e-4, estimator=TwoPoint(radius=0.05))}, 2, 2),
-    "trace penalty, 2 probes": Rule(
-        {"penalty": TracePenalty(1e-4, estimator=TwoPoint(num_probes=2, radius=0.05))}, 4, 4
-    ),
+    "trace penalty, 2 probes": Rule({"penalty": optim.TracePenalty(1e-4, estimator=Hutchinson(2))}, 4, 12, 8),
     "frobenius and trace penalty": Rule(
-        {"penalty": FrobeniusTracePenalty(1e-3, 1e-4, estimator="gauss_newton")}, 0, 3, 1
+        {"penalty": optim.FrobeniusTracePenalty(1e-3, 1e-4, estimator="gauss_newton")}, 0, 3, 1
     ),
-    "awp and frobenius": Rule({"perturbation": AWP(0.02), "penalty": FROBENIUS}, 1, 1, is_random=False),
-    "wci and frobenius": Rule({"perturbation": WCIPosterior(0.5), "penalty": FROBENIUS}, 1, 1),
-    "awp and wci penalty": Rule({"perturbation": AWP(0.02), "penalty": GAUSS_NEWTON}, 1, 4, 2),
+    "awp and frobenius": Rule({"perturbation": optim.AWP(0.02), "penalty": FROBENIUS}, 1, 1, is_random=False),
+    "wci and frobenius": Rule({"perturbation": optim.WCIPosterior(0.5), "penalty": FROBENIUS}, 1, 1),
+    "awp and wci penalty": Rule({"perturbation": optim.AWP(0.02), "penalty": GAUSS_NEWTON}, 1, 4, 2),
     "sam and wci penalty": Rule(
-        {"perturbation": SAM(0.05), "penalty": GAUSS_NEWTON, "layers": "weights"}, 1, 4, 2
+        {"perturbation": optim.SAM(0.05), "penalty": GAUSS_NEWTON, "layers": "weights"}, 1, 4, 2
     ),
     "rwp and wci penalty": Rule(
-        {"perturbation": RWP(0.05, mixing=1.0), "penalty": GAUSS_NEWTON, "layers": "weights"}, 0, 3, 1
+        {"perturbation": optim.RWP(0.05, mixing=1.0), "penalty": GAUSS_NEWTON, "layers": "weights"}, 0, 3, 1
     ),
 }
 
 # Everything that must change nothing: strengths at zero, monitors, and rules whose time has not come.
 IDLE: dict[str, dict] = {
     "no rule": {},
-    "monitor wci": {"penalty": WCIPenalty(0.0)},
-    "monitor by two_point": {"penalty": WCIPenalty(0.0, estimator="two_point")},
-    "monitor by hutchinson": {"penalty": WCIPenalty(0.0, estimator=Hutchinson(2))},
-    "monitor by top_layer": {"penalty": WCIPenalty(0.0, estimator="top_layer")},
-    "monitor trace": {"penalty": TracePenalty()},
-    "monitor both": {"penalty": FrobeniusTracePenalty()},
-    "frobenius 0": {"penalty": FrobeniusPenalty()},
-    "awp later": {"perturbation": AWP(0.01, LATER)},
-    "vasso later": {"perturbation": VaSSO(schedule=LATER)},
-    "gsam later": {"perturbation": GSAM(schedule=LATER)},
-    "wci later": {"perturbation": WCIPosterior(1.0, schedule=LATER)},
-    "noise later": {"perturbation": UniformNoise(1.0, schedule=LATER)},
-    "rwp later": {"perturbation": RWP(schedule=LATER)},
-    "penalty later": {"penalty": WCIPenalty(0.1, schedule=LATER)},
+    "monitor wci": {"penalty": optim.WCIPenalty(0.0)},
+    "monitor by hutchinson": {"penalty": optim.WCIPenalty(0.0, estimator=Hutchinson(2))},
+    "monitor by top_layer": {"penalty": optim.WCIPenalty(0.0, estimator="top_layer")},
+    "monitor trace": {"penalty": optim.TracePenalty()},
+    "monitor both": {"penalty": optim.FrobeniusTracePenalty()},
+    "frobenius 0": {"penalty": optim.FrobeniusPenalty()},
+    "awp later": {"perturbation": optim.AWP(0.01, LATER)},
+    "vasso later": {"perturbation": optim.VaSSO(schedule=LATER)},
+    "gsam later": {"perturbation": optim.GSAM(schedule=LATER)},
+    "wci later": {"perturbation": optim.WCIPosterior(1.0, schedule=LATER)},
+    "noise later": {"perturbation": optim.UniformNoise(1.0, schedule=LATER)},
+    "rwp later": {"perturbation": optim.RWP(schedule=LATER)},
+    "penalty later": {"penalty": optim.WCIPenalty(0.1, schedule=LATER)},
 }
 
 

@@ -1,10 +1,19 @@
-"""Image files to read, and what is asked of the batches that are read from them."""
+"""Image files to read, streams in memory, and what is asked of the batches that are read from them."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import IterableDataset
+
+from wcitrain.data import Data, load_splits
+
+
+def load(source="digits", **settings):
+    """Open a data set without worker processes."""
+    return load_splits(Data(source, **{"num_workers": 0} | settings))
 
 
 def write_image(path, *, size=(6, 6), seed=0):
@@ -24,6 +33,30 @@ def write_two_classes(root, *, train, test):
                 write_image(path, seed=1000 * c + i + 500 * (split == "test"))
 
 
+class FakeStream(IterableDataset):
+    """Stands in for timm's IterableImageDataset: images of one red value each, endless when training."""
+
+    def __init__(self, is_training=False, seed=0, declared=10, num_images=10, **_):
+        self.reader = SimpleNamespace(num_samples=declared, dist_rank=0, dist_num_replicas=1)
+        self.is_training, self.seed, self.epoch, self.num_images = is_training, seed, 0, num_images
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def set_loader_cfg(self, num_workers=None):
+        pass
+
+    def __iter__(self):
+        order = np.arange(self.num_images)
+        while True:
+            if self.is_training:
+                order = np.random.RandomState((self.seed + self.epoch) % 2**31).permutation(order)
+            for i in order[self.reader.dist_rank :: self.reader.dist_num_replicas]:
+                yield self.transform(Image.new("RGB", (6, 6), (int(i) + 5, 0, 0))), int(i) % 2
+            if not self.is_training:
+                return
+
+
 def assert_equal(batches, others):
     """Bitwise, and not for want of batches."""
     batches, others = list(batches), list(others)
@@ -31,6 +64,16 @@ def assert_equal(batches, others):
     for batch, other in zip(batches, others, strict=True):
         for tensor, expected in zip(batch, other, strict=True):
             assert torch.equal(tensor, expected)
+
+
+def joined(batches):
+    """Return the tensors of several batches as one batch."""
+    return [torch.cat(tensors) for tensors in zip(*batches, strict=True)]
+
+
+def joined_ranks(parts):
+    """Return the batches of all ranks, part by part put together."""
+    return [joined(batches) for batches in zip(*parts, strict=True)]
 
 
 def global_states():

@@ -80,38 +80,6 @@ OBJECTIVE_CASES: dict[str, Case] = {
     ),
 }  # fmt: skip
 
-# An objective whose extra term is switched off, and what is then left of it: (objective, total at x, x_adv).
-ZERO_STRENGTH: dict[str, tuple[Callable, Callable]] = {
-    "trades": (
-        lambda: TRADES(**FEW, beta=0.0),
-        lambda model, x, x_adv, y: nn.functional.cross_entropy(model(x), y),
-    ),
-    "mart": (
-        lambda: MART(**FEW, beta=0.0),
-        lambda model, x, x_adv, y: boosted_cross_entropy(model(x_adv), y),
-    ),
-    "alp": (
-        lambda: ALP(**FEW, weight=0.0),
-        lambda model, x, x_adv, y: nn.functional.cross_entropy(model(torch.cat([x, x_adv])), y.repeat(2)),
-    ),
-    "grad_align": (
-        lambda: GradAlign(LINF, weight=0.0),
-        lambda model, x, x_adv, y: nn.functional.cross_entropy(model(x_adv), y),
-    ),
-    "rotation": (
-        lambda: RotationAT(**FEW, weight=0.0),
-        lambda model, x, x_adv, y: nn.functional.cross_entropy(model(x_adv), y),
-    ),
-    "cure": (
-        lambda: WithInputRegularizer(PGDAT(**FEW), CURE(weight=0.0)),
-        lambda model, x, x_adv, y: nn.functional.cross_entropy(model(x_adv), y),
-    ),
-    "input gradient": (
-        lambda: WithInputRegularizer(PGDAT(**FEW), InputGradient(weight=0.0)),
-        lambda model, x, x_adv, y: nn.functional.cross_entropy(model(x_adv), y),
-    ),
-}  # fmt: skip
-
 
 class TwoHeads(BatchNormNet):
     """BatchNorm and dropout, and a head that tells rotations apart."""
@@ -136,15 +104,6 @@ class SmallNet(nn.Module):
     def forward(self, x: torch.Tensor, head: str = "classes") -> torch.Tensor:
         features = self.activation(self.first(self.scale * x.flatten(1)))
         return self.second(features) if head == "classes" else self.rotation(features)
-
-
-def boosted_cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """MART's BCE, example by example, from its definition."""
-    losses = []
-    for q, label in zip(logits.softmax(1), y, strict=True):
-        wrong = max((q[k] for k in range(len(q)) if k != label), key=lambda value: value.item())
-        losses.append(-q[label].log() - (1.0001 - wrong).log())
-    return torch.stack(losses).mean()
 
 
 def balls_of(objective: object) -> list[ThreatModel]:

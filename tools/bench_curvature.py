@@ -292,7 +292,6 @@ METHODS: dict[str, Callable[[Workload, argparse.Namespace], dict]] = {
 
 PENALTIES = {
     "plain": None,
-    "two_point": WCIPenalty(1e-4, estimator="two_point"),
     "gauss_newton": WCIPenalty(1e-4, estimator="gauss_newton"),
     "gauss_newton, trace alone": "value",
     "hutchinson": WCIPenalty(1e-4, estimator="hutchinson"),

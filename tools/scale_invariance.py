@@ -10,15 +10,13 @@ the Hessian do not.
 import argparse
 import copy
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from wcitrain.images import open_splits
-from wcitrain.measures import MEASURES, Shared, measure
-from wcitrain.measuring_many import settings_by_measure
-from wcitrain.targets import attack_of, find_target, load_model, recipe_of
+from wcitrain.commands.study import Study, settings_by_measure
+from wcitrain.measures import MEASURES, Problem
+from wcitrain.targets import attack_of, open_run
 
 NAMES = ["average_flatness", "worst_flatness", "wci", "hessian_trace", "lambda_max", "sam_sharpness"]
 
@@ -52,15 +50,11 @@ def main() -> int:
     parser.add_argument("--measures", nargs="+", default=NAMES, choices=list(MEASURES), metavar="NAME")
     parser.add_argument("--set", nargs="+", default=[], metavar="MEASURE.SETTING=VALUE")
     options = parser.parse_args()
-    target = find_target(Path(options.run), options.at)
-    recipe = recipe_of(target, None, [])
-    splits = open_splits(recipe)
-    model = load_model(target, recipe, splits)
-    threat, attack = attack_of(recipe, False, None, None, None)
-    num = min(options.examples, len(splits.test))
-    data = [(x, y) for x, y, _ in splits.test.subset(num).batches(100)]
-    settings = settings_by_measure(options.set)
-    shared = Shared(num_examples=num, **attack, image_shape=tuple(data[0][0].shape[1:]))
+    study = Study(measures=options.measures, settings=settings_by_measure(options.set))
+    target = open_run(options.run, options.at, device="cpu")
+    model, images = target.load_model(), target.images("test")
+    data = [(x, y) for x, y, _ in images.subset(min(options.examples, len(images))).batches(100)]
+    attack = attack_of(target.recipe, study)
     models = {factor: scaled(model, factor) for factor in options.factors}
     with torch.no_grad():
         for factor, twin in models.items():
@@ -69,9 +63,9 @@ def main() -> int:
                 raise ValueError(f"factor {factor:g}: logits change by {change:.2g}; expected no change.")
     print("| measure | " + " | ".join(f"x{factor:g}" for factor in models) + " |")
     print("| --- |" + " ---: |" * len(models))
-    for name in options.measures:
-        found = [measure(name, twin, data, threat, shared, settings.get(name)) for twin in models.values()]
-        cells = [str(m).removeprefix(name).partition("(")[0].strip() for m in found]
+    for name, measure in study.made().items():
+        taken = [measure.measure(Problem(twin, data, attack)) for twin in models.values()]
+        cells = [str(m).removeprefix(name).partition("(")[0].strip() for m in taken]
         print(f"| `{name}` | " + " | ".join(cells) + " |", flush=True)
     return 0
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wcitrain.data import ImageSet
-from wcitrain.images import open_splits
+from wcitrain.data import ImageSet, load_splits
 from wcitrain.recipe import load_recipe
 
 
@@ -25,7 +24,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, required=True, help="how many to write")
     parser.add_argument("settings", nargs="*", help="key=value overrides of the recipe")
     options = parser.parse_intermixed_args()
-    splits = open_splits(load_recipe(options.recipe, options.settings))
+    splits = load_splits(load_recipe(options.recipe, options.settings).data)
     train, val = splits.train, splits.val
     are_sets = isinstance(train, ImageSet) and isinstance(val, ImageSet)
     if not are_sets or train.decoder.source is not val.decoder.source:

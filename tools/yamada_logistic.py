@@ -17,12 +17,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from logistic import RobustLogistic
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -30,18 +32,10 @@ from pydantic import AfterValidator, Field
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from wcitrain.measures.logistic import (
-    fit_logistic,
-    largest_eps,
-    logistic_curvature,
-    logistic_loss,
-    normalised_rise,
-    random_noise,
-)
 from wcitrain.method import NonNegative, Positive, PositiveCount, Text
 from wcitrain.recipe.reading import read_yaml
 from wcitrain.recipe.sections import Section
-from wcitrain.report.runs import COLOURS, MARKERS
+from wcitrain.report.drawing import MARKERS, SERIES
 from wcitrain.seeding import generator_from
 
 INK = "#333333"
@@ -167,33 +161,27 @@ def _read_idx(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 def measure(
-    found: Examples, eps: float, norm: Any, training: str, study: Study, seed: int
+    examples: Examples, eps: float, norm: Any, training: str, study: Study, seed: int
 ) -> dict[str, float]:
     """Train and measure once."""
-    x, y, x_test, y_test = found
-    radius = eps
+    problem = RobustLogistic(examples.x, examples.y, eps, norm)
     if training == "noise":
-        x, y = random_noise(x, y, eps, norm, num_draws=study.noise_draws, seed=seed)
-        radius = 0.0
-    w = fit_logistic(x, y, radius, norm, weight_decay=study.weight_decay)
-    curvature = logistic_curvature(w, x, y, radius, norm)
-    rise = normalised_rise(
-        lambda v: logistic_loss(v, x, y, radius, norm), w, num_directions=study.directions, seed=seed
-    )
-    ahead = y_test * (x_test @ w)
+        problem = problem.noisy(num_draws=study.noise_draws, seed=seed)
+    w = problem.fit(weight_decay=study.weight_decay)
+    ahead = examples.y_test * (examples.x_test @ w)
     reach = eps * float(w.norm() if norm == "l2" else w.abs().sum())
     return {
-        "loss": curvature.loss,
-        "weight_norm": curvature.norm,
-        "lambda_max": curvature.lambda_max,
-        "trace": curvature.trace,
-        "fixed_trace": curvature.fixed_trace,
-        "wci": curvature.wci,
-        "rise": rise,
+        **asdict(problem.curvature(w)),
+        "rise": problem.rise(w, num_directions=study.directions, seed=seed),
         "test_error": float((ahead <= 0).double().mean()),
         "robust_test_error": float((ahead <= reach).double().mean()),
         "num_weights": int((w != 0).sum()),
     }
+
+
+def largest_eps(examples: Examples, norm: Any) -> float:
+    """Return the radius from which on no weights are best."""
+    return RobustLogistic(examples.x, examples.y, norm=norm).largest_eps()
 
 
 def run(study: Study) -> list[dict[str, Any]]:
@@ -205,23 +193,23 @@ def run(study: Study) -> list[dict[str, Any]]:
             continue
         loaded[name] = [load(data, seed) for seed in study.seeds]
         for norm in NORMS:
-            limit = min(largest_eps(found.x, found.y, norm) for found in loaded[name])  # type: ignore[arg-type]
+            limit = min(largest_eps(examples, norm) for examples in loaded[name])
             if getattr(data, norm)[-1] >= limit:
                 raise ValueError(
                     f"{name}.{norm}: got eps={getattr(data, norm)[-1]:g}; expected less than {limit:.4g}, "
                     "from where on w = 0 is best. Shorten the grid."
                 )
     rows = []
-    for name, examples in loaded.items():
+    for name, sets in loaded.items():
         for norm in NORMS:
-            for found, seed in zip(examples, study.seeds, strict=True):
-                limit = largest_eps(found.x, found.y, norm)  # type: ignore[arg-type]
+            for examples, seed in zip(sets, study.seeds, strict=True):
+                limit = largest_eps(examples, norm)
                 for eps in getattr(study.datasets[name], norm):
                     for training in ("adversarial", "noise"):
                         if eps == 0 and training == "noise":  # the same problem
                             numbers = rows[-1]["numbers"]
                         else:
-                            numbers = measure(found, eps, norm, training, study, seed)
+                            numbers = measure(examples, eps, norm, training, study, seed)
                         key = {"dataset": name, "norm": norm, "training": training, "eps": eps, "seed": seed}
                         rows.append({**key, "share": eps / limit, "numbers": numbers})
     return rows
@@ -257,7 +245,7 @@ def draw(rows: Sequence[dict[str, Any]], num_seeds: int) -> Figure:
                     where = {"dataset": name, "norm": norm, "training": training}
                     x, values = select(rows, "share", **where).mean(1), select(rows, key, **where)
                     values = 100 * values if is_error else values / values[0]
-                    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+                    colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
                     ax.fill_between(x, values.min(1), values.max(1), color=colour, alpha=0.15, linewidth=0)
                     face = colour if training == "adversarial" else "white"
                     ax.plot(
@@ -280,7 +268,7 @@ def draw(rows: Sequence[dict[str, Any]], num_seeds: int) -> Figure:
                 ax.yaxis.set_minor_formatter(NullFormatter())
             ax.set_xlabel("eps / largest useful eps", fontsize=11, color=INK)
         line[0].set_ylabel(f"{NORMS[norm]} threat", fontsize=13, color=INK)
-    styles = [(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], name) for i, name in enumerate(names)]
+    styles = [(SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)], name) for i, name in enumerate(names)]
     handles = [
         *(Line2D([], [], color=c, marker=m, label=name, linewidth=1.8) for c, m, name in styles),
         Line2D([], [], color=INK, label=f"adversarial training (mean and range of {num_seeds} seeds)"),

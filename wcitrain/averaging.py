@@ -30,17 +30,21 @@ class Averaging(Method):
 
 @method
 class EMA(Averaging):
-    """Exponential moving average: w̄ ← decay · w̄ + (1 − decay) · w after every optimizer step.
+    """Exponential moving average of the weights after every optimizer step.
 
-    After the first two steps w̄ is w itself. Running statistics are averaged alike, counters copied.
+        w̄ ← decay · w̄ + (1 − decay) · w,    w̄ = w after the first two steps                               (1)
+
+    Running statistics are averaged alike, counters copied.
     """
 
     decay: InnerShare = Field(default=0.999, description="Decay per step of the averaged weights, in (0, 1).")
     label: ClassVar[str] = "EMA {decay:g}"
+    source: ClassVar[str] = "Polyak, Juditsky 1992, with exponential weights"
+    cost: ClassVar[str] = "no pass; one more copy of the model"
 
     @torch.no_grad()
     def after_step(self, average: nn.Module, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimizer step ``step`` (0-based)."""
+        """Apply (1)."""
         decay = self.decay if step > 1 else 0.0
         means, values = average.state_dict().values(), model.state_dict().values()
         for mean, value in zip(means, values, strict=True):
@@ -52,18 +56,22 @@ class EMA(Averaging):
 
 @method
 class SWA(Averaging):
-    """Stochastic weight averaging (Izmailov et al., 1803.05407): the equal mean over ends of epochs.
+    """Stochastic weight averaging: the equal mean of the weights at the ends of epochs.
 
-        w̄ = (1/n) Σ_{t > start} w_t                                                                       (1)
+        w̄ = (1/n) Σ_{t > start} w_t                                                                       (2)
 
     over the n epochs after ``start_epoch``; before, it is the weights themselves.
     """
 
     start_epoch: Count = Field(description="Epochs before the first sample; then one sample an epoch.")
     label: ClassVar[str] = "SWA"
+    source: ClassVar[str] = "Izmailov et al., arXiv 1803.05407"
+    cost: ClassVar[str] = (
+        "training passes over evaluation.train_size images an epoch; one more copy of the model"
+    )
 
     def after_epoch(self, average: nn.Module, model: nn.Module, epoch: int, passes: TrainPasses) -> None:
-        """Take in the weights; statistics are those of ``passes`` once two are averaged."""
+        """Apply (2); statistics are those of ``passes`` once two are averaged."""
         n = epoch - self.start_epoch
         if n <= 1:
             average.load_state_dict(model.state_dict())

@@ -6,12 +6,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from wcitrain.data import Splits
-from wcitrain.models import Classifier, create_model
+from wcitrain.data import Images, ImageSet, MixedSet, Splits, load_extra, pseudo_label
+from wcitrain.models import Classifier, create_model, load_exported
 from wcitrain.objectives import Objective, WithInputRegularizer
 from wcitrain.optim import RegularizedOptimizer
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import seed_from
+
+
+def open_training_set(
+    recipe: Recipe, splits: Splits, device: torch.device, *, is_talking: bool = True
+) -> Images:
+    """Return what training draws its batches from: training images, the recipe's extra ones among them."""
+    train, extra, noise = splits.train, recipe.extra, recipe.label_noise
+    recipe.augment.check(splits.shape)
+    if not train.can_shuffle and noise.share and not noise.resample:
+        text = "got false with images that are read front to back and have no places; expected true."
+        raise ValueError(f"label_noise.resample: {text} Change it, or use another data source.")
+    if extra.path is None:
+        return train
+    if not isinstance(train, ImageSet):
+        text = f"got {extra.path} with {recipe.data.name}, which is read front to back; expected null."
+        raise ValueError(f"extra.path: {text} Remove extra, or use another data source.")
+    images = load_extra(extra, recipe.data, splits)
+    if extra.labeler is not None:
+        images, confidence = pseudo_label(images, load_exported(extra.labeler).to(device), device)
+        counts = torch.bincount(images.y, minlength=splits.num_classes).tolist()
+        if is_talking:
+            text = f"mean confidence {confidence:.2f}, {counts} images a class"
+            print(f"pseudo-labels of {len(images)} extra images: {text}", flush=True)
+    return MixedSet(train, images, extra.fraction)
 
 
 def initial_model(recipe: Recipe, splits: Splits) -> Classifier:

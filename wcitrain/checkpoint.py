@@ -8,11 +8,9 @@ A checkpoint is a folder of two files. ``tensors.safetensors`` holds every tenso
     best/       the best by validation
 
 What JSON cannot say is written as an object with one key that starts with "$":
-``{"$tuple": [..]}``, ``{"$dict": [[key, value], ..]}``, ``{"$float": "nan"}``, ``{"$dtype": "float32"}``,
-``{"$tensor": "its place"}``.
+``{"$tuple": [..]}``, ``{"$dict": [[key, value], ..]}``, ``{"$float": "nan"}``, ``{"$tensor": "its place"}``.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -27,23 +25,19 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from wcitrain import files
+
 FORMAT = 1  # raised when a reader of the old format would misread the new one
-TENSORS = "tensors.safetensors"
-STATE = "state.json"
+TENSORS, STATE = "tensors.safetensors", "state.json"
 
 # Every checkpoint by name, and where the one it replaces stands meanwhile. Only `previous` is kept.
 OLDER = {"last": "previous", "best": ".best.replaced"}
 
-# The dtypes that safetensors writes and torch copies, whatever their versions.
-DTYPES = frozenset({
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
-    torch.bool,
-})  # fmt: skip
-
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none that is intact could be read."""
+
+    exit_status = 1
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], name: str = "last") -> None:
@@ -51,80 +45,57 @@ def save_checkpoint(folder: Path, state: dict[str, Any], name: str = "last") -> 
 
     The new checkpoint is written and synced beside the old one, then takes its place by renames. An intact
     ``last`` becomes ``previous``; a damaged one is dropped, so that it never pushes out an intact
-    ``previous``. ``best`` replaces the former ``best``. One process writes; needs about twice the size of the
-    tensors in host memory.
+    ``previous``. One process writes; needs about twice the size of the tensors in host memory.
 
-    Args:
-        folder: Where a run keeps its checkpoints, e.g. ``runs/x/checkpoints``; made when missing.
-        state: Any tree of dict (str or int keys), list, tuple, None, bool, int, float, str and dense tensors.
-            Types, dtypes and bits come back exactly, except that tensors come back on the CPU, contiguous and
-            without a gradient, tensors that shared memory come back as copies, and an ``OrderedDict`` comes
-            back as a ``dict``.
-        name: ``"last"`` or ``"best"``.
+    ``state`` is any tree of dict (str or int keys), list, tuple, None, bool, int, float, str and dense
+    tensors. Types, dtypes and bits come back exactly, except that tensors come back on the CPU, contiguous,
+    apart from each other and without a gradient, and an ``OrderedDict`` as a ``dict``.
 
     Raises:
         TypeError: A value cannot be saved; the message names its place. Nothing has been written.
         CheckpointError: The disk refused, e.g. because it is full. The earlier checkpoints are untouched.
     """
-    _check_name(name)
+    newest, older, partial = folder / name, folder / OLDER[name], folder / f".{name}.partial"
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(state, "", tensors)
     tensor_bytes = safetensors.torch.save(tensors)
     document = {"format": FORMAT, "tensors_digest": _digest(tensor_bytes), "state": tree}
     document["digest"] = _digest(_canonical(document))
-    files = {TENSORS: tensor_bytes, STATE: _canonical(document)}
-
-    partial = folder / f".{name}.partial"
+    contents = {TENSORS: tensor_bytes, STATE: _canonical(document)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".*.partial"):  # left by a process that was killed
             shutil.rmtree(stale)
         partial.mkdir()
-        for filename, content in files.items():
-            _write(partial / filename, content)
-        _sync_folder(partial)
-        _swap_in(partial, folder / name, folder / OLDER[name])
+        for filename, content in contents.items():
+            files.write(partial / filename, content)
+        files.sync_folder(partial)
+        _swap_in(partial, newest, older)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _disk_error(folder / name, error, sum(map(len, files.values()))) from error
+        raise _disk_error(newest, contents, error) from error
 
 
 def load_checkpoint(folder: Path, name: str = "last") -> tuple[dict[str, Any], Path]:
     """Read the newest intact checkpoint: ``folder/last``, or with a warning ``folder/previous``.
 
-    Args:
-        folder: The folder that was given to ``save_checkpoint``.
-        name: ``"last"`` or ``"best"``.
-
-    Returns:
-        The state, with all tensors on the CPU, and the folder it was read from.
-
-    Warns:
-        UserWarning: The newest checkpoint is missing or damaged and an older one is used; says why and its
-            epoch (the value of ``state["epoch"]``).
-
-    Raises:
-        CheckpointError: Neither is intact; gives both reasons.
+    Returns the state, with all tensors on the CPU, and the folder it was read from; raises
+    ``CheckpointError`` with both reasons where neither is intact.
     """
-    _check_name(name)
-    newest, older = folder / name, folder / OLDER[name]
-    try:
-        return _read(newest), newest
-    except CheckpointError as error:
-        reason = str(error)
-    try:
-        state = _read(older)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"load_checkpoint({newest}): got {reason}, and {error}; expected one intact checkpoint. "
-            "Restore the folder from a copy, or start the run anew in another folder."
-        ) from error
-    warnings.warn(
-        f"load_checkpoint({newest}): got {reason}; expected an intact checkpoint. "
-        f"Going on from {older} (epoch {state.get('epoch', 'unknown')}).",
-        stacklevel=2,
-    )
-    return state, older
+    where, reasons = f"load_checkpoint({folder / name})", []
+    for source in (folder / name, folder / OLDER[name]):
+        try:
+            state = _read(source)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        if reasons:
+            text = f"{where}: got {reasons[0]}; expected an intact checkpoint."
+            advice = f"Going on from {source} (epoch {state.get('epoch', 'unknown')})."
+            warnings.warn(f"{text} {advice}", stacklevel=2)
+        return state, source
+    text = f"{where}: got {', and '.join(reasons)}; expected one intact checkpoint."
+    raise CheckpointError(f"{text} Restore the folder from a copy, or start the run anew in another folder.")
 
 
 def save_exported_model(
@@ -132,45 +103,28 @@ def save_exported_model(
 ) -> Path:
     """Write weights that ``timm.create_model(..., checkpoint_path=...)`` loads, and what is known about them.
 
-    ``model.safetensors`` carries the metadata in its header too, so each file is replaced atomically on its
-    own and a crash between the two leaves nothing that misleads. Its path is returned.
-
-    Args:
-        folder: e.g. ``runs/x/model``; made when missing.
-        state_dict: The weights, under the names the timm model gives them.
-        metadata: Plain text by name, e.g. architecture and accuracies; also written to ``metadata.json``.
+    ``model.safetensors``, whose path is returned, carries the content of ``metadata.json`` in its header too,
+    so a crash between the two files leaves nothing that misleads.
 
     Raises:
-        TypeError: A value cannot be saved; the message names its place. Nothing has been written.
-        CheckpointError: The disk refused, e.g. because it is full. An earlier export is untouched.
+        TypeError: A tensor cannot be saved; the message names it. Nothing has been written.
+        CheckpointError: The disk refused, e.g. because it is full.
     """
-    for key, value in metadata.items():
-        if type(value) is not str:
-            raise TypeError(
-                f"metadata{_step(key)}: got a {_type_name(value)}; expected a str. Convert it with str()."
-            )
     tensors = {key: _copy(value, f"state_dict{_step(key)}") for key, value in state_dict.items()}
-    files = {
+    contents = {
         "model.safetensors": safetensors.torch.save(tensors, {"format": "pt", **metadata}),
         "metadata.json": json.dumps(metadata, indent=2).encode(),
     }
-    partial = {filename: folder / f".{filename}.partial" for filename in files}
+    path = folder / "model.safetensors"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for filename, content in files.items():
-            _write(partial[filename], content)
-        for filename in files:
-            os.replace(partial[filename], folder / filename)
-        _sync_folder(folder)
+        for filename, content in contents.items():
+            files.replace(folder / filename, content)
     except OSError as error:
-        for path in partial.values():
-            with contextlib.suppress(OSError):
-                path.unlink()
-        raise _disk_error(folder / "model.safetensors", error, sum(map(len, files.values()))) from error
-    return folder / "model.safetensors"
+        raise _disk_error(path, contents, error) from error
+    return path
 
 
-# The tree and its JSON form.
+# ---- the tree and its JSON form ----------------------------------------------------------------------------
 
 
 def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -180,32 +134,21 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         return value
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
-    if isinstance(value, torch.dtype):
-        return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.Tensor):
         tensors[place] = _copy(value, place)
         return {"$tensor": place}
     if kind in (list, tuple):
         items = [_encode(item, f"{place}[{index}]", tensors) for index, item in enumerate(value)]
         return items if kind is list else {"$tuple": items}
-    if kind in (dict, OrderedDict):
-        for key in value:
-            if type(key) not in (str, int):
-                raise TypeError(
-                    f"{place or 'state'}: got the key {key!r}, a {_type_name(key)}; expected str or int "
-                    "keys. Rename the key before saving."
-                )
-        pairs = [
-            (key, _encode(item, (place + _step(key)).removeprefix("."), tensors))
-            for key, item in value.items()
-        ]
-        is_plain = all(type(key) is str and not key.startswith("$") for key, _ in pairs)
-        return dict(pairs) if is_plain else {"$dict": [list(pair) for pair in pairs]}
-    raise TypeError(
-        f"{place or 'state'}: got a {_type_name(value)}; expected None, bool, int, float, str, a tensor, or "
-        "a dict, list or tuple of these. Convert it before saving, e.g. with float(), .tolist() or "
-        "torch.from_numpy()."
-    )
+    if kind not in (dict, OrderedDict):
+        raise _unsavable(place, f"a {_type_name(value)}")
+    pairs = []
+    for key, item in value.items():
+        if type(key) not in (str, int):
+            raise _unsavable(place, f"the key {key!r}, a {_type_name(key)}")
+        pairs.append([key, _encode(item, (place + _step(key)).removeprefix("."), tensors)])
+    is_plain = all(type(key) is str and not key.startswith("$") for key, _ in pairs)
+    return dict(pairs) if is_plain else {"$dict": pairs}
 
 
 def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -218,39 +161,36 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     content: Any = value.get(tag)
     if tag == "$float":
         return float(content)
-    if tag == "$dtype":
-        return getattr(torch, content)
     if tag == "$tensor":
         return tensors[content]
     if tag == "$tuple":
         return tuple(_decode(item, tensors) for item in content)
-    if tag == "$dict":
-        return {key: _decode(item, tensors) for key, item in content}
-    return {key: _decode(item, tensors) for key, item in value.items()}
+    pairs = content if tag == "$dict" else value.items()
+    return {key: _decode(item, tensors) for key, item in pairs}
 
 
 def _step(key: str | int) -> str:
     """Return how ``key`` continues a place: ``.name`` or ``[...]``; two places never share a spelling."""
     # safetensors keeps the tensor name "__metadata__" for itself.
-    return (
-        f".{key}" if isinstance(key, str) and key.isidentifier() and key != "__metadata__" else f"[{key!r}]"
-    )
+    is_plain = isinstance(key, str) and key.isidentifier() and key != "__metadata__"
+    return f".{key}" if is_plain else f"[{key!r}]"
 
 
 def _copy(tensor: Any, place: str) -> torch.Tensor:
     """Return an independent, contiguous copy on the CPU; refuse what a safetensors file cannot hold."""
     # Subclasses (DTensor, fake tensors, ...) are more than their numbers; a Parameter is not.
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        raise TypeError(
-            f"{place}: got a {_type_name(tensor)}; expected a plain tensor. Convert it before saving."
-        )
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
-        raise TypeError(
-            f"{place}: got a {tensor.dtype} tensor ({tensor.layout}, on {tensor.device}); expected a dense "
-            "tensor of a real dtype that safetensors can hold. Convert it before saving, e.g. with "
-            "torch.view_as_real()."
-        )
+        raise _unsavable(place, f"a {_type_name(tensor)}")
+    is_dense = tensor.layout is torch.strided and not tensor.is_meta
+    if not is_dense or tensor.is_complex() or tensor.is_quantized:
+        raise _unsavable(place, f"a {tensor.dtype} tensor ({tensor.layout}, on {tensor.device})")
     return tensor.detach().resolve_neg().to("cpu", memory_format=torch.contiguous_format, copy=True)
+
+
+def _unsavable(place: str, got: str) -> TypeError:
+    """Return the error for a value that would not come back as it was."""
+    rule = "None, bool, int, float, str, a dense real tensor, or a list, tuple or dict (keys: str, int)"
+    return TypeError(f"{place or 'state'}: got {got}; expected {rule} of these. Convert it before saving.")
 
 
 def _type_name(value: object) -> str:
@@ -259,37 +199,33 @@ def _type_name(value: object) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-# The files.
+# ---- the files ---------------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the state in the checkpoint folder ``path``; ``CheckpointError`` says what is wrong with it."""
     if not path.is_dir():
         raise CheckpointError(f"{path.name}: missing")
-    content = {}
+    contents = {}
     for filename in (STATE, TENSORS):
         try:
-            content[filename] = (path / filename).read_bytes()
-        except FileNotFoundError:
-            raise CheckpointError(f"{path.name}/{filename}: missing") from None
+            contents[filename] = (path / filename).read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{path.name}/{filename}: unreadable ({error})") from error
+            reason = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
+            raise CheckpointError(f"{path.name}/{filename}: {reason}") from error
     try:
-        document = json.loads(content[STATE])
-        is_intact = isinstance(document, dict) and document.pop("digest", None) == _digest(
-            _canonical(document)
-        )
-    except ValueError:
-        raise CheckpointError(f"{path.name}/{STATE}: damaged: not JSON") from None
+        document = json.loads(contents[STATE])
+        is_intact = document.pop("digest") == _digest(_canonical(document))
+    except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, or not an object with a digest
+        is_intact = False
     if not is_intact:
         raise CheckpointError(f"{path.name}/{STATE}: damaged: digest differs")
-    if (version := document["format"]) != FORMAT:
-        raise CheckpointError(
-            f"{path.name}/{STATE}: written in format {version}, this version reads {FORMAT}"
-        )
-    if document["tensors_digest"] != _digest(content[TENSORS]):
+    if (written := document["format"]) != FORMAT:
+        text = f"written in format {written}, this version reads {FORMAT}"
+        raise CheckpointError(f"{path.name}/{STATE}: {text}")
+    if document["tensors_digest"] != _digest(contents[TENSORS]):
         raise CheckpointError(f"{path.name}/{TENSORS}: damaged: digest differs")
-    return _decode(document["state"], safetensors.torch.load(content[TENSORS]))
+    return _decode(document["state"], safetensors.torch.load(contents[TENSORS]))
 
 
 def _swap_in(partial: Path, newest: Path, older: Path) -> None:
@@ -304,49 +240,20 @@ def _swap_in(partial: Path, newest: Path, older: Path) -> None:
             if older.exists():
                 shutil.rmtree(older)
             os.rename(newest, older)
-            _sync_folder(folder)
+            files.sync_folder(folder)
     os.rename(partial, newest)
-    _sync_folder(folder)
+    files.sync_folder(folder)
     if older.name != "previous" and older.exists():
         shutil.rmtree(older)
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write ``content`` through to the disk and check that it arrived."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if (size := path.stat().st_size) != len(content):
-        raise OSError(f"{path.name} has {size} bytes after writing {len(content)}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable; syncing a file alone does not."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _disk_error(target: Path, error: OSError, num_bytes: int) -> CheckpointError:
+def _disk_error(target: Path, contents: Mapping[str, bytes], error: OSError) -> CheckpointError:
     """Return the error that says where, how much was needed, how much is free, and what to do."""
     existing = next(parent for parent in target.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    return CheckpointError(
-        f"{target}: got {type(error).__name__} ({error}); expected to write {num_bytes / 1e6:.1f} MB, "
-        f"{free / 1e6:.1f} MB are free. Free some space or check the permissions, then resume: "
-        "what was saved before is untouched."
-    )
-
-
-def _check_name(name: str) -> None:
-    """Refuse a name that is not in ``OLDER``."""
-    if name not in OLDER:
-        raise ValueError(
-            f"name: got {name!r}; expected one of {', '.join(map(repr, OLDER))}. Choose one of these."
-        )
+    needed, free = sum(map(len, contents.values())), shutil.disk_usage(existing).free
+    rule = f"expected to write {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+    advice = "Free some space or check the permissions, then resume: what was saved before is untouched."
+    return CheckpointError(f"{target}: got {type(error).__name__} ({error}); {rule}. {advice}")
 
 
 def _digest(content: bytes) -> str:

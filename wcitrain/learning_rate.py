@@ -15,28 +15,41 @@ FinalFraction = Annotated[Share, Field(description="Last rate over the peak rate
 
 
 class Schedule(Method):
-    """A learning rate as a function of time alone."""
+    """A learning rate as a function of time alone: a shape, times a linear rise from 0 over the warm-up.
+
+    factor = shape(e) · min(1, e / w)                                                                  (1)
+    """
+
+    warmup_epochs: float = 0.0
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """Return the rate at a fractional ``epoch`` of ``epochs``, as a share of the peak rate."""
+        """Return (1), the rate at a fractional ``epoch`` of ``epochs``, as a share of the peak rate."""
+        shape = self.shape(epoch, epochs)
+        return shape * min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else shape
+
+    def shape(self, epoch: float, epochs: int) -> float:
+        """Return the share of the peak rate without the warm-up."""
         raise NotImplementedError
 
 
 @method
 class Constant(Schedule):
-    """One rate: factor = min(1, e / w)."""
+    """One rate, after a linear warm-up."""
 
     warmup_epochs: Warmup = 0.0
     label: ClassVar[str] = "constant rate"
 
-    def factor(self, epoch: float, epochs: int) -> float:
-        """Return 1, or less in the warm-up."""
-        return _risen(1.0, epoch, self.warmup_epochs)
+    def shape(self, epoch: float, epochs: int) -> float:
+        """Return 1."""
+        return 1.0
 
 
 @method
 class Piecewise(Schedule):
-    """Drops at given epochs: factor = γ^(number of milestones <= e) · min(1, e / w)."""
+    """Drops by a factor at given epochs.
+
+    shape = γ^(number of milestones <= e)                                                              (2)
+    """
 
     milestones: Annotated[tuple[NonNegative, ...], Field(strict=False)] = Field(
         default=(), description="Epochs after which the rate drops."
@@ -50,40 +63,44 @@ class Piecewise(Schedule):
         if marks != sorted(set(marks)):
             refuse("milestones", f"got {marks}; expected increasing epochs. Sort them.")
 
-    def factor(self, epoch: float, epochs: int) -> float:
-        """Return one factor γ for each milestone that is over."""
-        drops = sum(epoch >= milestone for milestone in self.milestones)
-        return _risen(self.gamma**drops, epoch, self.warmup_epochs)
+    def shape(self, epoch: float, epochs: int) -> float:
+        """Return (2)."""
+        return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
 
 
 @method
 class Cosine(Schedule):
-    """Half a cosine after the warm-up.
+    """Half a cosine from the end of the warm-up to the last epoch.
 
-    factor = (r + (1 - r) (1 + cos πs) / 2) · min(1, e / w),    s = (e - w) / (E - w) cut to [0, 1].
+    shape = r + (1 - r) (1 + cos πs) / 2,    s = (e - w) / (E - w) cut to [0, 1]                       (3)
     """
 
     final_fraction: FinalFraction = 0.0
     warmup_epochs: Warmup = 0.0
     label: ClassVar[str] = "cosine rate"
+    source: ClassVar[str] = "Loshchilov, Hutter, arXiv 1608.03983, eq. 5, without restarts"
 
-    def factor(self, epoch: float, epochs: int) -> float:
-        """Return the cosine's value, or less in the warm-up."""
+    def shape(self, epoch: float, epochs: int) -> float:
+        """Return (3)."""
         share = (epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9)
         cosine = (1 + math.cos(math.pi * min(1.0, max(0.0, share)))) / 2
-        return _risen(self.final_fraction + (1 - self.final_fraction) * cosine, epoch, self.warmup_epochs)
+        return self.final_fraction + (1 - self.final_fraction) * cosine
 
 
 @method
 class OneCycle(Schedule):
-    """A linear rise and fall: factor = e / p before the peak p, then r + (1 - r) (E - e) / (E - p)."""
+    """A linear rise to a peak epoch p and a linear fall.
+
+    shape = e / p before p, then r + (1 - r) (E - e) / (E - p)                                         (4)
+    """
 
     peak_epoch: Positive | None = Field(default=None, description="Epochs until the peak; null: 40 % of all.")
     final_fraction: FinalFraction = 0.0
     label: ClassVar[str] = "one-cycle rate"
+    source: ClassVar[str] = "Smith, Topin, arXiv 1708.07120, with straight lines"
 
-    def factor(self, epoch: float, epochs: int) -> float:
-        """Return the height on the rise or on the fall."""
+    def shape(self, epoch: float, epochs: int) -> float:
+        """Return (4)."""
         peak = self.peak_epoch or 0.4 * epochs
         if epoch < peak:
             return epoch / peak
@@ -96,8 +113,3 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "cosine": Cosine,
     "one_cycle": OneCycle,
 }
-
-
-def _risen(factor: float, epoch: float, warmup_epochs: float) -> float:
-    """Return ``factor`` with the linear rise over the warm-up."""
-    return factor * min(1.0, epoch / warmup_epochs) if warmup_epochs else factor

@@ -1,4 +1,4 @@
-"""What a method is: one frozen class that is the Python constructor and the recipe section alike.
+"""What a method is: one frozen class, the Python constructor and the recipe section alike.
 
     @method
     class AWP(Ascent):
@@ -31,6 +31,8 @@ class Method:
     """Base of the methods: ``str`` gives the label, filled with the settings."""
 
     label: ClassVar[str] = ""
+    source: ClassVar[str] = ""  # of its definition, such as "Wu et al., arXiv 2004.05884, eq. 9 to 12"
+    cost: ClassVar[str] = ""  # in passes, such as "1 forward and 1 backward a step"
 
     def __str__(self) -> str:
         return (self.label or type(self).__name__).format(**vars(self))
@@ -65,6 +67,13 @@ class SettingError(ValueError):
         self.key, self.text = key, text
 
 
+def setting(default: Any, meaning: str) -> Any:
+    """Return the field of a setting: its default, or the class to make one of, and what it means."""
+    if isinstance(default, type):
+        return Field(default_factory=default, description=meaning)
+    return Field(default=default, description=meaning)
+
+
 def refuse(key: str, text: str) -> NoReturn:
     """Refuse a setting in ``__post_init__``; ``text`` is ``got ...; expected ... . <what to do>.``"""
     raise SettingError(key, text)
@@ -74,19 +83,13 @@ def refuse(key: str, text: str) -> NoReturn:
 class Choice:
     """A recipe key whose value is one of several methods: ``{name: awp, gamma: 0.02}``, or ``awp`` alone.
 
-        perturbation: Annotated[WeightPerturbation | None, Choice(PERTURBATIONS, can_be_none=True)] = None
-
-    Args:
-        table: The methods by name.
-        can_be_none: ``{name: none}`` stands for None.
-        without: Settings that the recipe says elsewhere: no keys here.
-        fallback: A method for all other names, which it takes as its setting ``name``.
+    perturbation: Annotated[WeightPerturbation | None, Choice(PERTURBATIONS, can_be_none=True)] = None
     """
 
     table: Mapping[str, type]
-    can_be_none: bool = False
-    without: tuple[str, ...] = ()
-    fallback: type | None = None
+    can_be_none: bool = False  # {name: none} stands for None
+    without: tuple[str, ...] = ()  # settings that the recipe says elsewhere: no keys here
+    fallback: type | None = None  # a method for all other names, which it takes as its setting "name"
 
     def kind(self, name: object) -> type | None:
         """Return the method called ``name``."""
@@ -181,7 +184,6 @@ _EXPECTED = {  # rules that read better than pydantic's; the others are its own 
     "unexpected_keyword_argument": "a setting it has",
     "missing": "a value",
     "unexpected_positional_argument": "fewer arguments",
-    "multiple_argument_values": "one value",
 }
 
 
@@ -225,10 +227,10 @@ def _line(cls: type, error: Any) -> str:
 
 
 def fraction_text(value: float) -> str | float:
-    """Return ``"8/255"`` for exactly 8/255, and any other number, whole ones too, as it is."""
+    """Return ``"8/255"`` for exactly 8/255, and any other number, whole ones and 0.2 too, as it is."""
     numerator = round(value * 255)
-    is_fraction = value < 100 and numerator % 255 and numerator / 255 == value
-    return f"{numerator}/255" if is_fraction else value
+    is_short = float(f"{value:.3g}") == value
+    return f"{numerator}/255" if value < 100 and not is_short and numerator / 255 == value else value
 
 
 def _read_fraction(value: Any) -> Any:

@@ -3,7 +3,6 @@
 Importing this module registers PreActResNet-18 in its CIFAR form with timm, as ``preact_resnet18``.
 """
 
-import difflib
 import json
 import warnings
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from timm.models import register_model
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from wcitrain.method import nearest
 from wcitrain.preserve import kept_random_state, undisturbed
 
 
@@ -51,10 +51,8 @@ class Classifier(nn.Module):
         if head == "classes":
             return self.backbone(x)
         if head != "rotation" or self.rotation_head is None:
-            raise ValueError(
-                f"Classifier: got head={head!r}, rotation_head={self.rotation_head}; expected 'classes', or "
-                "'rotation' where there is such a head. create_model(..., rotation_head=True) adds it."
-            )
+            text = f"got head={head!r}, rotation_head={self.rotation_head}; expected 'classes', or 'rotation'"
+            raise ValueError(f"Classifier: {text}. create_model(..., rotation_head=True) adds that head.")
         backbone = cast(Any, self.backbone)
         return self.rotation_head(backbone.forward_head(backbone.forward_features(x), pre_logits=True))
 
@@ -66,7 +64,7 @@ def create_model(
     in_chans: int = 3,
     pretrained: bool = False,
     checkpoint_path: str | None = None,
-    stem: str = "default",
+    stem: Literal["default", "cifar"] = "default",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     rotation_head: bool = False,
@@ -75,71 +73,45 @@ def create_model(
     """Build a timm model (or ``preact_resnet18``) and put its normalisation inside.
 
     Args:
-        name: Anything ``timm.create_model`` opens, tags included (``resnet18.a1_in1k``).
-        num_classes, in_chans: Of the data.
-        pretrained: Let timm download and load its weights.
-        checkpoint_path: A state dict to load instead, as timm reads it.
+        name, pretrained, checkpoint_path, kwargs: For timm, e.g. ``layers=[1, 1, 1, 1]``.
         stem: ``"cifar"`` replaces a timm ResNet's stem by one 3x3 convolution of stride 1, without pooling.
         mean, std: Normalisation; by default of ``pretrained_cfg``, averaged if it has other channels.
-        rotation_head: Add a head that tells four rotations apart, ``model(x, head="rotation")``, for
-            ``objectives.RotationAT``.
-        kwargs: For ``timm.create_model``, e.g. ``layers=[1, 1, 1, 1], channels=[16, 32, 64, 128]``.
+        rotation_head: See ``Classifier``; for ``objectives.RotationAT``.
 
     Raises:
-        ValueError: Unknown name (the nearest are listed), a stem the model does not have, arguments timm
+        ValueError: Unknown name (the nearest is named), a stem the model does not have, arguments timm
             refuses, a normalisation that does not fit ``in_chans``, or a second head without features.
     """
-    is_remote = ":" in name or "/" in name  # hf-hub:..., local-dir:...: timm finds out itself
-    if not is_remote and name.partition(".")[0] not in _known_names():
-        near = difflib.get_close_matches(name, _known_names(), n=3, cutoff=0.5)
-        raise ValueError(
-            f"model.name: got {name!r}; expected a timm model. "
-            + (f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them.")
-        )
+    known, is_remote = timm.list_models(), ":" in name or "/" in name  # hf-hub:...: timm finds out itself
+    if not is_remote and name.partition(".")[0] not in known:
+        near = nearest(name, known, cutoff=0.5)
+        advice = f"Did you mean {near}?" if near else "timm.list_models() lists them."
+        raise ValueError(f"model.name: got {name!r}; expected a timm model. {advice}")
     if stem not in ("default", "cifar"):
         raise ValueError(f"model.stem: got {stem!r}; expected 'default' or 'cifar'. Choose one of the two.")
     if stem == "cifar" and pretrained:
-        warnings.warn(
-            "model.stem: cifar replaces the pretrained stem by a fresh 3x3 convolution",
-            UserWarning,
-            stacklevel=2,
-        )
+        warnings.warn("model.stem: cifar replaces the pretrained stem by a fresh convolution", stacklevel=2)
     try:
-        backbone = timm.create_model(
-            name,
-            pretrained=pretrained,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            checkpoint_path="" if stem == "cifar" else checkpoint_path or "",
-            **kwargs,
-        )
+        sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+        backbone = timm.create_model(name, pretrained=pretrained, **sizes, **kwargs)
         if stem == "cifar":
             _use_cifar_stem(backbone, name, in_chans)
-            if checkpoint_path:
-                timm.models.load_checkpoint(backbone, checkpoint_path)
+        if checkpoint_path:
+            timm.models.load_checkpoint(backbone, checkpoint_path)
     except (TypeError, ValueError, RuntimeError, OSError, KeyError, AssertionError) as error:
-        raise ValueError(
-            f"model: timm could not build {name!r} with pretrained={pretrained}, "
-            f"checkpoint_path={checkpoint_path!r}, kwargs={kwargs}: {error}"
-        ) from error
+        settings = f"pretrained={pretrained}, checkpoint_path={checkpoint_path!r}, kwargs={kwargs}"
+        raise ValueError(f"model: timm could not build {name!r} with {settings}: {error}") from error
     config = getattr(backbone, "pretrained_cfg", None) or {}
-    return Classifier(
-        backbone,
-        _channels(
-            "mean", mean if mean is not None else config.get("mean", (0.5,)), in_chans, given=mean is not None
-        ),
-        _channels(
-            "std", std if std is not None else config.get("std", (0.5,)), in_chans, given=std is not None
-        ),
-        rotation_head=rotation_head,
-    )
+    means = _channels("mean", mean, config, in_chans)
+    deviations = _channels("std", std, config, in_chans)
+    return Classifier(backbone, means, deviations, rotation_head=rotation_head)
 
 
 def load_exported(folder: str | Path) -> Classifier:
     """Return the model exported under ``model/last`` or ``model/best``, normalisation and stem included.
 
-    (The weights alone also load with ``timm.create_model(..., checkpoint_path=".../model.safetensors")``,
-    unless the stem is ``cifar``, which timm does not build.)
+    The weights alone also load with ``timm.create_model(..., checkpoint_path=".../model.safetensors")``,
+    unless the stem is ``cifar``, which timm does not build.
 
     Raises:
         ValueError: Not a folder that a run exported.
@@ -148,35 +120,21 @@ def load_exported(folder: str | Path) -> Classifier:
     try:
         metadata = json.loads((folder / "metadata.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder}: got {error}; expected an export such as runs/NAME-s0/model/last."
-        ) from error
-    return create_model(
-        metadata["architecture"],
-        num_classes=int(metadata["num_classes"]),
-        in_chans=int(metadata["in_chans"]),
-        checkpoint_path=str(folder / "model.safetensors"),
-        stem=metadata["stem"],
-        mean=json.loads(metadata["mean"]),
-        std=json.loads(metadata["std"]),
-        **json.loads(metadata["kwargs"]),
-    ).eval()
+        text = f"{folder}: got {error}; expected an export such as runs/NAME-s0/model/last."
+        raise ValueError(text) from error
+    keys = ("num_classes", "in_chans", "mean", "std", "kwargs")
+    settings = {key: json.loads(metadata[key]) for key in keys}
+    settings |= settings.pop("kwargs") | {"stem": metadata["stem"]}
+    weights = str(folder / "model.safetensors")
+    return create_model(metadata["architecture"], checkpoint_path=weights, **settings).eval()
 
 
 def try_forward(
-    model: Classifier,
-    in_chans: int,
-    image_size: int | tuple[int, int],
-    num_classes: int,
-    *,
-    trains_on_one: bool = False,
+    model: Classifier, in_chans: int, image_size: int | tuple[int, int], num_classes: int, smallest: int
 ) -> None:
     """Let one black image through, so that a model that does not fit is refused before anything is written.
 
-    Args:
-        model: In float32, on the CPU.
-        in_chans, image_size, num_classes: Of the data.
-        trains_on_one: Some pass in train mode sees a single image.
+    ``model`` is in float32 on the CPU; ``smallest`` counts the images of the smallest pass in train mode.
 
     Raises:
         ValueError: The model fails on images of that size, gives other than [1, num_classes], or has layers
@@ -188,13 +146,12 @@ def try_forward(
         with torch.no_grad(), undisturbed(model, training=False):
             logits = model(image)
     except Exception as error:
-        raise ValueError(
-            f"model.name: the model fails on images of {size[0]}x{size[1]} pixels: {error} Set "
-            "data.image_size, or the model's own size such as model.kwargs.img_size."
-        ) from error
+        text = f"model.name: the model fails on images of {size[0]}x{size[1]} pixels: {error}"
+        advice = "Set data.image_size, or the model's own size such as model.kwargs.img_size."
+        raise ValueError(f"{text} {advice}") from error
     if logits.shape != (1, num_classes):
         raise ValueError(f"model: got outputs of shape {tuple(logits.shape)}; expected (1, {num_classes}).")
-    if trains_on_one:
+    if smallest == 1:
         try:
             with torch.no_grad(), undisturbed(model, training=True), kept_random_state(image.device):
                 model(image)
@@ -211,46 +168,31 @@ def check_channels_last(model: nn.Module, device: torch.device) -> None:
     convolution writes past its workspace if there are fewer input channels than a register holds, 8
     (uxlfoundation/oneDNN#6035): wrong gradients, an endless loop or the end of the process. Other processors
     are refused too, so that a recipe means the same everywhere.
-
-    Raises:
-        ValueError: The device is a CPU and the model has such a layer; the first one is named.
     """
     for name, layer in model.named_modules() if device.type == "cpu" else ():
-        if (
-            isinstance(layer, nn.Conv2d)
-            and layer.kernel_size == (1, 1)
-            and layer.stride != (1, 1)
-            and layer.groups == 1
-            and 1 < layer.in_channels < 8  # one channel has one layout
-        ):
-            raise ValueError(
-                f"train.channels_last: got true on a CPU with {name}, a 1x1 convolution with stride "
-                f"{layer.stride} and {layer.in_channels} input channels; expected at least 8 of them, as its "
-                "gradient would overwrite other memory. Set train.channels_last to false."
-            )
-
-
-def _known_names() -> list[str]:
-    return timm.list_models()
+        if not isinstance(layer, nn.Conv2d) or layer.groups > 1 or layer.stride == (1, 1):
+            continue
+        if layer.kernel_size == (1, 1) and 1 < layer.in_channels < 8:  # one channel has one layout
+            kind = f"a 1x1 convolution with stride {layer.stride} and {layer.in_channels} input channels"
+            rule = "at least 8 of them, as its gradient would overwrite other memory. Set it to false."
+            raise ValueError(f"train.channels_last: got true on a CPU with {name}, {kind}; expected {rule}")
 
 
 def _num_head_features(backbone: nn.Module) -> int:
     """Return how many features ``forward_head(..., pre_logits=True)`` returns."""
     if not (hasattr(backbone, "forward_features") and hasattr(backbone, "forward_head")):
-        raise ValueError(
-            f"model.rotation_head: got a {type(backbone).__name__}; expected a model with timm's "
-            "forward_features and forward_head. Choose another, or write forward(x, head=...) yourself."
-        )
+        rule = "a model with timm's forward_features and forward_head. Choose another."
+        raise ValueError(f"model.rotation_head: got a {type(backbone).__name__}; expected {rule}")
     return int(getattr(backbone, "head_hidden_size", None) or cast(int, backbone.num_features))
 
 
-def _channels(key: str, values: Sequence[float], in_chans: int, *, given: bool) -> list[float]:
-    """Fit a per-channel constant to the data's number of channels."""
+def _channels(key: str, given: Sequence[float] | None, config: dict[str, Any], in_chans: int) -> list[float]:
+    """Return a constant for each channel: as given, or timm's, averaged where it has other channels."""
+    values: Sequence[float] = config.get(key, (0.5,)) if given is None else given
     if len(values) != in_chans:
-        if given and len(values) != 1:
-            raise ValueError(
-                f"model.{key}: got {len(values)} values; expected {in_chans}, one a channel, or a single one."
-            )
+        if given is not None and len(values) != 1:
+            rule = f"{in_chans}, one a channel, or a single one."
+            raise ValueError(f"model.{key}: got {len(values)} values; expected {rule}")
         values = [sum(values) / len(values)] * in_chans
     if key == "std" and min(values) <= 0:
         raise ValueError(f"model.std: got {list(values)}; expected positive numbers. They divide the image.")
@@ -260,10 +202,8 @@ def _channels(key: str, values: Sequence[float], in_chans: int, *, given: bool) 
 def _use_cifar_stem(backbone: nn.Module, name: str, in_chans: int) -> None:
     """Keep small images at full resolution: conv 3x3, stride 1, and no max pooling."""
     if not isinstance(backbone, ResNet):
-        raise ValueError(
-            f"model.stem: got 'cifar' with {name!r}; expected a timm ResNet. Use stem 'default', or kwargs "
-            "of that model such as img_size and patch_size for transformers."
-        )
+        advice = "Use stem 'default', or kwargs of that model such as patch_size for transformers."
+        raise ValueError(f"model.stem: got 'cifar' with {name!r}; expected a timm ResNet. {advice}")
     width = cast(nn.BatchNorm2d, backbone.bn1).num_features
     conv = nn.Conv2d(in_chans, width, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -294,11 +234,8 @@ class PreActResNet(nn.Module):
     """Pre-activation residual network for small images (He et al., arXiv 1603.05027).
 
     The CIFAR form that robust training uses: a 3x3 stem, four stages of two blocks each (strides 1, 2, 2, 2),
-    a last BN-ReLU, global average pooling, linear head.
-
-    Args:
-        num_classes, in_chans: Of the data.
-        width: Channels of the first stage, doubled at each later one. 64: PreActResNet-18, 11.2 M parameters.
+    a last BN-ReLU, global average pooling, linear head. ``width``: channels of the first stage, doubled at
+    each later one; 64 is PreActResNet-18, 11.2 M parameters.
     """
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3, width: int = 64) -> None:
@@ -334,21 +271,15 @@ class PreActResNet(nn.Module):
 
 
 @register_model
-def preact_resnet18(
-    pretrained: bool = False,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: Any = None,
-    cache_dir: Any = None,
-    **kwargs: Any,
-) -> PreActResNet:
+def preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     """PreActResNet-18 for 32x32 images, ``timm.create_model("preact_resnet18")``; no pretrained weights."""
     if pretrained:
-        raise ValueError(
-            "preact_resnet18: got pretrained=True; expected False: no weights are published. Train it."
-        )
+        raise ValueError("preact_resnet18: got pretrained=True; expected False: no weights are published.")
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm's, of pretrained weights
+        kwargs.pop(key, None)
     model = PreActResNet(**kwargs)
-    normalisation = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}
-    model.pretrained_cfg = {**normalisation, "input_size": (3, 32, 32)}  # type: ignore[assignment]
+    config = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD, "input_size": (3, 32, 32)}
+    model.pretrained_cfg = config  # type: ignore[assignment]
     return model
 
 

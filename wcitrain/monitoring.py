@@ -1,4 +1,4 @@
-"""What is measured while a run trains (accuracies, the index, measures by name), and what stops it."""
+"""What is measured while a run trains (accuracies, the index, further measures), and what stops it."""
 
 import math
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wcitrain.attacks import Attack
 from wcitrain.build import step_size
+from wcitrain.data import Images
 from wcitrain.evaluation import AccuracyMeasurement, measure_accuracy
-from wcitrain.images import images_of
-from wcitrain.measures import by_name
-from wcitrain.measures.adversarial import reused_attacks
+from wcitrain.measures import Problem
 from wcitrain.params import select_layers
 from wcitrain.run import DRY_RUN_IMAGES, Run
 from wcitrain.seeding import generator_from
@@ -21,17 +21,17 @@ OVERFITTING_IMAGES = 256  # behind one look for catastrophic overfitting: a stan
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; nothing was stepped on it."""
 
+    exit_status = 1
+
 
 def measure(run: Run, images: Any, *, wci: bool = False) -> AccuracyMeasurement:
     """Evaluate the measured weights on a set with the recipe's evaluation attack."""
-    settings = run.recipe.evaluation
+    settings, restarts = run.recipe.evaluation, run.recipe.evaluation.num_restarts
+    length = step_size(run.recipe, settings)
     return measure_accuracy(
         run.measured,
         images.batches(settings.batch_size, device=run.device),
-        threat=run.recipe.threat,
-        num_steps=settings.num_steps,
-        step_size=step_size(run.recipe, settings),
-        num_restarts=settings.num_restarts,
+        Attack(run.recipe.threat, settings.num_steps, length, num_restarts=restarts),
         seed=run.recipe.seed,
         layers=select_layers(run.measured) if wci else None,  # whatever the method's own layers
         accelerator=run.accelerator,
@@ -49,7 +49,7 @@ def epoch_accuracies(run: Run) -> dict[str, Any]:
 
 
 def regularizer_metrics(run: Run) -> dict[str, float]:
-    """Return what the optimizer wrapper has to log."""
+    """Return what the optimizer wrapper logs."""
     metrics = {}
     for name, value in run.regularizer.metrics().items():
         if name in ("relative_size", "lambda", "curvature/negative"):
@@ -59,37 +59,28 @@ def regularizer_metrics(run: Run) -> dict[str, float]:
     return metrics
 
 
-def measures_by_name(run: Run, num_examples: int) -> dict[str, float]:
+def take_measures(run: Run, num_examples: int) -> dict[str, float]:
     """Take the recipe's measures, functions of the weights and the seed: every process takes them all."""
-    settings, recipe = run.recipe.measures, run.recipe
-    images = images_of(run.splits, settings.split)
+    section, recipe = run.recipe.measures, run.recipe
+    images: Images = getattr(run.splits, section.split)
     subset = images.subset(min(num_examples, len(images)))
-    data = [(x, y) for x, y, _ in subset.batches(min(100, len(subset)), device=run.device)]
-    shared = by_name.Shared(
-        num_examples=num_examples,
-        num_steps=recipe.evaluation.num_steps,
-        step_size=step_size(recipe, recipe.evaluation),
-        seed=recipe.seed,
-        initial=run.initial,
-        image_shape=tuple(data[0][0].shape[1:]),
-    )
+    batches = [(x, y) for x, y, _ in subset.batches(min(100, len(subset)), device=run.device)]
+    # One restart, whatever evaluation.num_restarts says.
+    attack = Attack(recipe.threat, recipe.evaluation.num_steps, step_size(recipe, recipe.evaluation))
+    problem = Problem(run.measured, batches, attack, recipe.seed, num_examples, initial=run.initial)
     metrics: dict[str, float] = {}
-    with reused_attacks(run.measured):
-        for name in settings.names:
-            own = settings.settings.get(name)
-            measurement = by_name.measure(name, run.measured, data, recipe.threat, shared, own)
-            metrics[f"measures/{settings.split}/{name}"] = measurement.value
-            metrics[f"measures/{settings.split}/{name}_stderr"] = measurement.stderr
+    for measurement in (measure.measure(problem) for measure in section.take):
+        metrics[f"measures/{section.split}/{measurement.name}"] = measurement.value
+        metrics[f"measures/{section.split}/{measurement.name}_stderr"] = measurement.stderr
     return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
 def try_measures(run: Run) -> None:
     """Take the recipe's measures of a few images, so that wrong settings do not show hours later."""
-    by_name.check_settings(run.recipe.measures.names, run.recipe.measures.settings)
     try:
-        measures_by_name(run, DRY_RUN_IMAGES)
+        take_measures(run, DRY_RUN_IMAGES)
     except (ValueError, TypeError, RuntimeError) as error:
-        text = f"measures: {error} (a dry run on {DRY_RUN_IMAGES} images). Correct measures.settings."
+        text = f"measures: {error} (a dry run on {DRY_RUN_IMAGES} images). Correct measures.take."
         raise ValueError(text) from error
 
 
@@ -105,9 +96,9 @@ def overfitting(run: Run) -> tuple[dict[str, Any], str | None]:
     metrics: dict[str, Any] = {"train/guard_robust_accuracy": guard.last}
     if not is_overfitting:
         return metrics, None
-    where = f"on {len(images)} training images under PGD-{guard.num_steps}"
-    fall = f"from {100 * (guard.best or 0):.0f} % to {100 * (guard.last or 0):.0f} %"
-    text = f"epoch {run.progress.epoch + 1}: catastrophic overfitting: robust accuracy {where} fell {fall}"
+    what = f"robust accuracy on {len(images)} training images under PGD-{guard.num_steps}"
+    fall = f"{what} fell from {100 * (guard.best or 0):.0f} % to {100 * (guard.last or 0):.0f} %"
+    text = f"epoch {run.progress.epoch + 1}: catastrophic overfitting: {fall}"
     return metrics | {"catastrophic_overfitting": 1}, text
 
 

@@ -1,8 +1,8 @@
 """Which tensors are layers.
 
-The index sums over layers, so what counts as one is part of its definition. The default, ``"weights"``, takes
-the weight tensors of convolutions and linear maps (two or more dimensions); biases, normalisation scales and
-shifts, embeddings, class and position tokens are not layers (Xu & Zhang speak of "weight matrices" only).
+The index sums over layers, so what counts as one is part of its definition. The default takes the weight
+tensors of convolutions and linear maps; biases, normalisation scales and shifts, embeddings, class and
+position tokens are not layers (Xu & Zhang speak of "weight matrices" only).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +19,9 @@ QKV = ("q", "k", "v")
 class Layers(Mapping[str, Tensor]):
     """The tensors that count as layers, by name, and every sum over them.
 
-    A tensor may be cut into equal parts along its first dimension, each its own layer
-    (``"blocks.0.attn.qkv.weight[q]"``): then ``layers[name]`` is a view, while ``layers.tensors`` holds what
-    autograd knows, the whole tensor once. L counts layers, ``tensors`` may be fewer.
-
-    Args:
-        tensors: Whole tensors by name (usually parameters); another ``Layers`` is taken as it is.
-        parts: For the names that are cut, the names of the parts.
+    A tensor may be cut into equal ``parts`` along its first dimension, each its own layer
+    (``"blocks.0.attn.qkv.weight[q]"``): ``layers[name]`` is then a view, ``layers.tensors`` the whole
+    tensors.
     """
 
     def __init__(
@@ -69,13 +65,17 @@ class Layers(Mapping[str, Tensor]):
         parts = rearrange(x, "(part d) ... -> part (d ...)", part=self.num_parts[index])
         return parts.sum(1, dtype=_wide_dtype(x))
 
+    def joined(self, sums: Sequence[Tensor | None], missing: float = 0.0) -> Tensor:
+        """Return sums [parts] of the tensors as one tensor [L], ``missing`` where there is none."""
+        like = self.tensors[0]
+        counted = zip(sums, self.num_parts, strict=True)
+        dtype = _wide_dtype(like)
+        return torch.cat([like.new_full((c,), missing, dtype=dtype) if s is None else s for s, c in counted])
+
     def dots(self, left: Sequence[Tensor], right: Sequence[Tensor | None]) -> Tensor:
         """Return the inner products of two lists of tensors by layer [L]; a missing tensor counts as zero."""
-        sums = [
-            self._zeros(i) if b is None else self.sum_parts(i, a * b)
-            for i, (a, b) in enumerate(zip(left, right, strict=True))
-        ]
-        return torch.cat(sums)
+        pairs = enumerate(zip(left, right, strict=True))
+        return self.joined([None if b is None else self.sum_parts(i, a * b) for i, (a, b) in pairs])
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return the squared Frobenius norms [L] of tensors like the layers; a missing one counts as zero."""
@@ -83,8 +83,7 @@ class Layers(Mapping[str, Tensor]):
         if len(self) == len(self.tensors) == len(constant):  # one kernel for all
             norms = torch._foreach_norm([t.float() if t.dtype.itemsize < 4 else t for t in constant])
             return wide(torch.stack(norms)).square()
-        sums = [self._zeros(i) if t is None else self.sum_parts(i, t.square()) for i, t in enumerate(tensors)]
-        return torch.cat(sums)
+        return self.joined([t if t is None else self.sum_parts(i, t.square()) for i, t in enumerate(tensors)])
 
     def squared_norms(self) -> Tensor:
         """Return ``a_l = ||W_l||_F²`` [L], no graph attached."""
@@ -111,10 +110,10 @@ class Layers(Mapping[str, Tensor]):
         flags = [t is None for t, c in zip(tensors, self.num_parts, strict=True) for _ in range(c)]
         return torch.tensor(flags, device=self.tensors[0].device)
 
-    def _zeros(self, index: int) -> Tensor:
-        """Return the sums [parts] of a missing tensor."""
-        like = self.tensors[index]
-        return like.new_zeros(self.num_parts[index], dtype=_wide_dtype(like))
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile(module)`` made it, or ``module.compile()`` was called."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -130,17 +129,14 @@ def select_layers(model: nn.Module, layers: str = "weights", *, split_qkv: bool 
 
     Args:
         model: Any module. Frozen parameters are left out; a tied tensor appears once, under its first name.
-        layers: ``"weights"`` (default: named ``weight`` or ``*_weight``, two or more dimensions, no
-            embedding; so without LSTM's ``weight_ih_l0`` and parametrised
-            ``parametrizations.weight.original``: name those by a glob); ``"weights+biases"`` (those and every
-            bias of a module that has such a weight, each its own layer); ``"all"`` (every trainable tensor is
-            its own layer); or a glob over parameter names such as ``"*layer4*weight"``.
-        split_qkv: Count the query, key and value maps of a fused attention projection (``*qkv.weight``,
-            ``in_proj_weight``: timm and ``nn.MultiheadAttention``) as three layers instead of one.
+        layers: ``"weights"``: named ``weight`` or ``*_weight``, two or more dimensions, no embedding.
+            ``"weights+biases"``: those and every bias of a module that has such a weight. ``"all"``: every
+            trainable tensor. Or a glob over parameter names such as ``"*layer4*weight"``.
+        split_qkv: Count the query, key and value maps of a fused attention projection as three layers.
 
     Raises:
-        ValueError: Nothing was selected (the message lists some names that exist), or ``split_qkv`` finds
-            nothing to split or a projection whose parts are interleaved by head.
+        ValueError: Nothing was selected, or ``split_qkv`` has nothing to split or a projection whose parts
+            are interleaved by head.
     """
     model = unwrapped(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -149,11 +145,8 @@ def select_layers(model: nn.Module, layers: str = "weights", *, split_qkv: bool 
     elif layers in ("weights", "weights+biases"):
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         embeddings = {id(p) for m in tables for p in m.parameters(recurse=False)}
-        chosen = {
-            name
-            for name, p in trainable.items()
-            if p.ndim >= 2 and name.endswith("weight") and id(p) not in embeddings
-        }
+        matrices = {name for name, p in trainable.items() if p.ndim >= 2 and id(p) not in embeddings}
+        chosen = {name for name in matrices if name.endswith("weight")}
         if layers == "weights+biases":
             owners = {name.rpartition(".")[0] for name in chosen}
             chosen |= {n for n in trainable if n.endswith("bias") and n.rpartition(".")[0] in owners}
@@ -162,10 +155,11 @@ def select_layers(model: nn.Module, layers: str = "weights", *, split_qkv: bool 
     selected = {name: p for name, p in trainable.items() if name in chosen}
     if not selected:
         some = ", ".join(list(trainable)[:6]) or "none at all: is everything frozen?"
-        raise ValueError(
-            f"layers: got {layers!r}, which selects no trainable tensor; expected one of weights, "
-            f"weights+biases, all or a glob over parameter names. Trainable names begin with: {some}."
+        rule = "expected one of weights, weights+biases, all or a glob over parameter names"
+        text = (
+            f"layers: got {layers!r}, which selects no trainable tensor; {rule}. Trainable names begin with"
         )
+        raise ValueError(f"{text}: {some}.")
     return Layers(selected, _qkv_parts(model, selected) if split_qkv else None)
 
 
@@ -174,23 +168,20 @@ def _qkv_parts(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, tu
     ends = ("qkv.weight", "qkv.bias", "in_proj_weight", "in_proj_bias")
     fused = [name for name, p in selected.items() if name.endswith(ends) and p.shape[0] % 3 == 0]
     if not fused:
-        raise ValueError(
-            f"split_qkv: got True, but none of the {len(selected)} layers is a fused projection "
-            "(*qkv.weight, in_proj_weight). Set it to False for this model."
-        )
+        got = f"got True, but none of the {len(selected)} layers is a fused projection"
+        raise ValueError(f"split_qkv: {got} (*qkv.weight, in_proj_weight). Set it to False for this model.")
     for name in fused:
         owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
         if getattr(owner, "head_first", False):
-            raise ValueError(
-                f"split_qkv: got True, but the rows of {name} are interleaved by head; expected query, key "
-                "and value one after another. Set it to False for this model."
-            )
+            got = f"got True, but the rows of {name} are interleaved by head"
+            rule = "expected query, key and value one after another. Set it to False for this model."
+            raise ValueError(f"split_qkv: {got}; {rule}")
     return {name: QKV for name in fused}
 
 
-def squared_norms(layers: Mapping[str, Tensor]) -> Tensor:
-    """Return ``a_l = ||W_l||_F^2`` [L] in float64 (float32 on devices without it), no graph attached."""
-    return Layers(layers).squared_norms()
+def precise(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def wide(x: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Leave the model as it was found: weights, module modes, buffers, random state, numeric precision.
 
-Attacks, measurements and the extra passes of the optimizer wrapper run inside these context managers, which
-restore on exceptions too. Gradients need none: extra passes use ``torch.autograd.grad``, not ``.grad``.
+These context managers restore on exceptions too. Gradients need none: extra passes use ``autograd.grad``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -106,11 +105,9 @@ def perturbed(layers: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator
 
 @contextmanager
 def undisturbed(model: nn.Module, *, training: bool | None) -> Iterator[None]:
-    """Run passes that must leave no trace: chosen mode inside; modes, buffers, random state restored on exit.
+    """Run passes that must leave no trace: modes, buffers, random state of its device restored on exit.
 
-    Args:
-        model: Any module; its parameters decide the device.
-        training: Mode inside; None: as it is, so layers that the user froze in eval mode stay frozen.
+    ``training`` is the mode inside; None: as it is, so layers that the user froze in eval mode stay frozen.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with module_mode(model, training=training), kept_buffers(model), kept_random_state(device):
@@ -121,11 +118,8 @@ def undisturbed(model: nn.Module, *, training: bool | None) -> Iterator[None]:
 def full_precision(model: nn.Module) -> Iterator[None]:
     """Run forward passes in float32 although the model was prepared for mixed precision; TF32 is off too.
 
-    Differences of gradients need this. Accelerate replaces ``model.forward`` by a version with autocast
-    inside; the original, ``_original_forward``, is put back for the duration. Autocast around it is off.
-
-    Raises:
-        RuntimeError: The model is called under an autocast that was entered inside this context.
+    Accelerate replaces ``model.forward`` by a version with autocast inside; ``_original_forward`` is put back
+    for the duration. An autocast entered inside raises RuntimeError when the model is called.
     """
     patched = [m for m in model.modules() if "_original_forward" in m.__dict__ and "forward" in m.__dict__]
     forwards = [m.__dict__["forward"] for m in patched]
@@ -154,8 +148,8 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 def _no_tf32() -> Iterator[None]:
     """Compute float32 products in float32 on CUDA.
 
-    By torch's older switches where they can be read, since mixing them with the newer ones makes every later
-    read of them raise; by the newer ones where somebody has used those already.
+    By torch's older switches where they can be read, else (somebody has used them) by the newer ones: mixing
+    the two makes every later read of the older raise.
     """
     cudnn: Any = torch.backends.cudnn
     matmul = torch.backends.cuda.matmul

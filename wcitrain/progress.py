@@ -44,19 +44,20 @@ def has_checkpoint(folder: Path) -> bool:
 def refuse_another_run(saved: Recipe, asked: Recipe, folder: Path) -> None:
     """Raise ValueError where the settings of the run in ``folder`` and those asked for differ.
 
-    Not in `FREE` settings. A run that went on with others would not be the one its recipe describes.
+    `FREE` settings may differ. A run that went on with others would not be the one its recipe describes.
     """
-    own, other = (recipe.model_dump(mode="json", exclude=FREE) for recipe in (saved, asked))
-    for section, value in own.items():
-        if value == other[section]:
-            continue
-        pairs = {section: (value, other[section])}
-        if isinstance(value, dict):
-            keys = value | other[section]
-            pairs = {f"{section}.{key}": (value.get(key), other[section].get(key)) for key in keys}
-        key, (here, there) = next((key, pair) for key, pair in pairs.items() if pair[0] != pair[1])
-        advice = "Start another run with another name= or output=, or move the folder away."
-        raise ValueError(f"{folder}: got {key}={there!r}; expected {here!r}, as this run has. {advice}")
+    own, other = (_by_key(recipe.model_dump(mode="json", exclude=FREE)) for recipe in (saved, asked))
+    for key in own | other:
+        if (here := own.get(key)) != (there := other.get(key)):
+            advice = "Start another run with another name= or output=, or move the folder away."
+            raise ValueError(f"{folder}: got {key}={there!r}; expected {here!r}, as this run has. {advice}")
+
+
+def _by_key(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a recipe by dotted key."""
+    sections = {name: one if isinstance(one, dict) else {"": one} for name, one in recipe.items()}
+    pairs = ((f"{name}.{key}", value) for name, keys in sections.items() for key, value in keys.items())
+    return {key.rstrip("."): value for key, value in pairs}
 
 
 def epoch_line(metrics: dict[str, Any], epochs: int) -> str:

@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from wcitrain import checkpoint, tracking
-from wcitrain.build import fresh_objective, initial_model, wrap
+from wcitrain.build import fresh_objective, initial_model, open_training_set, wrap
 from wcitrain.curvature.estimators import name_of
-from wcitrain.data import ImageSet, MixedSet, Splits, StreamSet
-from wcitrain.images import open_splits, open_training_set
-from wcitrain.measures.by_name import NEED_INITIAL
+from wcitrain.data import Images, Splits, load_splits
 from wcitrain.models import Classifier, check_channels_last, try_forward
 from wcitrain.objectives import CatastrophicOverfittingGuard, Objective
 from wcitrain.optim import RegularizedOptimizer
@@ -45,8 +42,8 @@ class Run:
     world: int  # the number of processes
     wandb_mode: str
     splits: Splits
-    train_set: ImageSet | StreamSet | MixedSet
-    monitored: ImageSet | StreamSet  # the training images of the measurements
+    train_set: Images
+    monitored: Images  # the training images of the measurements
     objective: Objective
     updates: int  # optimizer steps of an epoch
     bare: Classifier  # the model alone: what is measured and exported
@@ -77,18 +74,16 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
     """Build the parts of a run in order, and refuse what would not train; errors as in ``train.fit``."""
     folder = run_folder(recipe) if folder is None else Path(folder)
     if has_started(folder) and not resume:
-        text = f"{folder}: got a folder that holds a run; expected a new one."
         advice = f"Go on with `wcitrain train --resume {folder}`, or choose another name= or output=."
-        raise FileExistsError(f"{text} {advice}")
+        raise FileExistsError(f"{folder}: got a folder that holds a run; expected a new one. {advice}")
     if place := next((one for one in (folder, *folder.parents) if one.is_file()), None):
         raise ValueError(f"output: got {folder}, but {place} is a file; expected folders. Change output=.")
     if recipe.train.num_threads:
         torch.set_num_threads(recipe.train.num_threads)
-    wandb_mode = tracking.wandb_mode(recipe.tracking.wandb)
-    trackers = tracking.tracker_names(wandb_mode, recipe.tracking.tensorboard)
+    trackers, wandb_mode = tracking.choose_trackers(recipe.tracking.wandb, recipe.tracking.tensorboard)
     accelerator = _accelerator(recipe, folder, trackers)
     with accelerator.main_process_first():
-        splits, is_main = open_splits(recipe), accelerator.is_main_process
+        splits, is_main = load_splits(recipe.data), accelerator.is_main_process
         train_set = open_training_set(recipe, splits, accelerator.device, is_talking=is_main)
     objective = fresh_objective(recipe)
     updates = train_set.num_updates(recipe.train.batch_size) * objective.num_replays
@@ -100,21 +95,19 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
     smallest = recipe.train.batch_size // recipe.train.accumulate // accelerator.num_processes
     if recipe.averaging:
         smallest = min(smallest, recipe.evaluation.train_size)
-    shape = splits.in_chans, splits.image_size, splits.num_classes
-    try_forward(model, *shape, trains_on_one=smallest == 1)
+    try_forward(model, splits.in_chans, splits.image_size, splits.num_classes, smallest)
     if recipe.train.channels_last:
         check_channels_last(model, accelerator.device)
         model = model.to(memory_format=torch.channels_last)
-    initial = None
-    if set(recipe.measures.names) & NEED_INITIAL:
-        initial = {name: value.clone() for name, value in model.state_dict().items()}
+    has_initial = any(measure.needs_initial for measure in recipe.measures.take)
+    has_guard = objective.is_single_step and recipe.train.overfitting_guard != "ignore"
+    initial = {name: value.clone() for name, value in model.state_dict().items()} if has_initial else None
     base = recipe.optimizer.build(model)
     regularizer = wrap(recipe, base, model, updates)
     attack_model = cast(Classifier, torch.compile(model)) if recipe.train.compile else model
     prepared = accelerator.prepare_model(attack_model)
     optimizer = accelerator.prepare_optimizer(regularizer)
     regularizer.attach(accelerator, prepared)
-    has_guard = objective.is_single_step and recipe.train.overfitting_guard != "ignore"
     factor, epochs = recipe.schedule.factor, recipe.train.epochs
     run = Run(
         recipe=recipe,
@@ -158,14 +151,13 @@ def _accelerator(recipe: Recipe, folder: Path, trackers: list[str]) -> Accelerat
         # pass, would write into what the first of two forward passes (TRADES) still needs.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    parts, world = recipe.train.accumulate, accelerator.num_processes
-    if accelerator.gradient_accumulation_steps != parts:
-        rule = f"{accelerator.gradient_accumulation_steps} as in Accelerate's environment."
-        advice = "Unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS."
-        raise ValueError(f"train.accumulate: got {parts}; expected {rule} {advice}")
-    if (recipe.train.batch_size // parts) % world:
-        text = f"got {recipe.train.batch_size} in {parts} micro-batches"
-        raise ValueError(f"train.batch_size: {text}; expected a multiple of {parts} x {world} processes.")
+    size, parts, world = recipe.train.batch_size, recipe.train.accumulate, accelerator.num_processes
+    if (theirs := accelerator.gradient_accumulation_steps) != parts:
+        rule = f"{theirs}, as ACCELERATE_GRADIENT_ACCUMULATION_STEPS says. Unset it."
+        raise ValueError(f"train.accumulate: got {parts}; expected {rule}")
+    if size // parts % world:
+        rule = f"a multiple of {parts} x {world} processes."
+        raise ValueError(f"train.batch_size: got {size} in {parts} micro-batches; expected {rule}")
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     return accelerator
@@ -209,7 +201,6 @@ def load(run: Run) -> None:
 
     Raises:
         ValueError: It was another run, or one of another number of processes.
-        CheckpointError: There is no intact checkpoint.
     """
     state, source = checkpoint.load_checkpoint(run.folder / "checkpoints")
     refuse_another_run(recipe_from_dict(read_yaml(state["recipe"])), run.recipe, run.folder)

@@ -12,11 +12,8 @@ import torch
 def seed_from(*parts: object) -> int:
     """Return a 63-bit seed that depends on every part and on nothing else.
 
-    Args:
-        parts: Plain values (int, str, float, bool, None) that name one place where numbers are drawn.
-
-    Returns:
-        An integer in [0, 2^63); the same on every machine, in every process and every Python version.
+    ``parts`` are plain values (int, str, float, bool, None) that name one place where numbers are drawn; the
+    seed is the same on every machine, in every process and every Python version.
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

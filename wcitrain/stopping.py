@@ -19,6 +19,7 @@ class EarlyStopping(Method):
         description="Epochs without a better robust validation accuracy before training stops; null: never.",
     )
     label: ClassVar[str] = "early stopping"
+    source: ClassVar[str] = "Rice, Wong, Kolter, arXiv 2002.11569: robust validation accuracy"
 
     def reason(self, epoch: int, best_epoch: int) -> str | None:
         """Return why training stops after ``epoch`` epochs, None where it goes on."""

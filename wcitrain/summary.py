@@ -32,13 +32,11 @@ def summarize(run: Run) -> dict[str, Any]:
     if progress.best_epoch not in (0, progress.epoch):
         try:
             state, _ = checkpoint.load_checkpoint(run.folder / "checkpoints", "best")
-        except checkpoint.CheckpointError as error:
-            text = f"the best weights are lost and left out of the summary: {error}"
-            warnings.warn(text, UserWarning, stacklevel=2)
-            best = None
-        else:
             measured.load_state_dict(state["model"])
             best = {"epoch": state["epoch"], **measure_everywhere(run)}
+        except checkpoint.CheckpointError as error:
+            warnings.warn(f"the best weights are lost and left out of the summary: {error}", stacklevel=2)
+            best = None
     if best is not None:
         export(run, "best", best)
     measured.load_state_dict(last_weights)
@@ -86,22 +84,18 @@ def measure_everywhere(run: Run) -> dict[str, Any]:
 
 
 def cost(run: Run) -> dict[str, float]:
-    """Return the passes of one optimizer step and their relative cost.
+    """Return the passes of one optimizer step, and their cost relative to no rule and to AT with PGD-10.
 
-    It is a multiple of the same objective without perturbation and penalty, and of adversarial training with
-    PGD-10. A forward counts 1, a backward to the input alone 1 (attack), a backward to the weights 2. Every
-    pass of a rule evaluates the objective's whole loss.
+    A forward counts 1, a backward to the input alone 1 (attack), a backward to the weights 2. Every pass of a
+    perturbation or penalty evaluates the objective's whole loss.
     """
-    attack_forward, attack_backward = run.objective.attack_passes()
-    loss_forward, loss_backward = run.objective.loss_passes()
-    rule_forward, rule_backward = run.regularizer.extra_passes()
-    forward, backward = loss_forward * (1 + rule_forward), loss_backward * (1 + rule_backward)
-    attack = attack_forward + attack_backward
-    total = attack + forward + 2 * backward
+    attack, loss = run.objective.attack_passes(), run.objective.loss_passes()
+    forward, backward = (n * (1 + more) for n, more in zip(loss, run.regularizer.extra_passes(), strict=True))
+    total = sum(attack) + forward + 2 * backward
     return {
-        "forward_passes": attack_forward + forward,
-        "backward_passes": attack_backward + backward,
-        "relative": total / (attack + loss_forward + 2 * loss_backward),
+        "forward_passes": attack[0] + forward,
+        "backward_passes": attack[1] + backward,
+        "relative": total / (sum(attack) + loss[0] + 2 * loss[1]),
         "relative_to_pgd10_at": total / PGD10_AT_COST,
     }
 

@@ -7,7 +7,7 @@ A sweep file::
     seeds: [0, 1, 2]
     settings: [train.epochs=40]  # optional, for all of them
     grid: {threat.eps: [4/255, 8/255], optimizer.lr: [0.1]}  # optional: every combination is a run
-    measure: [{measures: [wci], at: last}]  # optional: what is measured then, see ``studying``
+    measure: [{measures: [wci], at: last}]  # optional: what is measured then, see ``commands.sweep``
 """
 
 import itertools
@@ -16,14 +16,40 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from wcitrain.method import nearest
+from pydantic import Field, JsonValue
+
+from wcitrain.method import Count, Text, method, nearest, refuse
 from wcitrain.monitoring import NonFiniteLossError
 from wcitrain.progress import has_started, refuse_another_run, run_folder
 from wcitrain.recipe import Recipe, load_recipe, recipe_from_dict
 from wcitrain.recipe.reading import read_yaml
 from wcitrain.train import fit
+
+Texts = Annotated[list[Text], Field(min_length=1, description="A list of names or files.")]
+
+
+@method
+class Sweep:
+    """What a sweep file says."""
+
+    bases: Texts
+    methods: Texts
+    seeds: Annotated[list[Count], Field(min_length=1)] = Field(default=[0], description="Such as [0, 1, 2].")
+    settings: list[Text] = Field(default=[], description="Settings of all runs, such as [train.epochs=40].")
+    grid: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = Field(
+        default={}, description="A list of values for each key, such as {optimizer.lr: [0.1]}."
+    )
+    measure: JsonValue = Field(default=None, description="What is measured then; see commands.sweep.")
+
+    def __post_init__(self) -> None:
+        if {"seed", "name"} & set(self.grid):
+            refuse("grid", "got the key seed or name; expected other settings. Use `seeds`; names are made.")
+
+    def points(self) -> list[dict[str, Any]]:
+        """Return every combination of the grid's values, the last key changing fastest."""
+        return [dict(zip(self.grid, one, strict=True)) for one in itertools.product(*self.grid.values())]
 
 
 def run_sweep(recipes: Sequence[Recipe]) -> list[Path]:
@@ -59,36 +85,25 @@ def read_sweep(
 ) -> list[Recipe]:
     """Return the recipes of a sweep: all bases and methods with the first seed, then with the second, ...
 
-    Args:
-        path: The sweep file.
-        settings: Settings that win over the file's.
-        bases: Names or files instead of the file's ``bases``.
+    ``settings`` win over the file's, and ``bases``, names or files, take the place of the file's.
 
     Raises:
         ValueError: The file is not a sweep, a recipe is wrong, or two runs share a folder.
     """
-    path, content = Path(path), sweep_content(path)
-    seeds = content.get("seeds", [0])
-    if not (isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)):
-        raise ValueError(f"{path}: seeds: got {seeds!r}; expected a list of integers such as [0, 1, 2].")
-    for key in ("bases", "methods", "settings"):
-        values = content.get(key, [])
-        if not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
-            raise ValueError(f"{path}: {key}: got {values!r}; expected a list of texts. Write [..].")
-    common = [*content.get("settings", []), *settings]
-    given = [*common, *(part for method in content["methods"] for part in shlex.split(method))]
+    path, sweep = Path(path), read_sweep_file(path)
+    common = [*sweep.settings, *settings]
+    given = [*common, *(part for stack in sweep.methods for part in shlex.split(stack))]
     set_here = {text.partition("=")[0] for text in given if "=" in text}
     if "seed" in set_here:
         rule = "seeds in the sweep file. Change `seeds` there."
         raise ValueError(f"{path}: got the setting seed=...; expected {rule}")
-    points = _grid_points(content.get("grid") or {}, f"{path}: grid")
-    if both := ", ".join(sorted(key for key in set_here if _meets(key, points[0]))):
+    if both := ", ".join(sorted(key for key in set_here if _meets(key, sweep.grid))):
         rule = "one of them. Remove one."
         raise ValueError(f"{path}: got {both} both as a setting and in the grid; expected {rule}")
     recipes: dict[Path, Recipe] = {}
-    combinations = itertools.product(seeds, bases or content["bases"], content["methods"], points)
-    for seed, base, method, point in combinations:
-        parts = shlex.split(method)  # values with blanks stand in quotes
+    combinations = itertools.product(sweep.seeds, bases or sweep.bases, sweep.methods, sweep.points())
+    for seed, base, stack, point in combinations:
+        parts = shlex.split(stack)  # values with blanks stand in quotes
         names = [part for part in parts if "=" not in part]
         files = [_file(path, "bases", base), *(_file(path, "methods", name) for name in names)]
         here = [*common, *(part for part in parts if "=" in part), f"seed={seed}"]
@@ -105,23 +120,16 @@ def read_sweep(
     return list(recipes.values())
 
 
-def sweep_content(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a sweep file.
+def read_sweep_file(path: str | Path) -> Sweep:
+    """Return what a sweep file says.
 
     Raises:
-        ValueError: No YAML, unknown keys, no bases or no methods.
+        ValueError: No YAML, unknown or missing keys, or values of other types.
     """
     try:
-        content = read_yaml(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        rule = "a sweep file with `bases`, `methods`, `seeds`."
-        raise ValueError(f"{path}: got {error}; expected {rule}") from error
-    keys = sorted(content) if isinstance(content, dict) else type(content).__name__
-    known = {"bases", "methods", "seeds", "settings", "grid", "measure"}
-    if isinstance(keys, str) or set(keys) - known or not (content.get("bases") and content.get("methods")):
-        rule = "the keys bases and methods, if need be seeds, settings, grid, measure. See wcitrain/sweep.py."
-        raise ValueError(f"{path}: got {keys}; expected {rule}")
-    return content
+        return Sweep(**read_yaml(Path(path).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}\nA sweep file is described in wcitrain/sweep.py.") from error
 
 
 def _file(sweep: Path, folder: str, name: str) -> Path:
@@ -133,18 +141,6 @@ def _file(sweep: Path, folder: str, name: str) -> Path:
         rule = f"a file, or a name in {file.parent}. {f'Did you mean {near}?' if near else 'Correct it.'}"
         raise ValueError(f"{sweep}: {folder}: got {name!r}; expected {rule}")
     return file
-
-
-def _grid_points(grid: Any, where: str) -> list[dict[str, Any]]:
-    """Return every combination of a grid's values, the last key changing fastest; one empty one of none."""
-    is_right = isinstance(grid, dict) and all(isinstance(key, str) for key in grid)
-    if not is_right or not all(isinstance(values, list) and values for values in grid.values()):
-        rule = "a list of values for each key, such as {optimizer.lr: [0.1]}."
-        raise ValueError(f"{where}: got {grid!r}; expected {rule}")
-    if {"seed", "name"} & set(grid):
-        rule = "other settings. Use `seeds`; names are made here."
-        raise ValueError(f"{where}: got the key seed or name; expected {rule}")
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def _point_name(point: dict[str, Any]) -> str:

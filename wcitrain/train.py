@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from wcitrain import checkpoint, monitoring, tracking
-from wcitrain.data import Batch, StreamSet, noisy_labels
+from wcitrain import checkpoint, files, monitoring, tracking
+from wcitrain.data import Batch
 from wcitrain.preserve import undisturbed
 from wcitrain.progress import epoch_line, has_checkpoint, last_line
 from wcitrain.recipe import Recipe
@@ -24,24 +24,21 @@ from wcitrain.summary import export, summarize
 class Interrupted(Exception):
     """The user (or the scheduler) asked to stop; everything is saved. The message says how to go on."""
 
+    exit_status = 130
+
 
 def fit(recipe: Recipe, *, resume: bool = False, folder: str | Path | None = None) -> dict[str, Any]:
     """Train what the recipe says and return the summary that is also written to ``summary.json``.
 
-    Args:
-        recipe: Every setting; see ``recipe.Recipe``.
-        resume: Go on from the newest intact checkpoint in the run folder, bit for bit (CPU, same versions);
-            from the start where there is none yet.
-        folder: The run folder; by default ``run_folder(recipe)``.
-
-    Returns:
-        The summary: last and best-by-validation accuracies on train, validation and test, gap, WCI, cost.
+    With ``resume`` it goes on from the newest intact checkpoint in the run folder, bit for bit (CPU, same
+    versions), or from the start where there is none yet. ``folder`` is by default ``run_folder(recipe)``. The
+    summary has the last and best-by-validation accuracies on train, validation and test, gap, WCI and cost.
 
     Raises:
         FileExistsError: The folder holds a run and ``resume`` is not asked for: nothing is overwritten.
         ValueError: A setting does not fit the data or the model.
         CheckpointError: No intact checkpoint to resume from, or the disk refused a new one.
-        NonFiniteLossError: With the step, the indices of the images, and the last good checkpoint.
+        NonFiniteLossError: With the step, the images, and the last good checkpoint.
         Interrupted: After Ctrl-C or SIGTERM, once the state is saved.
     """
     return train(open_run(recipe, resume=resume, folder=folder))
@@ -65,14 +62,8 @@ def open_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None 
 def train(run: Run) -> dict[str, Any]:
     """Run the remaining epochs, then measure the last and the best weights on the test set, once."""
     recipe, progress = run.recipe, run.progress
-    tracking.start_trackers(
-        run.accelerator,
-        project=recipe.tracking.project,
-        run_name=run.folder.name,
-        folder=run.folder,
-        config=recipe.model_dump(mode="json"),
-        wandb_mode=run.wandb_mode,
-    )
+    project, config = recipe.tracking.project, recipe.model_dump(mode="json")
+    tracking.start_trackers(run.accelerator, project, run.folder, config, run.wandb_mode)
     try:
         with run.stop:
             if not progress.step:
@@ -83,7 +74,7 @@ def train(run: Run) -> dict[str, Any]:
                 stop_if_asked(run)
         summary = summarize(run)
         if run.log is not None:
-            run.log.write_summary(summary)
+            files.write_json(run.folder / "summary.json", summary)
             print(last_line(summary, run.folder), flush=True)
         return summary
     finally:
@@ -106,12 +97,18 @@ def train_epoch(run: Run) -> None:
         crop_padding=recipe.data.crop_padding,
         flip=recipe.data.flip,
         drop_last=True,
-        augmentation=recipe.augment if recipe.augment.is_active else None,
+        augmentation=recipe.augment,
     )
     run.model.train()
     started, before = time.perf_counter(), progress.epoch_seconds
     micro_batches: list[Batch] = []
-    bar = _bar(run)
+    bar = tqdm(
+        total=run.updates,
+        initial=progress.update,
+        desc=f"epoch {progress.epoch + 1}/{recipe.train.epochs}",
+        leave=False,
+        disable=not (run.accelerator.is_main_process and sys.stderr.isatty()),  # nothing in a log
+    )
     while progress.update < run.updates:
         if not micro_batches or progress.update % replays == 0:
             micro_batches = [prepared(run, next(batches), micro) for micro in range(accumulate)]
@@ -129,11 +126,9 @@ def prepared(run: Run, batch: Batch, micro: int) -> Batch:
     """Return a micro-batch with what happens to it as a whole: label noise, mixing, memory format."""
     (x, y, index), recipe, classes = batch, run.recipe, run.splits.num_classes
     if recipe.label_noise.share:
-        epoch = run.progress.epoch if recipe.label_noise.resample else None
-        settings = recipe.label_noise.model_dump(exclude={"resample"})
         # The places of streamed images are counted by each process for itself.
-        seed = seed_from(recipe.seed, run.rank) if isinstance(run.train_set, StreamSet) else recipe.seed
-        y = noisy_labels(y, index, num_classes=classes, seed=seed, epoch=epoch, **settings)
+        seed = recipe.seed if run.train_set.can_shuffle else seed_from(recipe.seed, run.rank)
+        y = recipe.label_noise.apply(y, index, classes, seed=seed, epoch=run.progress.epoch)
     if recipe.mixing.is_active:
         number = run.progress.update // run.objective.num_replays
         place = (run.progress.epoch, number, micro * run.world + run.rank)
@@ -215,8 +210,8 @@ def finish_epoch(run: Run) -> None:
         elif not is_last:
             progress.stop_reason = recipe.early_stopping.reason(epoch, progress.best_epoch) or ""
     is_last = is_last or bool(progress.stop_reason)
-    if recipe.measures.names and (epoch % recipe.measures.every == 0 or is_last):
-        metrics |= monitoring.measures_by_name(run, recipe.measures.num_examples)
+    if recipe.measures.take and (epoch % recipe.measures.every == 0 or is_last):
+        metrics |= monitoring.take_measures(run, recipe.measures.num_examples)
     progress.train_seconds += progress.epoch_seconds
     progress.seconds += progress.epoch_seconds + time.perf_counter() - started
     metrics |= {"train_seconds": progress.train_seconds, "seconds": progress.seconds}
@@ -273,15 +268,3 @@ def stop_if_asked(run: Run) -> None:
         where = f"epoch {run.progress.epoch}, step {run.progress.step}"
         advice = f"Go on with `wcitrain train --resume {run.folder}`."
         raise Interrupted(f"stopped after {where}; everything is saved. {advice}")
-
-
-def _bar(run: Run) -> tqdm:
-    """Return a progress bar on a terminal, nothing in a log (an epoch's line is printed either way)."""
-    return tqdm(
-        total=run.updates,
-        initial=run.progress.update,
-        desc=f"epoch {run.progress.epoch + 1}/{run.recipe.train.epochs}",
-        unit="step",
-        leave=False,
-        disable=not (run.accelerator.is_main_process and sys.stderr.isatty()),
-    )

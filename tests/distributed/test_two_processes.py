@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import RULES, assert_same
+from tiny_run import TINY
 
 HERE = Path(__file__).parent
 
@@ -21,7 +22,6 @@ FAST = (
     "cr-sam",
     "wci adversary",
     "wci with frobenius",
-    "wci penalty",
     "wci penalty, hutchinson",
     "awp and wci penalty",
 )
@@ -36,13 +36,8 @@ def launch(kind: str, out: Path, *arguments: str) -> list:
         "GLOO_SOCKET_IFNAME": "lo",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    command += [
-        f"--master_port={20000 + os.getpid() % 20000}",
-        str(HERE / "worker.py"),
-        str(out),
-        kind,
-        *arguments,
-    ]
+    port = f"--master_port={20000 + os.getpid() % 20000}"
+    command += [port, str(HERE / "worker.py"), str(out), kind, *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     files = [out / f"{rank}.pt" for rank in range(2)]
     assert all(f.exists() for f in files), result.stderr[-3000:]
@@ -63,23 +58,8 @@ def test_objectives_of_several_passes_train_batchnorm_in_two_processes(settings,
     """Two forward passes before one backward, double backward, each process's state: all must survive DDP."""
     from wcitrain.recipe import recipe_from_dict
 
-    recipe = recipe_from_dict(
-        {
-            "name": "one",
-            "output": str(tmp_path),
-            "data": {"source": "digits", "val_size": 50, "max_train": 150, "max_test": 50},
-            "model": {
-                "name": "resnet18",
-                "stem": "cifar",
-                "kwargs": {"layers": [1] * 4, "channels": [4, 4, 8, 8]},
-            },
-            "threat": {"eps": 0.1},
-            "evaluation": {"train_size": 50, "num_steps": 2, "wci": False},
-            "tracking": {"wandb": "disabled"},
-            "train": {"epochs": 2, "batch_size": 50, "device": "cpu"},
-            **settings,
-        }
-    )
+    own = TINY | {"name": "one", "output": str(tmp_path), "objective": {}} | settings
+    recipe = recipe_from_dict(own, ["train.epochs=2", "evaluation.wci=false"])
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     launch("run", tmp_path)
     log = [json.loads(line) for line in (tmp_path / "two-s0" / "metrics.jsonl").read_text().splitlines()]
@@ -126,20 +106,15 @@ def test_a_run_in_two_processes_equals_one_that_accumulates(objective, perturbat
 
     sizes = {"val_size": 100, "max_train": 200, "max_test": 100}
     small = {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8], "patch_size": 2}
-    recipe = recipe_from_dict(
-        {
-            "name": "one",
-            "output": str(tmp_path),
-            "data": {"source": "digits", "image_size": 32, "crop_padding": 1} | sizes,
-            "model": {"name": "convnext_atto", "kwargs": small},
-            "threat": {"eps": 0.1},
-            "objective": objective,
-            "perturbation": perturbation,
-            "train": {"epochs": 2, "batch_size": 50, "accumulate": 2, "device": "cpu"},
-            "evaluation": {"train_size": 100, "num_steps": 2, "step_size": 0.06, "batch_size": 30},
-            "tracking": {"wandb": "disabled"},
-        }
-    )
+    own = {
+        "data": {"source": "digits", "image_size": 32, "crop_padding": 1} | sizes,
+        "model": {"name": "convnext_atto", "kwargs": small},
+        "objective": objective,
+        "perturbation": perturbation,
+        "evaluation": TINY["evaluation"] | {"train_size": 100, "batch_size": 30},
+    }
+    settings = ["name=one", f"output={tmp_path}", "train.epochs=2", "train.accumulate=2"]
+    recipe = recipe_from_dict(TINY | own, settings)
     fit(recipe)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     launch("run", tmp_path)

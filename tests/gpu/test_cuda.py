@@ -7,7 +7,7 @@ from cases import RULES, BatchNormNet, assert_same, image_batch
 from wcitrain.attacks import ThreatModel
 from wcitrain.curvature import cross_entropy
 from wcitrain.evaluation import evaluate
-from wcitrain.measures import Shared, measure
+from wcitrain.measures import MEASURES, Problem
 from wcitrain.optim import RegularizedOptimizer
 from wcitrain.recipe import recipe_from_dict
 from wcitrain.train import fit
@@ -68,23 +68,21 @@ def test_a_measure_is_the_same_on_the_device(name):
     torch.manual_seed(0)
     model = BatchNormNet().eval()
     x, y = image_batch()
-    shared = Shared(image_shape=tuple(x.shape[1:]))
-    expected = measure(name, model, [(x, y)], None, shared)
-    found = measure(name, model.cuda(), [(x.cuda(), y.cuda())], None, shared)
+    expected = MEASURES[name]().measure(Problem(model, [(x, y)]))
+    found = MEASURES[name]().measure(Problem(model.cuda(), [(x, y)]))
     assert found.value == pytest.approx(expected.value, rel=1e-3)  # float32, other algorithms
 
 
 @pytest.mark.parametrize("attacks", [["pgd-5x2", "margin-5"], ["autoattack:apgd-ce+square"]])
 def test_an_evaluation_runs_on_the_device(attacks):
-    """Flags come back to the CPU; the model goes back to where it was."""
+    """Flags come back to the CPU, whatever the model is on."""
     if any("autoattack" in name for name in attacks):
         pytest.importorskip("pyautoattack")
     torch.manual_seed(0)
     model = BatchNormNet().eval()
     x, y = image_batch()
-    settings = {"attacks": attacks, "preflight": "off", "progress": False}
+    settings = {"attacks": attacks, "preflight": "off"}
     here = evaluate(model, [(x, y)], ThreatModel("linf", 0.05), **settings)
-    there = evaluate(model, [(x, y)], ThreatModel("linf", 0.05), device="cuda", **settings)
+    there = evaluate(model.cuda(), [(x, y)], ThreatModel("linf", 0.05), **settings)
     assert there.clean_accuracy == here.clean_accuracy
     assert abs(there.robust_accuracy() - here.robust_accuracy()) <= 2 / len(y)  # examples at the edge
-    assert next(model.parameters()).device.type == "cpu"

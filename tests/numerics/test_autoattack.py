@@ -1,23 +1,19 @@
 """AutoAttack stage by stage against ``pyautoattack`` itself, example by example; kills; few classes."""
 
-import warnings
 from functools import partial
 from typing import ClassVar
 
-import numpy as np
 import pyautoattack
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
-from tqdm import tqdm
 
 from wcitrain.attacks import ThreatModel
 from wcitrain.evaluation import evaluate
-from wcitrain.evaluation.autoattack import NORMS, autoattack_stages
-from wcitrain.evaluation.naming import parse_attack
-from wcitrain.evaluation.stages import Stage, run_stages
-from wcitrain.evaluation.state import AttackState
+from wcitrain.evaluation.autoattack import NORMS
+from wcitrain.evaluation.stages import AttackState, Stage, run_stages
+from wcitrain.evaluation.victim import Victim
 
 LINF = ThreatModel("linf", 0.08)
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -97,17 +93,8 @@ def direct(model, x, y, threat, *, batch_size, seed=0, version="standard", parts
 
 
 def ours(model, x, y, threat, name, *, batch_size, **settings):
-    result = evaluate(
-        model,
-        [(x, y)],
-        threat,
-        attacks=name,
-        batch_size=batch_size,
-        preflight="off",
-        progress=False,
-        **settings,
-    )
-    return result.attacks[0]
+    settings |= {"attacks": name, "batch_size": batch_size, "preflight": "off"}
+    return evaluate(model, [(x, y)], threat, **settings).attacks[0]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +174,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_flags(name, share, digits, quic
     assert calls < total  # not from the start: what was finished is not repeated
     calls = 0
     ours(model, x, y, LINF, name, batch_size=20, folder=tmp_path)
-    assert calls == 3  # finished: one pass to count the classes, two batches without an attack
+    assert calls == 2  # finished: two batches without an attack
 
 
 def test_a_resumed_stage_keeps_the_batches_it_began_with(tmp_path):
@@ -206,44 +193,19 @@ def test_a_resumed_stage_keeps_the_batches_it_began_with(tmp_path):
 
     x = torch.arange(12.0).reshape(12, 1, 1, 1) % 2  # the attack breaks all of the first batches, none later
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
-    settings = {"threat": LINF, "batch_size": 3, "device": torch.device("cpu"), "seed": 0}
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor([[1.0], [-1.0]]))
         model[1].bias.copy_(torch.tensor([-0.5, 0.5]))
         y = torch.where(torch.arange(12) < 6, model(x).argmax(1), model(1 - x).argmax(1))
-    path = tmp_path / "state.npz"
+    victim, path = Victim(model, x, y, batch_size=3), tmp_path / "state.npz"
     seen, stages = stopped(at=3)
     with pytest.raises(KeyboardInterrupt):
-        run_stages(
-            stages, model, x, y, AttackState(torch.ones(12).bool(), path), bar=tqdm(disable=True), **settings
-        )
+        run_stages(stages, victim, LINF, AttackState(torch.ones(12).bool(), path), "")
     again, stages = stopped(at=99)
     state = AttackState(torch.ones(12).bool(), path)
-    run_stages(stages, model, x, y, state, bar=tqdm(disable=True), **settings)
+    run_stages(stages, victim, LINF, state, "")
     assert [*seen[:2], *again] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11], [6, 7, 8], [9, 10, 11]]
     assert state.is_robust.tolist() == [False] * 6 + [True] * 6
-
-
-def test_other_weights_images_or_settings_start_anew(digits, quick, tmp_path):
-    """A state that is taken for another model's would report the wrong model."""
-    model, x, y = digits
-    ours(model, x, y, LINF, "pgd-2", batch_size=60, folder=tmp_path)
-    changed = nn.Sequential(*model)
-    runs = [
-        (model, x, LINF, "pgd-2", {"seed": 1}),
-        (model, x.flip(0), LINF, "pgd-2", {}),
-        (model, x, ThreatModel("linf", 0.081), "pgd-2", {}),
-        (model, x, LINF, "pgd-3", {}),
-        (nn.Sequential(*list(changed)[:3], nn.SiLU(), changed[4]).eval(), x, LINF, "pgd-2", {}),
-    ]
-    for number, (other, images, threat, name, settings) in enumerate(runs):
-        ours(other, images, y, threat, name, batch_size=60, folder=tmp_path, **settings)
-        assert len(list(tmp_path.glob("*.npz"))) == number + 2
-    with torch.no_grad():
-        model[4].bias[0] += 1e-3
-        ours(model, x, y, LINF, "pgd-2", batch_size=60, folder=tmp_path)
-        model[4].bias[0] -= 1e-3
-    assert len(list(tmp_path.glob("*.npz"))) == len(runs) + 2
 
 
 class Scaled(nn.Module):
@@ -257,43 +219,43 @@ class Scaled(nn.Module):
         return self.scale * self.model(x + self.noise * torch.randn_like(x))
 
 
-def test_another_forward_pass_or_version_starts_anew(digits, tmp_path, monkeypatch):
-    """An edited forward pass has the old one's weights and names; its attack must not be the old one's."""
+@pytest.mark.filterwarnings("ignore::wcitrain.evaluation.PreflightWarning")
+def test_a_state_is_taken_up_by_the_same_attack_on_the_same_model_only(digits, tmp_path, monkeypatch):
+    """Another's state would report the wrong model; one that is not found again costs hours."""
     model, x, y = digits
+    moved = nn.Sequential(*model)
+    moved[4] = nn.Linear(32, 10)
+    with torch.no_grad():
+        moved[4].weight.copy_(model[4].weight)
+        moved[4].bias.copy_(model[4].bias + 1e-3 * torch.eye(10)[0])
+    calls = [
+        (model, x, LINF, "pgd-2", {}),
+        (model, x, LINF, "pgd-2", {"seed": 1}),
+        (model, x.flip(0), LINF, "pgd-2", {}),
+        (model, x, ThreatModel("linf", 0.081), "pgd-2", {}),
+        (model, x, LINF, "pgd-3", {}),
+        (moved.eval(), x, LINF, "pgd-2", {}),
+        (nn.Sequential(*list(model)[:3], nn.SiLU(), model[4]).eval(), x, LINF, "pgd-2", {}),
+        (Scaled(model), x, LINF, "pgd-2", {}),
+        (Scaled(model, 2.0), x, LINF, "pgd-2", {}),  # an edited forward pass has the old weights and names
+        (Scaled(model, noise=0.1), x, LINF, "pgd-2", {}),  # randomised, yet the same after a kill
+    ]
 
-    def states(model):
-        ours(model, x, y, LINF, "pgd-2", batch_size=60, folder=tmp_path)
+    def count():
         return len(list(tmp_path.glob("*.npz")))
 
-    assert states(Scaled(model)) == 1
-    assert states(Scaled(model)) == 1
-    assert states(Scaled(model, 2.0)) == 2
-    assert states(Scaled(model, noise=0.1)) == 3
-    assert states(Scaled(model, noise=0.1)) == 3  # randomised, yet the same after a kill
-    monkeypatch.setattr("wcitrain.evaluation.evaluating.version", lambda _: "0.0")
-    assert states(Scaled(model)) == 4
-
-
-def test_the_state_is_found_again_with_and_without_checks(digits, tmp_path):
-    """The check of train mode runs a pass in it: statistics that move are another model's digest."""
-    model, x, y = digits
-    model.train()
+    for number, (other, images, threat, name, settings) in enumerate(2 * calls):
+        ours(other, images, y, threat, name, batch_size=60, folder=tmp_path, **settings)
+        assert count() == min(number + 1, len(calls))
+    model.train()  # the check of train mode runs a pass in it: statistics must not move
     try:
-        for preflight in ("warn", "off"):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                evaluate(
-                    model,
-                    [(x, y)],
-                    LINF,
-                    attacks="pgd-2",
-                    folder=tmp_path,
-                    progress=False,
-                    preflight=preflight,
-                )
-            assert len(list(tmp_path.glob("*.npz"))) == 1
+        evaluate(model, [(x, y)], LINF, attacks="pgd-2", folder=tmp_path, batch_size=60)
     finally:
         model.eval()
+    assert count() == len(calls)
+    monkeypatch.setattr("wcitrain.evaluation.evaluating.version", lambda _: "0.0")
+    ours(model, x, y, LINF, "pgd-2", batch_size=60, folder=tmp_path)
+    assert count() == len(calls) + 1
 
 
 @pytest.mark.parametrize(("num_classes", "left_out"), [(2, ["apgd-dlr", "apgd-t"]), (3, ["apgd-t"]), (4, [])])
@@ -316,31 +278,3 @@ def test_a_subset_that_no_model_of_two_classes_can_meet_is_refused():
     model, x, y = conv(2)
     with pytest.raises(ValueError, match="apgd-t left out: it needs 4 classes, here are 2"):
         ours(model, x, y, LINF, "autoattack:apgd-t+apgd-dlr", batch_size=24)
-
-
-def test_parameters_collect_no_gradients(digits, quick):
-    """FAB calls backward: what it leaves in .grad would be added to the next training step."""
-    model, x, y = digits
-    model.zero_grad(set_to_none=True)
-    ours(model, x[:8], y[:8], LINF, "autoattack:fab-t", batch_size=8)
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-
-
-def test_settings_are_those_of_the_paper():
-    """A custom version with upstream's defaults has five restarts; here parts are the standard one's."""
-    model, _, _ = conv(10)
-    for name in ("autoattack", "autoattack:apgd-ce+square"):
-        plan = parse_attack(name)
-        stages, notes = autoattack_stages(
-            plan, model, LINF, num_classes=10, seed=3, device=torch.device("cpu")
-        )
-        assert [stage.name for stage in stages] == list(plan.components or STANDARD)
-        assert not notes
-        closure = dict(zip(stages[0].attack.__code__.co_freevars, stages[0].attack.__closure__, strict=True))
-        adversary = closure["adversary"].cell_contents
-        assert (adversary.apgd.n_restarts, adversary.apgd.n_iter, adversary.square.n_queries) == (
-            1,
-            100,
-            5000,
-        )
-        assert np.isclose(adversary.epsilon, 0.08)

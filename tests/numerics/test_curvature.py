@@ -7,12 +7,18 @@ import torch
 from cases import SmoothNet
 from torch import nn
 
-from wcitrain.curvature import Hutchinson, TraceEstimate, TwoPoint, cross_entropy
+from wcitrain.curvature import (
+    Hutchinson,
+    TraceEstimate,
+    cross_entropy,
+    exact_gauss_newton_trace,
+    exact_trace,
+)
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
 from wcitrain.curvature.hvp import signs
 from wcitrain.measures import WCIMeasurement
-from wcitrain.optim import RegularizedOptimizer, TracePenalty, WCIPenalty, WCIPosterior
-from wcitrain.params import select_layers, squared_norms
+from wcitrain.optim import RegularizedOptimizer, WCIPenalty, WCIPosterior
+from wcitrain.params import select_layers
 from wcitrain.seeding import generator_from
 
 
@@ -27,31 +33,6 @@ def smooth():
     # With these labels the Hessian is close to Gauss-Newton and its layer traces are positive
     y = model(x).argmax(1)
     return model, lambda: cross_entropy(model(x), y)
-
-
-def exact_traces(model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
-    """Tr(H_l) of every weight matrix with its graph: one double backward for every single weight."""
-    layers = list(select_layers(model).values())
-    traces = []
-    for p, g in zip(layers, torch.autograd.grad(loss, layers, create_graph=True), strict=True):
-        rows = [
-            torch.autograd.grad(gi, p, create_graph=True)[0].flatten()[i]
-            for i, gi in enumerate(g.flatten().unbind())
-        ]
-        traces.append(torch.stack(rows).sum())
-    return torch.stack(traces)
-
-
-def exact_gauss_newton_traces(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
-    """Σ over examples and classes of ||J_nᵀ S_n e_c||² / N, with its graph: a backward an entry of S."""
-    layers, p = list(select_layers(model).values()), logits.softmax(-1)
-    traces = torch.zeros(len(layers)).double()
-    for n in range(len(logits)):
-        root = torch.diag(p[n].sqrt()) - torch.outer(p[n], p[n].sqrt())
-        for column in root.T:
-            gradients = torch.autograd.grad(logits[n], layers, column, create_graph=True)
-            traces = traces + torch.stack([g.square().sum() for g in gradients]) / len(logits)
-    return traces
 
 
 def exact_wci_gradient(model: nn.Module, traces: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -71,19 +52,13 @@ def with_known_traces(model: nn.Module, traces: torch.Tensor, seed: int, **rule)
     return optimizer
 
 
-# All are the index's gradient: by differences, by autograd, and as the mean over a (here small) posterior;
-# gauss_newton's for the Gauss–Newton traces. Truncation is O(radius²). Per rule: arguments, strength, draws.
+# All are the index's gradient: by differences, and as the mean over a (here small) posterior; gauss_newton's
+# for the Gauss–Newton traces. Truncation is O(radius²). Per rule: arguments, strength, draws.
 RULES = {
-    "two_point": (lambda s: {"penalty": WCIPenalty(s, TwoPoint(radius=1e-3))}, 1.0, 1200),
     "posterior": (lambda s: {"perturbation": WCIPosterior(strength=s, frobenius=True)}, 1e-4, 1200),
     "gauss_newton": (lambda s: {"penalty": WCIPenalty(s, estimator="gauss_newton")}, 1.0, 900),
-    "hutchinson, differences": (
-        lambda s: {"penalty": WCIPenalty(s, Hutchinson(3, radius=1e-3))}, 1.0, 400,
-    ),
-    "hutchinson, autograd": (
-        lambda s: {"penalty": WCIPenalty(s, Hutchinson(3, gradient="autograd"))}, 1.0, 400,
-    ),
-}  # fmt: skip
+    "hutchinson": (lambda s: {"penalty": WCIPenalty(s, Hutchinson(3, radius=1e-3))}, 1.0, 400),
+}
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -94,13 +69,8 @@ def test_the_gradient_converges_to_the_exact_gradient_of_the_index(name, smooth)
     must be small against the gradient: both the norm and every factor are tested.
     """
     model, loss_fn = smooth
-    is_gauss_newton = name == "gauss_newton"
-    graph = (
-        exact_gauss_newton_traces(model, loss_fn().outputs[0].logits)
-        if is_gauss_newton
-        else exact_traces(model, loss_fn().total)
-    )
-    exact, traces = exact_wci_gradient(model, graph)
+    of = exact_gauss_newton_trace if name == "gauss_newton" else exact_trace
+    exact, traces = exact_wci_gradient(model, of(loss_fn(), select_layers(model), create_graph=True).mean)
     plain = torch.autograd.grad(loss_fn().total, list(model.parameters()))
     rule, strength, num_draws = RULES[name]
     optimizer = with_known_traces(model, traces, seed=1, **rule(strength))
@@ -121,49 +91,6 @@ def test_the_gradient_converges_to_the_exact_gradient_of_the_index(name, smooth)
     assert predicted < 0.13 * truth.norm()
     assert error.norm() < 1.5 * predicted + 1e-3 * truth.norm()
     assert torch.cosine_similarity(samples.mean(0), truth, dim=0) > 0.99
-
-
-def test_the_trace_penaltys_gradient_converges_to_the_exact_one(smooth):
-    """Same for the bare trace, whose probe shape is uniform."""
-    model, loss_fn = smooth
-    traces = exact_traces(model, loss_fn().total)
-    exact = torch.autograd.grad(traces.sum(), list(model.parameters()))
-    plain = torch.autograd.grad(loss_fn().total, list(model.parameters()))
-    optimizer = with_known_traces(model, traces.detach(), 2, penalty=TracePenalty(1.0, TwoPoint(radius=1e-3)))
-    samples = []
-    for draw in range(900):
-        optimizer._record["step"] = draw
-        optimizer.zero_grad()
-        optimizer.backward(loss_fn)
-        samples.append(
-            torch.cat([(p.grad - g).flatten() for p, g in zip(model.parameters(), plain, strict=True)])
-        )
-    samples = torch.stack(samples)
-    truth = torch.cat([g.flatten() for g in exact])
-    predicted = (samples.var(0).sum() / len(samples)).sqrt()
-    assert predicted < 0.15 * truth.norm()
-    assert (samples.mean(0) - truth).norm() < 1.5 * predicted + 1e-3 * truth.norm()
-
-
-@pytest.mark.parametrize("rule", ["penalty", "posterior"])
-def test_trace_estimates_are_unbiased(rule, smooth):
-    """The L numbers that set the shares: mean within 4 standard errors of the exact traces."""
-    model, loss_fn = smooth
-    traces = exact_traces(model, loss_fn().total).detach()
-    kwargs = (
-        {"penalty": WCIPenalty(0.0, TwoPoint(radius=1e-3))}
-        if rule == "penalty"
-        else {"perturbation": WCIPosterior(relative_size=1e-3)}
-    )
-    optimizer = with_known_traces(model, traces, seed=5, **kwargs)
-    draws = []
-    for draw in range(600):
-        optimizer._record["step"] = draw
-        optimizer.backward(loss_fn)
-        draws.append(optimizer._pending.pop())
-    estimate = TraceEstimate.from_samples(torch.stack(draws))
-    assert ((estimate.mean - traces).abs() < 4 * estimate.stderr).all(), (estimate, traces)
-    assert (estimate.stderr < 0.16 * traces.abs()).all()
 
 
 def test_running_averages_are_bias_corrected(smooth):
@@ -206,7 +133,7 @@ def test_on_a_quadratic_the_estimate_and_the_gradient_hold_at_every_radius(relat
 def test_the_frobenius_term_is_the_variational_one(smooth):
     """(λ/2) Σ a_l / s_l has gradient λ W_l / s_l."""
     model, loss_fn = smooth
-    traces = exact_traces(model, loss_fn().total).detach()
+    traces = exact_trace(loss_fn(), select_layers(model)).mean.detach()
     grads = []
     for frobenius in (False, True):
         optimizer = with_known_traces(
@@ -215,7 +142,7 @@ def test_the_frobenius_term_is_the_variational_one(smooth):
         optimizer.zero_grad()
         optimizer.backward(loss_fn)
         grads.append([p.grad.clone() for p in select_layers(model).values()])
-    a = squared_norms(select_layers(model))
+    a = select_layers(model).squared_norms()
     for p, without, with_term, s in zip(
         select_layers(model).values(), *grads, (a / traces).sqrt(), strict=True
     ):
@@ -239,8 +166,7 @@ def test_rescaling_a_layer_leaves_index_and_relative_perturbation():
         t = torch.stack(
             [gauss_newton_samples(net(x), layers, generator=generator)[0] for _ in range(50)]
         ).mean(0)
-        a = squared_norms(layers)
-        d = torch.tensor([p.numel() for p in layers.values()]).double()
+        a, d = layers.squared_norms(), layers.sizes()
         index.append(float((a * t).sqrt().sum()))
         sigma = WCIPosterior(strength=1e-3).posterior(a, d, t, 1.0).sigma
         relative.append(d * sigma**2 / a)
@@ -279,22 +205,11 @@ def test_signs_are_fair_independent_and_reproducible():
     assert abs(float(v.mean())) < 4 / n**0.5
     assert abs(float((v[1:] * v[:-1]).mean())) < 4 / n**0.5
     assert abs(float((v[8:] * v[:-8]).mean())) < 4 / n**0.5  # eight signs come from one random byte
-    assert all(
-        torch.equal(p, q)
-        for p, q in zip(
-            signs(layers, generator_from("cpu", 1, 2)),
-            signs(layers, generator_from("cpu", 1, 2)),
-            strict=True,
-        )
-    )
-    assert not torch.equal(
-        signs(layers, generator_from("cpu", 1, 2))[0], signs(layers, generator_from("cpu", 1, 3))[0]
-    )
 
 
 def test_evaluation_reports_the_index_with_its_error():
     """One draw has no error bar: batches are cut so that the spread of the traces is known."""
-    from wcitrain.attacks import ThreatModel
+    from wcitrain.attacks import Attack, ThreatModel
     from wcitrain.evaluation import measure_accuracy
 
     torch.manual_seed(0)
@@ -302,18 +217,8 @@ def test_evaluation_reports_the_index_with_its_error():
     x, y = torch.rand(400, 1, 4, 4).double(), torch.randint(0, 3, (400,))
     batches = [(x, y, torch.arange(400))]
     layers = select_layers(model)
-    results = [
-        measure_accuracy(
-            model,
-            batches,
-            threat=ThreatModel("linf", 1e-9),
-            num_steps=1,
-            step_size=1e-9,
-            seed=seed,
-            layers=layers,
-        )
-        for seed in range(60)
-    ]
+    attack = Attack(ThreatModel("linf", 1e-9), 1, 1e-9)
+    results = [measure_accuracy(model, batches, attack, seed=seed, layers=layers) for seed in range(60)]
     totals = torch.tensor([r.wci.total for r in results])
     errors = torch.tensor([r.wci.total_stderr for r in results])
     assert results[0].wci.trace.num_probes == 8

@@ -12,20 +12,19 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BatchNormNet, SmoothNet, assert_same, everything, image_batch
+from cases import BatchNormNet, assert_same, everything, image_batch
 from torch import Tensor, nn
 
-from wcitrain.curvature import Estimator, Hutchinson, TraceEstimate, TwoPoint
+from wcitrain.curvature import Hutchinson, TraceEstimate
 from wcitrain.curvature import hutchinson as hutchinson_module
 from wcitrain.curvature import passes as passes_module
 from wcitrain.curvature.dense import dense_hessian, exact_gauss_newton_trace, exact_trace
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
-from wcitrain.curvature.hutchinson import hutchinson_samples, hutchinson_trace
+from wcitrain.curvature.hutchinson import hutchinson_samples
 from wcitrain.curvature.hvp import gradients_with_graph, hvp, signs
 from wcitrain.curvature.loss import Loss, Output, binary_cross_entropy, cross_entropy, mean_squared_error
 from wcitrain.curvature.passes import Passes
-from wcitrain.curvature.two_point import two_point_samples
-from wcitrain.params import Layers, squared_norms
+from wcitrain.params import Layers
 from wcitrain.seeding import generator_from
 
 # The cases ------------------------------------------------------------------------------------------------
@@ -206,9 +205,9 @@ def difference_of_gradients(loss_fn: Callable[[], Loss], tensors, vectors, rows)
 
 
 def penalty_gradient(
-    estimator: Estimator, model: nn.Module, layers: Layers, loss_fn: Callable[[], Loss | Tensor], c: Tensor
+    estimator: Hutchinson, model: nn.Module, layers: Layers, loss_fn: Callable[[], Loss | Tensor], c: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What an estimator adds to the gradient of the loss, ∇ Σ c_l t_l, and its estimates of t_l."""
+    """What the estimator adds to the gradient of the loss, ∇ Σ c_l t_l, and its estimates of t_l."""
     passes, found = Passes(model, layers, loss_fn), []
     for step in (lambda: estimator.add_gradient(passes, 2 * c, 0.5).traces, passes.plain):
         model.zero_grad()
@@ -219,9 +218,6 @@ def penalty_gradient(
     (both, traces), (plain, _) = found
     return both - plain, traces
 
-
-FINE = Hutchinson(radius=1e-5)  # truncation 1e-10 and rounding 1e-16 / 1e-5, each times higher derivatives
-BY_AUTOGRAD = Hutchinson(gradient="autograd")
 
 ROUNDING = 1e-10  # float64 sums of up to 10^4 terms of mixed sign, each with a relative error near 1e-15
 
@@ -251,37 +247,7 @@ def test_the_worked_example_has_its_known_numbers(worked_example):
     assert float(trace.mean) == pytest.approx(1.8285859402617057, abs=1e-12)
     assert float(trace.stderr) == 0
     assert trace.num_probes == 1
-    assert float((squared_norms(layers) * trace.mean).sqrt()) == pytest.approx(1.9123733632644573, abs=1e-12)
     assert float(exact_gauss_newton_trace(loss, layers).mean) == pytest.approx(1.8285859402617057, abs=1e-12)
-
-
-def test_zero_weights_of_softmax_regression_have_the_trace_of_uniform_predictions(worked_example):
-    """mean ‖x‖² (1 − 1/C) = 7.5 · 2/3."""
-    model, x, y = worked_example
-    nn.init.zeros_(model.weight)
-    assert float(exact_trace(cross_entropy(model(x), y), {"w": model.weight}).mean) == pytest.approx(
-        5, abs=1e-12
-    )
-
-
-@pytest.mark.parametrize("family", ["linear regression", "logistic regression", "softmax regression"])
-def test_dense_hessians_of_linear_models_are_their_textbook_formulas(family):
-    """(2/N) XᵀX, (1/N) Xᵀ diag(q (1−q)) X, and the mean of (diag p − p pᵀ) ⊗ x xᵀ, without autograd."""
-    num_outputs = 3 if family == "softmax regression" else 1
-    model = nn.Linear(4, num_outputs, bias=False).double()
-    x, y = torch.randn(9, 4).double(), torch.randint(0, 3, (9,))
-    z = model(x)
-    if family == "linear regression":
-        loss, expected = mean_squared_error(z, torch.randn(9, 1).double()), 2 * x.T @ x / 9
-    elif family == "logistic regression":
-        q = z.detach().sigmoid()
-        loss, expected = binary_cross_entropy(z, (y > 0).double()[:, None]), x.T @ (q * (1 - q) * x) / 9
-    else:
-        p = z.detach().softmax(1)
-        loss = cross_entropy(z, y)
-        pairs = zip(p, x, strict=True)
-        expected = sum(torch.kron(a.diag() - torch.outer(a, a), torch.outer(b, b)) for a, b in pairs) / 9
-    assert close(dense_hessian(loss, {"w": model.weight})["w"], expected, 1e-13)
 
 
 # Dense blocks and vector products -------------------------------------------------------------------------
@@ -308,49 +274,6 @@ def test_hessian_products_are_the_dense_matrix_times_the_vector(case):
         assert close(flat(hvp(gradients, tensors, v)), H @ flat(v), 1e-12)
         v = signs(tensors)
     assert close(flat(hvp(case.loss_fn(), tensors, v)), H @ flat(v), 1e-12)
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-def test_hessian_products_are_differences_of_gradients(name):
-    """Autograd's second derivatives are those of the function it evaluates; rows of all parameters."""
-    case = make_case(name)
-    tensors, rows = case.layers.tensors, list(case.model.parameters())
-    v = [torch.randn_like(t) for t in tensors]
-    by_difference = difference_of_gradients(case.loss_fn, tensors, v, rows)
-    assert close(flat(hvp(case.loss_fn(), tensors, v, rows=rows)), by_difference, 1e-7)
-
-
-def test_a_cubic_needs_no_small_step():
-    """Differences of uᵀH(W)u, linear in W, are exact for every radius if the step is accounted for."""
-    model = nn.ParameterDict({"w": torch.randn(5)}).double()
-    w, form = model["w"], torch.randn(5, 5, 5).double()
-
-    def found(estimator: Estimator) -> tuple[Tensor, Tensor]:
-        return penalty_gradient(
-            estimator, model, Layers({"w": w}), lambda: w @ (form @ w) @ w, torch.ones(1).double()
-        )
-
-    exact = found(BY_AUTOGRAD)
-    for radius in (1e-3, 0.1, 1.0):
-        for ours, theirs in zip(found(Hutchinson(radius=radius)), exact, strict=True):
-            assert close(ours, theirs, ROUNDING)
-
-
-def test_differences_replay_the_dropout_mask():
-    """With another mask on each side the difference would be noise divided by a small step."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).double()
-    x, y = torch.randn(5, 4).double(), torch.randint(0, 3, (5,))
-    layers = Layers({"a": model[0].weight, "b": model[3].weight})
-    state, found = torch.get_rng_state(), []
-    for estimator in (FINE, BY_AUTOGRAD):
-        torch.set_rng_state(state)
-        found.append(
-            penalty_gradient(
-                estimator, model, layers, lambda: F.cross_entropy(model(x), y), torch.ones(2).double()
-            )
-        )
-    for by_difference, by_autograd in zip(*found, strict=True):
-        assert close(by_difference, by_autograd, 1e-7)
 
 
 # Estimators, all sign sets --------------------------------------------------------------------------------
@@ -390,73 +313,60 @@ def tiny() -> Case:
     )
 
 
-@pytest.mark.parametrize("use_block_probes", [False, True])
-def test_hutchinson_has_its_mean_and_its_variance_over_all_sign_sets(use_block_probes, tiny, monkeypatch):
-    """Mean Tr(H_ll); variance 2 (‖H_ll‖² − Σ diag²) + Σ ‖H_lm‖² over layers m probed with l: exactly.
-
-    Groups that leak, or split a tensor in the wrong place, would keep the mean and change the variance.
-    """
-    groups = [{0}, {1}, {2}] if use_block_probes else [{0, 1, 2}]
+def test_hutchinson_has_its_mean_and_its_variance_over_all_sign_sets(tiny, monkeypatch):
+    """Mean Tr(H_ll); variance 2 (‖H_ll‖² − Σ diag²) + Σ ‖H_lm‖² over the other layers m: exactly."""
     H, places = full_hessian(tiny), slices(tiny.layers)
     enumerated(monkeypatch, sign_sets(8))
-    draws = hutchinson_samples(tiny.loss_fn(), tiny.layers, num_probes=256, use_block_probes=use_block_probes)
+    draws = hutchinson_samples(tiny.loss_fn(), tiny.layers, num_probes=256)
     mean = torch.stack([H[p, p].trace() for p in places])
     assert torch.allclose(draws.mean(0), mean, rtol=0, atol=1e-12)
-    assert torch.allclose(draws.var(0, correction=0), hutchinson_variance(H, places, groups), rtol=ROUNDING)
+    assert torch.allclose(draws.var(0, correction=0), hutchinson_variance(H, places), rtol=ROUNDING)
 
 
-def hutchinson_variance(
-    H: Tensor, places: list[slice], groups: list[set[int]], scale: Tensor | None = None
-) -> Tensor:
-    """The variance [L] of one draw for groups of layers; ``scale`` [L] where layer l is perturbed by s_l v_l.
-
-    ⟨v_l, (H s v)_l⟩ / s_l has cross terms s_m / s_l times as large.
-    """
-    s = torch.ones(len(places)).double() if scale is None else scale
+def hutchinson_variance(H: Tensor, places: list[slice]) -> Tensor:
+    """The variance [L] of one draw."""
     variance = []
-    for place, p in enumerate(places):
+    for p in places:
         block = H[p, p]
         own = 2 * (block.square().sum() - block.diagonal().square().sum())
-        group = next(g for g in groups if place in g)
-        variance.append(
-            own + sum((s[m] / s[place] * H[p, places[m]]).square().sum() for m in group - {place})
-        )
+        variance.append(own + H[p].square().sum() - block.square().sum())
     return torch.stack(variance)
 
 
-ALL_SIGNS = {
-    "autograd": (Hutchinson(256, gradient="autograd"), ROUNDING),
-    "differences": (Hutchinson(256, radius=1e-5), 1e-7),
-    "two_point": (TwoPoint(256, radius=1e-4), 1e-5),  # truncation and rounding near 1e-8
-}
-
-
-@pytest.mark.parametrize("name", [*ALL_SIGNS, "samples"])
-def test_the_gradient_is_that_of_the_exact_traces_over_all_sign_sets(name, tiny, monkeypatch):
+def test_the_gradient_is_that_of_the_exact_traces_over_all_sign_sets(tiny, monkeypatch):
     """∇ Σ c_l t_l over all parameters, with unequal c: two published codes pass no gradient at all."""
     c = torch.tensor([0.3, 2.0, 1.0]).double()
     parameters = list(tiny.model.parameters())
     exact = exact_trace(tiny.loss_fn(), tiny.layers, create_graph=True).mean
     truth = flat(torch.autograd.grad(c @ exact, parameters))
-    if name == "samples":
-        enumerated(monkeypatch, sign_sets(8))
-        draws = hutchinson_samples(tiny.loss_fn(), tiny.layers, num_probes=256, create_graph=True).mean(0)
-        gradient, tolerance = flat(torch.autograd.grad(c @ draws, parameters)), ROUNDING
-    else:
-        enumerated(monkeypatch, sign_sets(8), passes_module)
-        estimator, tolerance = ALL_SIGNS[name]
-        gradient, draws = penalty_gradient(estimator, tiny.model, tiny.layers, tiny.loss_fn, c)
-    assert close(gradient, truth, tolerance)
-    assert close(draws, exact, tolerance)
+    enumerated(monkeypatch, sign_sets(8), passes_module)
+    # truncation 1e-10 and rounding 1e-16 / 1e-5, each times higher derivatives
+    estimator = Hutchinson(256, radius=1e-5)
+    gradient, draws = penalty_gradient(estimator, tiny.model, tiny.layers, tiny.loss_fn, c)
+    assert close(gradient, truth, 1e-7)
+    assert close(draws, exact, 1e-7)
 
 
 def test_a_layer_without_coefficient_is_not_perturbed_and_has_no_draw(tiny):
     """Its trace cannot be read off: zero would pull the running average down."""
     c = torch.tensor([0.0, 0.0, 1.0]).double()
-    for estimator in (Hutchinson(), BY_AUTOGRAD, TwoPoint()):
-        gradient, traces = penalty_gradient(estimator, tiny.model, tiny.layers, tiny.loss_fn, c)
-        assert traces.isnan().tolist() == [True, True, False]
-        assert gradient.isfinite().all()
+    gradient, traces = penalty_gradient(Hutchinson(), tiny.model, tiny.layers, tiny.loss_fn, c)
+    assert traces.isnan().tolist() == [True, True, False]
+    assert gradient.isfinite().all()
+
+
+def test_differences_replay_the_dropout_mask():
+    """With another mask on each side the difference would be noise divided by a small step."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    x, y = torch.randn(5, 4).double(), torch.randint(0, 3, (5,))
+    layers, state, results = Layers({"a": model[0].weight, "b": model[3].weight}), torch.get_rng_state(), []
+    args = (model, layers, lambda: F.cross_entropy(model(x), y), torch.ones(2).double())
+    for radius in (1e-4, 1e-5):
+        torch.set_rng_state(state)
+        results += penalty_gradient(Hutchinson(radius=radius), *args)
+    # truncation 1e-8, rounding 1e-11: two radii agree, and noise over them would differ tenfold
+    assert close(results[0], results[2], 1e-6)
+    assert close(results[1], results[3], 1e-6)
 
 
 def gauss_newton_losses() -> dict[str, Callable[[nn.Module, Tensor], Loss]]:
@@ -533,68 +443,25 @@ def test_the_exact_gauss_newton_trace_is_the_hessians_for_the_linearised_network
 # Estimators, seeded draws ---------------------------------------------------------------------------------
 
 
-def estimator_samples(name: str, case: Case, num: int) -> Tensor:
-    """Independent draws [num, L] of one estimator."""
-    generator = generator_from("cpu", name)
-    if name == "hutchinson":
-        return hutchinson_samples(case.loss_fn(), case.layers, num_probes=num, generator=generator)
-    if name == "block probes":
-        return hutchinson_samples(
-            case.loss_fn(), case.layers, num_probes=num, use_block_probes=True, generator=generator
-        )
-    assert name == "two-point"
-    return two_point_samples(case.loss_fn, case.layers, radius=1e-4, num_probes=num, generator=generator)
-
-
-@pytest.mark.parametrize("estimator", ["hutchinson", "block probes", "two-point"])
 @pytest.mark.parametrize("name", CASES)
-def test_every_estimator_agrees_with_the_exact_trace(name, estimator):
+def test_every_estimator_agrees_with_the_exact_trace(name):
     """Mean within 4 standard errors on every network; variance within 6 of its formula."""
     case = make_case(name)
-    if estimator == "two-point" and name not in SMOOTH:
-        pytest.skip("second differences count the kinks of ReLU: another quantity")
     H, places = full_hessian(case), slices(case.layers)
-    num = 150
-    samples = estimator_samples(estimator, case, num)
-    if estimator == "two-point":
-        samples = samples.nan_to_num()  # its sign that a layer has no gradient
+    num, generator = 150, generator_from("cpu", "hutchinson")
+    samples = hutchinson_samples(case.loss_fn(), case.layers, num_probes=num, generator=generator)
     exact = torch.stack([H[p, p].trace() for p in places])
     estimate = TraceEstimate.from_samples(samples)
-    # two-point: truncation of relative order radius² = 1e-8, rounding 1e-16 / 1e-8 of the gradients.
-    floor = 1e-6 if estimator == "two-point" else ROUNDING
-    assert ((estimate.mean - exact).abs() <= 4 * estimate.stderr + floor * float(H.norm())).all(), (
-        estimate,
-        exact,
-    )
-    together = estimator != "block probes"
-    groups = [set(range(len(places)))] if together else [{i} for i in range(len(places))]
-    scale = (squared_norms(case.layers) / case.layers.sizes()).sqrt() if estimator == "two-point" else None
-    variance = hutchinson_variance(H, places, groups, scale)
+    allowed = 4 * estimate.stderr + ROUNDING * float(H.norm())
+    assert ((estimate.mean - exact).abs() <= allowed).all(), (estimate, exact)
+    variance = hutchinson_variance(H, places)
     centred = samples - samples.mean(0)
     # Var(s²) = (m4 − s⁴) / n for n independent draws.
     error = ((centred**4).mean(0) - centred.square().mean(0).square()).clamp(min=0).sqrt() / num**0.5
-    assert ((samples.var(0) - variance).abs() <= 6 * error + floor * float(H.norm()) ** 2).all()
+    assert ((samples.var(0) - variance).abs() <= 6 * error + ROUNDING * float(H.norm()) ** 2).all()
     if name == "unused and linear tensors":
         assert list(case.layers) == ["shift", "fc.weight", "unused.weight"]
-        assert (samples[:, [0, 2]].abs() <= floor).all()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_one_full_probe_sums_to_the_global_quadratic_form(name):
-    """The layers' draws are pieces of one vᵀHv with the v that the generator gives."""
-    case = make_case(name)
-    v = flat(signs(case.layers.tensors, generator_from("cpu", 3)))
-    draw = hutchinson_samples(case.loss_fn(), case.layers, generator=generator_from("cpu", 3))
-    H = full_hessian(case)
-    assert float(draw.sum()) == pytest.approx(float(v @ H @ v), rel=ROUNDING, abs=1e-12)
-
-
-def test_a_diagonal_hessian_is_exact_in_every_draw():
-    """Signs square to one: all variance is off the diagonal. Gaussian probes would not do this."""
-    w = {"a": torch.randn(3).double().requires_grad_(), "b": torch.randn(4, 2).double().requires_grad_()}
-    loss = sum((p**3).sum() for p in w.values())
-    exact = torch.stack([6 * p.detach().sum() for p in w.values()])
-    assert torch.allclose(hutchinson_samples(loss, w, num_probes=5), exact.expand(5, 2), rtol=1e-12)
+        assert (samples[:, [0, 2]].abs() <= ROUNDING).all()
 
 
 @pytest.mark.parametrize("name", ["ReLU, residual, BatchNorm in eval mode", "softmax regression"])
@@ -615,53 +482,7 @@ def test_piecewise_linear_networks_have_gauss_newton_blocks(name):
     assert torch.allclose(exact.mean, gauss_newton.mean, rtol=ROUNDING)
 
 
-def test_curved_units_have_more_than_gauss_newton():
-    """The converse: with GELU the two differ, so the test above can fail."""
-    case = make_case("GELU, BCE")
-    loss = case.loss_fn()
-    exact, gauss_newton = (
-        f(loss, case.layers).mean.detach() for f in (exact_trace, exact_gauss_newton_trace)
-    )
-    assert abs(float(exact[0] - gauss_newton[0])) > 0.01 * float(gauss_newton[0])
-    assert float(exact[1]) == pytest.approx(float(gauss_newton[1]), rel=ROUNDING)  # the last layer is linear
-
-
-def test_the_full_batch_is_the_weighted_average_of_ragged_micro_batches():
-    """Weighted by examples: a plain mean over batches would count those of the short one more."""
-    torch.manual_seed(4)
-    model = SmoothNet().double()
-    x, y = torch.randn(7, 4).double(), torch.randint(0, 3, (7,))
-    layers = {n: p for n, p in model.named_parameters() if p.ndim > 1}
-    full = exact_trace(cross_entropy(model(x), y), layers).mean
-    halves = [exact_trace(cross_entropy(model(x[i]), y[i]), layers).mean for i in (slice(0, 5), slice(5, 7))]
-    assert torch.allclose((5 * halves[0] + 2 * halves[1]) / 7, full, rtol=ROUNDING)
-    samples = TraceEstimate.from_samples(torch.stack(halves), weights=torch.tensor([5, 2]))
-    assert torch.allclose(samples.mean, full, rtol=ROUNDING)
-
-
-def test_rescaling_a_layer_leaves_the_index_and_changes_the_trace():
-    """(α W_1, W_2 / α) is the same function: draw by draw, since t_l scales as 1/α_l²."""
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)).double()
-    x, y = torch.randn(8, 4).double(), torch.randint(0, 3, (8,))
-    layers = {n: p for n, p in model.named_parameters() if p.ndim > 1}
-
-    def measured() -> tuple[float, float]:
-        t = hutchinson_trace(cross_entropy(model(x), y), layers, num_probes=64, use_block_probes=True).mean
-        return float((squared_norms(layers) * t).sqrt().sum()), float(t.sum())
-
-    torch.manual_seed(0)
-    index, trace = measured()
-    with torch.no_grad():
-        model[0].weight *= 4
-        model[2].weight /= 4
-    torch.manual_seed(0)
-    rescaled, rescaled_trace = measured()
-    assert rescaled == pytest.approx(index, rel=ROUNDING)
-    assert abs(rescaled_trace - trace) > 0.5 * trace
-
-
-# Third derivatives ----------------------------------------------------------------------------------------
+# Derivatives that are wrong, and the step ------------------------------------------------------------------
 
 
 def activation_net(middle: nn.Module, *, is_convolution: bool = False) -> tuple[nn.Module, Tensor]:
@@ -675,67 +496,27 @@ def activation_net(middle: nn.Module, *, is_convolution: bool = False) -> tuple[
     return model, image_batch(5)[0].double()
 
 
-class ThroughVariance(nn.Module):
-    """Layer norm by primitive operations."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        return (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-
-
-RIGHT_AT_ORDER_THREE: dict[str, tuple[Callable[[], nn.Module], bool]] = {
-    "tanh": (nn.Tanh, False),
-    "GELU": (nn.GELU, False),
-    "GELU, tanh form": (lambda: nn.GELU(approximate="tanh"), False),
-    "SiLU": (nn.SiLU, False),
-    "softmax": (lambda: nn.Softmax(-1), False),
-    "RMSNorm": (lambda: nn.RMSNorm(6), False),
-    "layer norm by primitive operations": (ThroughVariance, False),
-    "GroupNorm": (lambda: nn.GroupNorm(2, 4), True),
-    "BatchNorm in eval mode": (lambda: nn.BatchNorm2d(4).eval(), True),
-}
-
-
-def order_three(
-    model: nn.Module, x: Tensor, layers: dict[str, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """The gradient of vᵀHv for one v by autograd, unguarded, and by differences of Hessian products."""
-    y = torch.tensor([0, 1, 2, 0, 1])
-    chosen = Layers(layers or dict(model.named_parameters()))
-    by_autograd, by_difference = (
-        penalty_gradient(
-            estimator, model, chosen, lambda: F.cross_entropy(model(x), y), torch.ones(len(chosen)).double()
-        )[0]
-        for estimator in (BY_AUTOGRAD, FINE)
-    )
-    return by_autograd, by_difference
-
-
-@pytest.mark.parametrize("name", RIGHT_AT_ORDER_THREE)
-def test_autograd_agrees_with_differences_of_products_at_order_three(name):
-    """Which networks may use ``create_graph``; and the differences against an answer for the same probe."""
-    make, is_convolution = RIGHT_AT_ORDER_THREE[name]
-    model, x = activation_net(make(), is_convolution=is_convolution)
-    by_autograd, by_difference = order_three(model, x)
-    assert close(by_autograd, by_difference, 1e-6)  # 1e-9 or so, times large fifth derivatives
-    loss = cross_entropy(model(x), torch.tensor([0, 1, 2, 0, 1]))
-    # not refused
-    assert hutchinson_samples(loss, dict(model.named_parameters()), create_graph=True).isfinite().all()
-
-
 def test_third_derivatives_through_layer_norm_are_wrong_without_a_word_and_are_refused():
     """If the first assertion fails, PyTorch has mended it, and ``hvp._WRONG_FROM_ORDER`` can forget it."""
     model, x = activation_net(nn.LayerNorm(6))
-    by_autograd, by_difference = order_three(model, x)
-    assert not close(by_autograd, by_difference, 1e-2)
-    layers = dict(model.named_parameters())
-    loss = cross_entropy(model(x), torch.tensor([0, 1, 2, 0, 1]))
-    for refused in (
-        lambda: hutchinson_samples(loss, layers, create_graph=True),
-        lambda: exact_trace(loss, layers, create_graph=True),
-        lambda: hvp(loss, list(layers.values()), list(layers.values()), create_graph=True),
-    ):
-        with pytest.raises(ValueError, match=r'order 3: got NativeLayerNormBackward0.*"finite_difference"'):
-            refused()
+    parameters, y = list(model.parameters()), torch.tensor([0, 1, 2, 0, 1])
+    v, values = signs(parameters, generator_from("cpu", 0)), []
+
+    def form(create_graph: bool) -> Tensor:
+        g = torch.autograd.grad(F.cross_entropy(model(x), y), parameters, create_graph=True)
+        products = torch.autograd.grad(g, parameters, v, create_graph=create_graph, materialize_grads=True)
+        return flat(products) @ flat(v)
+
+    by_autograd = flat(torch.autograd.grad(form(True), parameters, materialize_grads=True)) @ flat(v)
+    for side in (+1, -2):
+        with torch.no_grad():
+            torch._foreach_add_(parameters, v, alpha=side * 1e-5)
+        values.append(form(False))
+    # truncation 1e-10, rounding 1e-11
+    assert abs(float((values[0] - values[1]) / 2e-5 / by_autograd) - 1) > 1e-2
+    layers, loss = dict(model.named_parameters()), cross_entropy(model(x), y)
+    with pytest.raises(ValueError, match=r"order 3: got NativeLayerNormBackward0.*Take differences"):
+        exact_trace(loss, layers, create_graph=True)
     assert hutchinson_samples(loss, layers).isfinite().all()  # order two is right
 
 
@@ -751,20 +532,8 @@ def test_second_derivatives_through_weight_norm_are_wrong_without_a_word_and_are
     gradients = torch.autograd.grad(loss_fn().total, parameters, create_graph=True)
     by_autograd = flat(torch.autograd.grad(gradients, parameters, v, materialize_grads=True))
     assert not close(by_autograd, difference_of_gradients(loss_fn, parameters, v, parameters), 1e-2)
-    with pytest.raises(ValueError, match=r"order 2: got WeightNormInterfaceBackward0.*two_point"):
+    with pytest.raises(ValueError, match=r"order 2: got WeightNormInterfaceBackward0.*Remove"):
         hutchinson_samples(loss_fn(), dict(model.named_parameters()))
-
-
-def test_third_derivatives_through_batch_norm_in_train_mode_raise_and_differences_do_not():
-    """The reason why differences of products are the default gradient."""
-    model, x = activation_net(nn.BatchNorm2d(4), is_convolution=True)
-    with pytest.raises(RuntimeError, match="3rd"):
-        order_three(model, x)
-    layers, y = Layers({"w": model[0].weight}), torch.tensor([0, 1, 2, 0, 1])
-    gradient, _ = penalty_gradient(
-        FINE, model, layers, lambda: F.cross_entropy(model(x), y), torch.ones(1).double()
-    )
-    assert gradient.norm() > 0
 
 
 def test_the_default_radius_is_fine_in_both_precisions():
@@ -772,18 +541,17 @@ def test_the_default_radius_is_fine_in_both_precisions():
     torch.manual_seed(0)
     double, x = activation_net(nn.GELU(), is_convolution=True)
     y, gradients = torch.tensor([0, 1, 2, 0, 1]), []
-    exact = None
     for dtype in (torch.float64, torch.float32):
         model = activation_net(nn.GELU(), is_convolution=True)[0]
         model.load_state_dict(double.state_dict())
         model, inputs = model.to(dtype), x.to(dtype)
         layers = Layers({n: p for n, p in model.named_parameters() if p.ndim > 1})
-        how = (model, layers, lambda model=model, inputs=inputs: F.cross_entropy(model(inputs), y))
+        args = (model, layers, lambda model=model, inputs=inputs: F.cross_entropy(model(inputs), y))
         c = torch.tensor([1.0, 0.5]).to(dtype)
-        exact = penalty_gradient(BY_AUTOGRAD, *how, c)[0] if exact is None else exact
-        gradients.append(penalty_gradient(Hutchinson(), *how, c)[0].double())
+        for radius in (1e-5, 0.01) if dtype == torch.float64 else (0.01,):
+            gradients.append(penalty_gradient(Hutchinson(radius=radius), *args, c)[0].double())
     # Truncation 1e-4 and, in float32, rounding 6e-8 / 0.01, each times higher derivatives (ten or so).
-    assert all(close(gradient, exact, 2e-3) for gradient in gradients)
+    assert all(close(gradient, gradients[0], 2e-3) for gradient in gradients[1:])
 
 
 # Nothing is left ------------------------------------------------------------------------------------------
@@ -804,7 +572,7 @@ def test_nothing_is_left_behind():
     loss = cross_entropy(model(x), y)
     before, state = everything(model), torch.get_rng_state()
     hvp(loss, list(layers.values()), vectors)
-    hutchinson_samples(loss, layers, num_probes=2, use_block_probes=True, generator=generator)
+    hutchinson_samples(loss, layers, num_probes=2, generator=generator)
     dense_hessian(loss, layers)
     exact_trace(loss, layers)
     exact_gauss_newton_trace(loss, layers)
@@ -841,5 +609,3 @@ def test_impossible_settings_are_refused():
     case = make_case("tanh, label smoothing")
     with pytest.raises(ValueError, match=r"layer 1\.weight with 64 elements"):
         dense_hessian(case.loss_fn(), case.layers, max_elements=63)
-    with pytest.raises(ValueError, match=r"layer 1\.weight with 64 elements"):
-        exact_trace(case.loss_fn(), case.layers, max_elements=63)

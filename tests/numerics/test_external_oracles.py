@@ -1,15 +1,12 @@
-"""The same numbers from curvlinops (dense operators) and PyHessian (Hutchinson, whole network)."""
+"""The same numbers from curvlinops, by dense operators."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from wcitrain.curvature.dense import dense_hessian, exact_gauss_newton_trace, exact_trace
-from wcitrain.curvature.hutchinson import hutchinson_trace
-from wcitrain.curvature.hvp import hvp
+from wcitrain.curvature.dense import dense_hessian, exact_gauss_newton_trace
 from wcitrain.curvature.loss import cross_entropy, mean_squared_error
 from wcitrain.params import Layers
-from wcitrain.seeding import generator_from
 
 # curvlinops' forward mode compiles its rules with torch.jit.script, which PyTorch warns of.
 pytestmark = [
@@ -64,33 +61,3 @@ def test_gauss_newton_traces_are_those_of_curvlinops(loss, problem):
         operator = curvlinops.GGNLinearOperator(model, criterion, [p], [(x, targets)])
         theirs = operator @ torch.eye(p.numel()).double()
         assert float(trace) == pytest.approx(float(theirs.trace()), rel=1e-10), name
-
-
-# PyHessian keeps its gradients by backward(create_graph=True), which PyTorch warns of; we never do.
-@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
-def test_products_and_traces_are_those_of_pyhessian(problem):
-    """It sees the network as one block: our layers sum to its trace, within 4 standard errors of both."""
-    pyhessian = pytest.importorskip("pyhessian")
-    from pyhessian.utils import hessian_vector_product
-
-    model, x, y, layers = problem
-    theirs = pyhessian.hessian(model, nn.CrossEntropyLoss(), data=(x, y), cuda=False)
-    vectors = [torch.randn_like(p) for p in layers.tensors]
-    product = hessian_vector_product(theirs.gradsH, theirs.params, vectors)
-    for a, b in zip(hvp(cross_entropy(model(x), y), layers.tensors, vectors), product, strict=True):
-        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
-
-    torch.manual_seed(0)
-    draws = torch.tensor(theirs.trace(maxIter=400, tol=-1))  # a tolerance would stop it early, and bias it
-    exact = float(exact_trace(cross_entropy(model(x), y), layers).mean.sum())
-    assert abs(float(draws.mean()) - exact) < 4 * float(draws.std()) / 400**0.5
-    ours = hutchinson_trace(
-        cross_entropy(model(x), y),
-        layers,
-        num_probes=400,
-        use_block_probes=True,
-        generator=generator_from("cpu", 0),
-    )
-    assert abs(float(ours.mean.sum()) - exact) < 4 * float(ours.stderr.sum())
-    # Block probes leave out the variance between layers, which is part of any probe over all of them.
-    assert float(ours.stderr.square().sum()) < float(draws.var()) / 400

@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from cases import BatchNormNet, image_batch
 from torch import nn
 
-from wcitrain.attacks import ThreatModel
-from wcitrain.attacks.ascent import pgd
+from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.curvature import cross_entropy, exact_trace
-from wcitrain.measures.adversarial import example_losses
-from wcitrain.measures.flatness import average_flatness, worst_flatness
-from wcitrain.measures.spectrum import lambda_max
-from wcitrain.measures.strongest import attack_step, draw_perturbation, strongest
-from wcitrain.params import select_layers, squared_norms
+from wcitrain.measures import Measurement, Problem
+from wcitrain.measures.flatness import AverageFlatness, WorstFlatness, draw_perturbation, strongest
+from wcitrain.measures.means import example_losses
+from wcitrain.measures.spectrum import LambdaMax
+from wcitrain.params import select_layers
 from wcitrain.seeding import generator_from
 
 EPS = ThreatModel("linf", 0.1)
@@ -55,26 +54,32 @@ def robust_losses(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, y: 
     return F.softplus((w * x).sum(1) + b + EPS.eps * w.abs().sum(1))
 
 
+def average(model, x, y, threat=None, seed=0, **settings) -> Measurement:
+    return AverageFlatness(**settings).measure(Problem(model, [(x, y)], threat, seed))
+
+
+def worst(model, x, y, threat=None, **settings) -> Measurement:
+    return WorstFlatness(**settings).measure(Problem(model, [(x, y)], threat))
+
+
 # Average flatness -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("sampler", "k"), [("sphere", lambda d: 1), ("ball", lambda d: d / (d + 2)), ("radius", lambda d: 1 / 3)]
-)
-def test_average_flatness_is_the_sum_of_squared_wci_over_sizes(sampler, k):
+@pytest.mark.parametrize(("protocol", "k"), [("code", lambda d: 1), ("paper", lambda d: d / (d + 2))])
+def test_average_flatness_is_the_sum_of_squared_wci_over_sizes(protocol, k):
     """(ξ²/2) Σ k a t / d ties Stutz's measure to the index; a wrong norm, factor or layer set shows here.
 
     Odd orders vanish in the mean over ν: what is left out is of relative order ξ² = 4e-4. Only draws err.
     """
     model, x, y = stationary_regression()
     layers = select_layers(model, "weights+biases")
-    a, t = squared_norms(layers), exact_trace(cross_entropy(model(x), y), layers).mean
+    a, t = layers.squared_norms(), exact_trace(cross_entropy(model(x), y), layers).mean
     d = layers.sizes()
     factors = torch.tensor([k(float(size)) for size in d]).double()
     truth = float((0.02**2 / 2 * factors * a * t / d).sum())
-    result = average_flatness(model, [(x, y)], None, xi=0.02, num_draws=600, sampler=sampler)
+    result = average(model, x, y, xi=0.02, num_draws=600, protocol=protocol)
     error = result.parts["stderr_draws"]
-    assert 4 * error < 0.2 * truth  # ball and sphere differ by 24 %, the radius more
+    assert 4 * error < 0.2 * truth  # ball and sphere differ by 24 %
     assert abs(result.value - truth) < 4 * error + 1e-3 * truth
 
 
@@ -87,38 +92,23 @@ def test_average_flatness_attacks_every_perturbed_model_anew():
     layers = select_layers(model, "weights+biases")
     expected = []
     for draw in range(3):
-        ν = draw_perturbation(layers, 0.5, "sphere", generator_from("cpu", 7, "average_flatness", draw, 0))
+        ν = draw_perturbation(
+            layers, 0.5, generator_from("cpu", 7, "average_flatness", draw, 0), on_sphere=True
+        )
         with torch.no_grad():
             expected.append(robust_losses(model.weight + ν[0], model.bias + ν[1], x, y).mean())
     with torch.no_grad():
         reference = robust_losses(model.weight, model.bias, x, y).mean()
-    result = average_flatness(model, [(x, y)], EPS, num_draws=3, protocol="code", chunk_size=16, seed=7)
+    result = average(model, x, y, EPS, num_draws=3, protocol="code", chunk_size=16, seed=7)
     assert result.parts["reference_loss"] == pytest.approx(float(reference), rel=1e-12)
     assert result.value == pytest.approx(float(torch.stack(expected).mean() - reference), rel=1e-10)
-    largest = average_flatness(model, [(x, y)], EPS, num_draws=3, protocol="code", statistic="max", seed=7)
-    assert largest.value == pytest.approx(float(max(expected) - reference), rel=1e-10)
-    assert result.parts["max"] == pytest.approx(largest.value, rel=1e-10)
-
-
-def test_the_protocols_differ_in_sampler_and_sharing_and_options_win():
-    """A protocol that sets nothing would let a user report the one and run the other."""
-    model, x, y = binary_model()
-
-    def value(**options) -> float:
-        return average_flatness(model, [(x, y)], None, num_draws=2, chunk_size=8, **options).value
-
-    assert value(protocol="paper") == value(sampler="ball", shared_nu=False)
-    assert value(protocol="code") == value(sampler="sphere", shared_nu=True)
-    assert value(protocol="code", sampler="ball") == value(shared_nu=True)
-    assert len({value(sampler=s, shared_nu=b) for s in ("ball", "sphere") for b in (True, False)}) == 4
+    assert result.parts["max"] == pytest.approx(float(max(expected) - reference), rel=1e-10)
 
 
 def test_one_nu_for_all_examples_does_not_depend_on_the_chunks():
     """Otherwise the number would depend on the memory of the machine. (Under attack the starts do.)"""
     model, x, y = binary_model()
-    values = [
-        average_flatness(model, [(x, y)], None, shared_nu=True, chunk_size=size).value for size in (3, 40)
-    ]
+    values = [average(model, x, y, protocol="code", chunk_size=size).value for size in (3, 40)]
     assert values[0] == pytest.approx(values[1], rel=1e-12)  # sums of 40 float64 in another order
 
 
@@ -128,16 +118,14 @@ def test_perturbations_have_the_radius_of_their_layer_and_leave_normalisation_al
     layers = select_layers(model, "weights+biases")
     assert tuple(layers) == ("conv.weight", "fc.weight", "fc.bias")
     for draw in range(20):
-        for sampler in ("sphere", "ball", "radius"):
-            ν = draw_perturbation(layers, 0.5, sampler, generator_from("cpu", draw))
+        for on_sphere in (True, False):
+            ν = draw_perturbation(layers, 0.5, generator_from("cpu", draw), on_sphere=on_sphere)
             shares = torch.stack([u.norm() / w.norm() for u, w in zip(ν, layers.tensors, strict=True)])
-            if sampler == "sphere":
-                torch.testing.assert_close(shares, torch.full_like(shares, 0.5), rtol=1e-12, atol=0)
             assert bool((shares <= 0.5 * (1 + 1e-12)).all())
-            assert len(set(shares.tolist())) == 3 or sampler == "sphere"
+            assert bool((shares >= 0.5 * (1 - 1e-12)).all()) == on_sphere
     with torch.no_grad():
         model.fc.bias.zero_()
-    assert not draw_perturbation(layers, 0.5, "sphere", generator_from("cpu", 0))[2].any()
+    assert not draw_perturbation(layers, 0.5, generator_from("cpu", 0), on_sphere=True)[2].any()
 
 
 def test_the_error_covers_examples_and_draws():
@@ -150,11 +138,11 @@ def test_the_error_covers_examples_and_draws():
     with torch.no_grad():
         model.weight.mul_(6)
     x, y = torch.rand(2000, 4).double(), torch.randint(0, 3, (2000,))
-    truth = average_flatness(model, [(x, y)], None, shared_nu=True, num_draws=800, chunk_size=2000)
+    truth = average(model, x, y, protocol="code", num_draws=800, chunk_size=2000)
     z, shares = [], []
     for seed in range(60):
         rows = torch.randint(0, 2000, (40,), generator=torch.Generator().manual_seed(seed))
-        result = average_flatness(model, [(x[rows], y[rows])], None, shared_nu=True, num_draws=8, seed=seed)
+        result = average(model, x[rows], y[rows], protocol="code", num_draws=8, seed=seed)
         z.append((result.value - truth.value) / result.stderr)
         shares.append(result.parts["stderr_draws"] / result.stderr)
     assert truth.stderr < 0.2 * result.stderr
@@ -177,33 +165,21 @@ def test_the_best_iterate_is_kept():
     threat = ThreatModel("linf", 0.3)
 
     def best(num_steps: int, num_restarts: int = 1) -> torch.Tensor:
-        images, losses = strongest(
-            model, x, y, threat, num_steps=num_steps, step_size=0.3, num_restarts=num_restarts,
-            generator=torch.Generator().manual_seed(3),
-        )  # fmt: skip
+        attack = Attack(threat, num_steps, 0.3, num_restarts=num_restarts)
+        images, losses = strongest(model, x, y, attack, torch.Generator().manual_seed(3))
         torch.testing.assert_close(losses, example_losses(model, images, y).detach(), rtol=1e-12, atol=0)
         assert float((images - x).abs().max()) <= 0.3 + 1e-12
         assert images.min() >= 0
         assert images.max() <= 1
         return losses
 
-    last = pgd(
-        lambda z: example_losses(model, z, y), x, threat=threat, num_steps=8, step_size=0.3,
-        generator=torch.Generator().manual_seed(3),
-    )  # fmt: skip
+    last = Attack(threat, 8, 0.3)(model, x, y, torch.Generator().manual_seed(3))
     last_losses = example_losses(model, last, y).detach()
     assert bool((best(8) >= last_losses - 1e-12).all())
     assert (best(8) - last_losses).max() > 0.01
     for less, more in [(best(0), best(1)), (best(1), best(8)), (best(8), best(8, 3))]:
         assert bool((more >= less).all())
         assert bool((more > less).any())
-
-
-def test_the_default_step_is_that_of_the_paper():
-    """2.5 eps / 20 = 0.0039 at eps 8/255 would be another attack than the paper's 0.007."""
-    assert attack_step(ThreatModel("linf", 8 / 255), None) == pytest.approx(0.007, rel=1e-12)
-    assert attack_step(ThreatModel("linf", 4 / 255), None) == pytest.approx(0.0035, rel=1e-12)
-    assert attack_step(EPS, 0.02) == 0.02
 
 
 # Worst-case flatness --------------------------------------------------------------------------------------
@@ -230,8 +206,8 @@ def test_for_small_xi_worst_flatness_is_the_relative_gradient_norm(protocol, thr
 
     chunks = [slice(0, 40)] if protocol == "code" else [slice(0, 20), slice(20, 40)]
     truth = xi * sum(slope(rows) for rows in chunks) / len(chunks)
-    result = worst_flatness(
-        model, [(x, y)], threat, xi=xi, protocol=protocol, chunk_size=40 // len(chunks), num_restarts=2
+    result = worst(
+        model, x, y, threat, xi=xi, protocol=protocol, chunk_size=40 // len(chunks), num_restarts=2
     )
     # By hand: curvature over slope, times ξ, is below 10 ξ = 1e-3; steps on the images reach the worst case.
     assert result.value == pytest.approx(truth, rel=2e-3)
@@ -242,15 +218,13 @@ def test_chunks_with_their_own_nu_are_worse():
     """Maximising chunk by chunk can only raise the mean; equality would mean that ν is shared."""
     model, x, y = binary_model()
     shared, own = (
-        worst_flatness(
-            model, [(x, y)], EPS, xi=0.05, weight_lr=0.05, shared_nu=b, chunk_size=10, num_restarts=2
-        ).value
-        for b in (True, False)
+        worst(model, x, y, EPS, xi=0.05, weight_lr=0.05, protocol=name, chunk_size=10, num_restarts=2).value
+        for name in ("code", "paper")
     )
     assert own > 1.02 * shared > 0
 
 
-def test_more_restarts_and_the_best_iterate_never_make_it_smaller():
+def test_more_restarts_never_make_it_smaller():
     """A maximum over attempts that is not one would depend on the order of the attempts."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 3)).double()
@@ -258,13 +232,10 @@ def test_more_restarts_and_the_best_iterate_never_make_it_smaller():
     options = {"xi": 0.5, "weight_lr": 0.3, "num_steps": 5, "chunk_size": 15}
 
     def value(**more) -> float:
-        return worst_flatness(model, [(x.double(), y)], EPS, **options, **more).value
+        return worst(model, x.double(), y, EPS, **options, **more).value
 
     # the first is not best in both chunks
-    assert value(num_restarts=1, keep="best") < value(num_restarts=4, keep="best")
-    assert value(num_restarts=2, keep="last", shared_nu=True) <= value(
-        num_restarts=2, keep="best", shared_nu=True
-    )
+    assert value(num_restarts=1) < value(num_restarts=4)
 
 
 def test_flatness_ignores_scale_between_layers_and_sharpness_does_not():
@@ -275,13 +246,14 @@ def test_flatness_ignores_scale_between_layers_and_sharpness_does_not():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     x, y = image_batch(40)
-    data = [(x.double(), y)]
+    x = x.double()
+    problem = Problem(model, [(x, y)], EPS)
 
     def values() -> list[float]:
         return [
-            average_flatness(model, data, EPS, num_draws=3).value,
-            worst_flatness(model, data, EPS, xi=0.01, num_restarts=2).value,
-            lambda_max(model, data, EPS, layers="3.weight", tolerance=1e-10).value,
+            average(model, x, y, EPS, num_draws=3).value,
+            worst(model, x, y, EPS, xi=0.01, num_restarts=2).value,
+            LambdaMax(layers="3.weight", tolerance=1e-10).measure(problem).value,
         ]
 
     before = values()
@@ -293,34 +265,3 @@ def test_flatness_ignores_scale_between_layers_and_sharpness_does_not():
     assert after[:2] == pytest.approx(before[:2], rel=1e-9)
     # the last layer's block is quadratic in its features
     assert after[2] == pytest.approx(16 * before[2], rel=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("measure", "options", "message"),
-    [
-        (average_flatness, {"xi": 0.0}, "xi: got 0.0"),
-        (average_flatness, {"num_draws": 0}, "num_draws: got 0"),
-        (average_flatness, {"protocol": "figure"}, "protocol: got 'figure'"),
-        (average_flatness, {"sampler": "cube"}, "sampler: got 'cube'"),
-        (average_flatness, {"statistic": "median"}, "statistic: got 'median'"),
-        (average_flatness, {"num_steps": -1}, "num_steps: got -1"),
-        (worst_flatness, {"xi": math.inf}, "xi: got inf"),
-        (worst_flatness, {"num_steps": 0}, "num_steps: got 0"),
-        (worst_flatness, {"weight_lr": 0.0}, "weight_lr: got 0.0"),
-        (worst_flatness, {"keep": "first"}, "keep: got 'first'"),
-        (worst_flatness, {"num_restarts": 0}, "num_restarts: got 0"),
-    ],
-)
-def test_wrong_settings_are_refused(measure, options, message):
-    """A flatness of nothing, or of an option that was misspelt, would be believed."""
-    model, x, y = binary_model()
-    with pytest.raises(ValueError, match=message):
-        measure(model, [(x, y)], EPS, **options)
-
-
-def test_a_single_draw_has_no_error():
-    """One ν says nothing about the spread over ν: zero would claim certainty."""
-    model, x, y = binary_model()
-    result = average_flatness(model, [(x, y)], None, num_draws=1)
-    assert math.isnan(result.stderr)
-    assert result.parts["stderr_examples"] > 0

@@ -1,6 +1,5 @@
 """Landscapes: their directions, what they say to second order, and that the attack follows the weights."""
 
-import json
 import math
 
 import numpy as np
@@ -10,14 +9,17 @@ import torch.nn.functional as F
 from cases import BatchNormNet, SmoothNet, assert_same, everything, image_batch
 from torch import nn
 
-from wcitrain.attacks import ThreatModel
+from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.curvature import exact_trace
-from wcitrain.measures.landscape import DIRECTIONS, Landscape, landscape_1d, landscape_2d, scaled_like
-from wcitrain.measures.landscape_drawing import draw, draw_curves
+from wcitrain.measures.landscape import RADII, Landscape, landscape_1d, landscape_2d, scaled_like
+from wcitrain.measures.problem import Problem
 from wcitrain.params import select_layers
+from wcitrain.report.figures import landscape as draw
+from wcitrain.seeding import generator_from
 
 THREAT = ThreatModel("linf", 0.1)
-QUICK = {"num_points": 5, "num_steps": 2}
+WEAK = Attack(THREAT, 2, THREAT.step_for(2))
+QUICK = {"num_points": 5, "progress": False}
 
 
 def softmax_regression() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
@@ -29,30 +31,12 @@ def softmax_regression() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
     return model, 0.2 + 0.6 * torch.rand(60, 6).double(), torch.randint(0, 4, (60,))
 
 
-def test_rise_is_half_the_squared_index_over_the_dimension():
-    """Ties the picture to the index: α² F Tr / (2 d) for one layer; a wrong normalisation is off by d.
-
-    Truncation: next term of order α² relative, 1e-4. uᵀHu over directions: relative deviation at most sqrt(2
-    (d − 1)/(d + 2)) = 1.33 (d = 24); 400 directions, 4 standard errors 27 %; seen far less, since Tr is
-    spread over many eigenvalues.
-    """
-    model, x, y = softmax_regression()
-    trace = float(exact_trace(F.cross_entropy(model(x), y), {"w": model.weight}).mean)
-    alpha = 0.01
-    expected = alpha**2 * float(model.weight.detach().square().sum()) * trace / (2 * 24)
-    found = landscape_1d(
-        model, [(x, y)], directions="layer", radius=alpha, num_points=3, num_directions=400, progress=False
-    )
-    alphas, rise = found.rise("clean")
-    assert alphas.tolist() == [alpha]
-    error = rise.std() / math.sqrt(400)
-    assert 4 * error < 0.27 * expected
-    assert abs(float(rise.mean()) - expected) < 4 * error
-    assert np.array_equal(found.clean, found.robust)
-
-
 def test_the_rise_of_several_layers_adds_up():
-    """Σ F_l T_l / d_l: with one scale for all layers the largest would decide alone (float64, tanh)."""
+    """(α²/2) Σ F_l T_l / d_l: with one scale for all layers the largest would decide alone (float64, tanh).
+
+    For one layer it is α² WCI² / (2 d), which ties the picture to the index. Four standard errors over the
+    directions; the next term is of order α² = 4e-4 relative.
+    """
     torch.manual_seed(0)
     model = SmoothNet().double()
     x, y = torch.rand(40, 4).double(), torch.randint(0, 3, (40,))
@@ -60,10 +44,12 @@ def test_the_rise_of_several_layers_adds_up():
     traces = exact_trace(F.cross_entropy(model(x), y), layers).mean
     alpha = 0.02
     expected = alpha**2 / 2 * float((layers.squared_norms() * traces / layers.sizes()).sum())
-    found = landscape_1d(
-        model, [(x, y)], directions="layer", radius=alpha, num_points=3, num_directions=300, progress=False
-    )
-    rise = found.rise("clean")[1]
+    many = {"directions": "layer", "radius": alpha, "num_points": 3, "num_directions": 300}
+    landscape = landscape_1d(Problem(model, [(x, y)]), **many, progress=False)
+    alphas, rise = landscape.rise("clean")
+    assert alphas.tolist() == [alpha]
+    assert np.array_equal(landscape.clean, landscape.robust)
+    assert rise.std() / math.sqrt(300) < 0.1 * expected
     assert abs(float(rise.mean()) - expected) < 4 * rise.std() / math.sqrt(300)
 
 
@@ -84,8 +70,8 @@ def test_directions_are_scaled_filter_by_filter_or_layer_by_layer():
     assert torch.isfinite(scaled_like(noise, weights, by_filter=True)[0]).all()
 
 
-@pytest.mark.parametrize("kind", DIRECTIONS)
-def test_only_the_weights_of_the_kind_move(kind, monkeypatch):
+@pytest.mark.parametrize("kind", RADII)
+def test_only_the_weights_of_the_kind_move(kind):
     """Moving BatchNorm's scale by half of itself changes the network more than all else."""
     model = BatchNormNet().eval()
     moved = set()
@@ -96,9 +82,7 @@ def test_only_the_weights_of_the_kind_move(kind, monkeypatch):
 
     start = everything(model)
     with model.register_forward_pre_hook(watch):
-        landscape_1d(
-            model, [image_batch(6)], THREAT, directions=kind, num_directions=1, progress=False, **QUICK
-        )
+        landscape_1d(Problem(model, [image_batch(6)], WEAK), directions=kind, num_directions=1, **QUICK)
     expected = {"conv.weight", "fc.weight"}
     assert moved == (expected if kind == "random" else expected | {"fc.bias"})
 
@@ -111,34 +95,28 @@ def test_the_attack_is_run_anew_at_every_point():
     model = nn.Linear(6, 2, bias=False).double()
     _, x, _ = softmax_regression()
     y = torch.arange(60) % 2
-    found = landscape_1d(
-        model, [(x, y)], THREAT, radius=2.0, num_points=5, num_directions=2, seed=3, progress=False
-    )
-    assert found.attack == "PGD-10 linf 0.1"
-    clean, robust = torch.tensor(found.clean), torch.tensor(found.robust)
-    from wcitrain.seeding import generator_from
-
+    landscape = landscape_1d(Problem(model, [(x, y)], THREAT, seed=3), radius=2.0, num_directions=2, **QUICK)
+    assert landscape.attack == "PGD-10 linf 0.1"
     layers = select_layers(model)
     for number in range(2):
-        noise = torch.randn(
-            2, 6, generator=generator_from("cpu", 3, "direction", number, "weight"), dtype=torch.float64
-        )
+        generator = generator_from("cpu", 3, "direction", number, "weight")
+        noise = torch.randn(2, 6, generator=generator, dtype=torch.float64)
         d = scaled_like([noise], layers, by_filter=True)[0]
-        for i, alpha in enumerate(found.alphas):
+        for i, alpha in enumerate(landscape.alphas):
             W = model.weight.detach() + alpha * d
             x_adv = x + 0.1 * (W[1 - y] - W[y]).sign()
-            assert float(robust[number, i]) == pytest.approx(float(F.cross_entropy(x_adv @ W.T, y)), rel=1e-9)
-            assert float(clean[number, i]) == pytest.approx(float(F.cross_entropy(x @ W.T, y)), rel=1e-9)
+            for images, losses in ((x_adv, landscape.robust), (x, landscape.clean)):
+                loss = float(F.cross_entropy(images @ W.T, y))
+                assert losses[number, i] == pytest.approx(loss, rel=1e-9)
 
 
 def test_adversarial_directions_rise_more_than_random_ones():
     """A worst case that is no worse than chance is none; at equal radius, and from a random start each."""
     torch.manual_seed(0)
     model = SmoothNet().double()
-    data = [(torch.rand(40, 4).double(), torch.randint(0, 3, (40,)))]
-    options = {"radius": 0.05, "num_directions": 3, "progress": False, **QUICK}
-    worst = landscape_1d(model, data, THREAT, directions="adversarial", **options)
-    chance = landscape_1d(model, data, THREAT, directions="layer", **options)
+    problem = Problem(model, [(torch.rand(40, 4).double(), torch.randint(0, 3, (40,)))], WEAK)
+    kinds = ("adversarial", "layer")
+    worst, chance = (landscape_1d(problem, directions=kind, radius=0.05, **QUICK) for kind in kinds)
     up = worst.robust[:, -1] - worst.robust[:, 2]
     assert (up > 3 * np.abs(chance.robust[:, -1] - chance.robust[:, 2]).max()).all()
     assert len(np.unique(up)) == 3
@@ -147,9 +125,8 @@ def test_adversarial_directions_rise_more_than_random_ones():
 def test_a_plane_holds_the_sections_along_its_axes():
     """Axes exchanged or a wrong origin would go unnoticed in a picture."""
     model, x, y = softmax_regression()
-    options = {"radius": 0.5, "num_points": 5, "num_steps": 2, "progress": False}
-    plane = landscape_2d(model, [(x, y)], THREAT, **options)
-    lines = landscape_1d(model, [(x, y)], THREAT, num_directions=2, **options)
+    problem = Problem(model, [(x, y)], WEAK)
+    plane, lines = (draw(problem, radius=0.5, **QUICK) for draw in (landscape_2d, landscape_1d))
     assert plane.clean.shape == (5, 5)
     np.testing.assert_allclose(plane.clean[:, 2], lines.clean[0], rtol=1e-12)
     np.testing.assert_allclose(plane.robust[2], lines.robust[1], rtol=1e-12)
@@ -160,49 +137,31 @@ def test_a_plane_holds_the_sections_along_its_axes():
 def test_zero_is_a_point_and_gives_the_loss_of_the_model_itself():
     """Every rise is measured from there: it must be the model bit for bit."""
     model, x, y = softmax_regression()
-    found = landscape_1d(model, [(x, y)], num_points=7, num_directions=2, progress=False)
-    assert found.alphas[3] == 0
-    assert np.array_equal(found.alphas, -found.alphas[::-1])
+    landscape = landscape_1d(Problem(model, [(x, y)]), num_directions=2, **QUICK)
+    assert landscape.alphas[2] == 0
+    assert np.array_equal(landscape.alphas, -landscape.alphas[::-1])
     with torch.no_grad():
         loss = float(F.cross_entropy(model(x), y, reduction="none").mean())
-    assert found.clean[:, 3].tolist() == [loss, loss]
+    assert landscape.clean[:, 2].tolist() == [loss, loss]
 
 
 def test_a_landscape_is_stored_and_drawn(tmp_path):
     """Computed once, drawn many times: what comes back must be the same, and unreadable files must say so."""
-    model, data = BatchNormNet(), [image_batch(8)]
-    for found in (
-        landscape_1d(model, data, THREAT, num_directions=2, progress=False, **QUICK),
-        landscape_2d(model, data, None, num_points=3, progress=False),
-    ):
-        found.save(tmp_path / "l.npz")
+    clean, robust = (Problem(BatchNormNet(), [image_batch(8)], attack) for attack in (None, WEAK))
+    lines, plane = landscape_1d(robust, **QUICK), landscape_2d(clean, **QUICK)
+    for landscape in (lines, plane):
+        landscape.save(tmp_path / "l.npz")
         again = Landscape.load(tmp_path / "l.npz")
-        assert str(again) == str(found)
-        assert all(
-            np.array_equal(getattr(again, name), getattr(found, name))
-            for name in ("alphas", "clean", "robust")
-        )
-        draw(found, "title").savefig(tmp_path / "l.png")
+        assert str(again) == str(landscape)
+        for name in ("alphas", "clean", "robust"):
+            assert np.array_equal(getattr(again, name), getattr(landscape, name))
+        draw(landscape, "title").savefig(tmp_path / "l.png")
         assert (tmp_path / "l.png").stat().st_size > 10_000
-    assert "rises by" in str(landscape_1d(model, data, num_points=3, progress=False))
-    ax = draw_curves(landscape_1d(model, data, THREAT, progress=False, **QUICK)).axes[0]
+    ax = draw(lines).axes[0]
     assert [line.get_label() for line in ax.lines] == ["clean loss", "robust loss"]
     np.savez(tmp_path / "other.npz", alphas=np.zeros(3))
     with pytest.raises(ValueError, match="expected a file that Landscape"):
         Landscape.load(tmp_path / "other.npz")
-
-
-def test_a_file_without_a_seed_is_still_read(tmp_path):
-    """Files of before the seed was stored must not become useless, nor claim seed 0."""
-    drawn = landscape_1d(BatchNormNet(), [image_batch(4)], seed=5, num_directions=1, progress=False, **QUICK)
-    drawn.save(tmp_path / "new.npz")
-    assert Landscape.load(tmp_path / "new.npz").seed == 5
-    with np.load(tmp_path / "new.npz") as arrays:
-        content = dict(arrays)
-    header = json.loads(str(content["header"]))
-    del header["seed"]
-    np.savez(tmp_path / "old.npz", **(content | {"header": np.array(json.dumps(header))}))
-    assert Landscape.load(tmp_path / "old.npz").seed is None
 
 
 def test_nothing_is_left_behind_and_the_seed_decides():
@@ -210,11 +169,13 @@ def test_nothing_is_left_behind_and_the_seed_decides():
     model, data = BatchNormNet().train(), [image_batch(8)]
     model.fc.weight.grad = torch.ones_like(model.fc.weight)
     before, random = everything(model), torch.get_rng_state()
-    for kind in DIRECTIONS:
-        options = {"directions": kind, "num_directions": 1, "progress": False, **QUICK}
-        first = landscape_1d(model, data, THREAT, **options)
-        assert np.array_equal(first.robust, landscape_1d(model, data, THREAT, **options).robust)
-        assert not np.array_equal(first.robust, landscape_1d(model, data, THREAT, seed=1, **options).robust)
+    for kind in RADII:
+        one, again, other = (
+            landscape_1d(Problem(model, data, WEAK, seed), directions=kind, num_directions=1, **QUICK).robust
+            for seed in (0, 0, 1)
+        )
+        assert np.array_equal(one, again)
+        assert not np.array_equal(one, other)
     calls = []
 
     def fail(module, args):
@@ -223,7 +184,7 @@ def test_nothing_is_left_behind_and_the_seed_decides():
             raise RuntimeError("stop")
 
     with model.register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="stop"):
-        landscape_1d(model, data, THREAT, progress=False, **QUICK)
+        landscape_1d(Problem(model, data, WEAK), **QUICK)
     assert_same(before, everything(model))
     assert model.training
     assert torch.equal(model.fc.weight.grad, torch.ones_like(model.fc.weight))
@@ -233,7 +194,7 @@ def test_nothing_is_left_behind_and_the_seed_decides():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"directions": "worst"}, "directions='worst'; expected random, layer, adversarial"),
+        ({"directions": "worst"}, "directions='worst'; expected one of random, layer, adversarial"),
         ({"num_points": 4}, "num_points=4"),
         ({"radius": 0.0}, "radius=0.0"),
         ({"num_directions": 0}, "num_directions=0"),
@@ -242,4 +203,4 @@ def test_nothing_is_left_behind_and_the_seed_decides():
 def test_wrong_arguments_are_explained(change, message):
     """Before the first of hundreds of attacks."""
     with pytest.raises(ValueError, match=message):
-        landscape_1d(BatchNormNet(), [image_batch(4)], progress=False, **change)
+        landscape_1d(Problem(BatchNormNet(), [image_batch(4)]), **change)

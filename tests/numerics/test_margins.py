@@ -4,19 +4,19 @@ import math
 
 import pytest
 import torch
-from cases import BatchNormNet, assert_same, everything, image_batch
 from torch import nn
 
 from wcitrain.attacks import ThreatModel
-from wcitrain.measures.margins import margins, normalised_margin
-from wcitrain.measures.norms import spectral_norms
+from wcitrain.measures.losses import Margins, NormalisedMargin
+from wcitrain.measures.norms import SpectralNorms
+from wcitrain.measures.problem import Problem
 
 
-def linear(seed: int = 0) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+def linear(classes: int = 3) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
     """A linear map to three classes and 101 points well inside the box."""
-    torch.manual_seed(seed)
-    model = nn.Linear(5, 3).double()
-    return model, 0.3 + 0.4 * torch.rand(101, 5).double(), torch.randint(0, 3, (101,))
+    torch.manual_seed(0)
+    model = nn.Linear(5, classes).double()
+    return model, 0.3 + 0.4 * torch.rand(101, 5).double(), torch.randint(0, classes, (101,))
 
 
 def test_margins_are_right_class_minus_best_other():
@@ -27,28 +27,24 @@ def test_margins_are_right_class_minus_best_other():
     expected = torch.tensor(
         [z[i, c] - max(z[i, j] for j in range(3) if j != c) for i, c in enumerate(y.tolist())]
     )
-    found = margins(model, [(x[:40], y[:40]), (x[40:], y[40:])])
-    assert found.value == pytest.approx(float(expected.sort().values[10]), rel=1e-12)
-    assert found.parts["mean"] == pytest.approx(float(expected.mean()), rel=1e-12)
-    assert found.parts["min"] == pytest.approx(float(expected.min()), rel=1e-12)
-    assert found.parts["median"] == pytest.approx(float(expected.median()), rel=1e-12)
-    assert found.parts["accuracy"] == float((z.argmax(1) == y).double().mean())
-    assert found.parts["mean_stderr"] == pytest.approx(float(expected.std() / math.sqrt(101)), rel=1e-9)
-    assert found.num_examples == 101
+    result = Margins().measure(Problem(model, [(x[:40], y[:40]), (x[40:], y[40:])]))
+    assert result.value == pytest.approx(float(expected.sort().values[10]), rel=1e-12)
+    known = {"mean": expected.mean(), "min": expected.min(), "median": expected.median()}
+    known |= {"mean_stderr": expected.std() / math.sqrt(101), "accuracy": (z.argmax(1) == y).double().mean()}
+    assert result.parts == pytest.approx({key: float(value) for key, value in known.items()}, rel=1e-9)
+    assert result.num_examples == 101
 
 
 def test_robust_margins_are_lower_by_eps_times_the_dual_norm():
     """Two classes, linf: γ_adv = γ − eps ‖w_y − w_j‖_1 exactly; attacking towards the label raises it."""
-    model = nn.Linear(5, 2).double()
-    _, x, _ = linear()
-    y = torch.arange(101) % 2
-    clean = margins(model, [(x, y)])
-    robust = margins(model, [(x, y)], ThreatModel("linf", 0.05), num_steps=5)
+    model, x, y = linear(classes=2)
+    clean, robust = (
+        Margins().measure(Problem(model, [(x, y)], t)) for t in (None, ThreatModel("linf", 0.05))
+    )
     drop = 0.05 * float((model.weight[0] - model.weight[1]).detach().abs().sum())
     for name in ("mean", "min", "median"):
         assert clean.parts[name] - robust.parts[name] == pytest.approx(drop, rel=1e-9)
     assert clean.value - robust.value == pytest.approx(drop, rel=1e-9)
-    assert "PGD-5 linf 0.05" in robust.settings
 
 
 def test_error_of_the_quantile_is_that_of_repetition():
@@ -58,9 +54,10 @@ def test_error_of_the_quantile_is_that_of_repetition():
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
     y = torch.zeros(100, dtype=torch.long)  # so γ = x_0, normal
-    found = [margins(model, [(torch.randn(100, 2).double(), y)], quantile=0.5) for _ in range(300)]
-    spread = torch.tensor([f.value for f in found]).std()
-    claimed = torch.tensor([f.stderr for f in found]).mean()
+    problems = (Problem(model, [(torch.randn(100, 2).double(), y)]) for _ in range(300))
+    results = [Margins(0.5).measure(problem) for problem in problems]
+    spread = torch.tensor([r.value for r in results]).std()
+    claimed = torch.tensor([r.stderr for r in results]).mean()
     # 0.05: curvature of the quantile function
     assert float(claimed / spread) == pytest.approx(1, abs=0.16 + 0.05)
 
@@ -69,15 +66,17 @@ def test_normalised_margin_does_not_change_with_the_scale_of_the_weights():
     """Margins alone are gamed by scale: three times the weights, three times the margin, one classifier."""
     model, x, y = linear()
     nn.init.zeros_(model.bias)
-    before, plain = normalised_margin(model, [(x, y)]), margins(model, [(x, y)])
+    problem = Problem(model, [(x, y)])
+    before, plain = NormalisedMargin().measure(problem), Margins().measure(problem)
     sigma = float(torch.linalg.matrix_norm(model.weight.detach(), 2))
     assert before.value == pytest.approx(plain.value / sigma, rel=1e-9)
     assert before.stderr == pytest.approx(plain.stderr / sigma, rel=1e-9)
-    assert before.parts["log_spectral_product"] == pytest.approx(spectral_norms(model).value / 2, rel=1e-12)
+    log_product = SpectralNorms().measure(problem).value / 2
+    assert before.parts["log_spectral_product"] == pytest.approx(log_product, rel=1e-12)
     with torch.no_grad():
         model.weight *= 3
-    assert normalised_margin(model, [(x, y)]).value == pytest.approx(before.value, rel=1e-9)
-    assert margins(model, [(x, y)]).value == pytest.approx(3 * plain.value, rel=1e-9)
+    assert NormalisedMargin().measure(problem).value == pytest.approx(before.value, rel=1e-9)
+    assert Margins().measure(problem).value == pytest.approx(3 * plain.value, rel=1e-9)
 
 
 def test_complexity_is_defined_for_positive_margins_only():
@@ -86,49 +85,19 @@ def test_complexity_is_defined_for_positive_margins_only():
     with torch.no_grad():
         model.weight.copy_(torch.eye(2))
     x = torch.tensor([[0.9, 0.1]] * 5, dtype=torch.float64)
-    right = normalised_margin(model, [(x, torch.zeros(5, dtype=torch.long))])
+    right, wrong = (
+        NormalisedMargin().measure(Problem(model, [(x, torch.full((5,), label))])) for label in (0, 1)
+    )
     assert right.parts["log_complexity"] == pytest.approx(-2 * math.log(0.8), rel=1e-9)
-    wrong = normalised_margin(model, [(x, torch.ones(5, dtype=torch.long))])
     assert wrong.value == pytest.approx(-0.8)
     assert math.isnan(wrong.parts["log_complexity"])
 
 
-def test_a_generator_of_batches_is_read_once_and_no_further_than_needed():
-    """A loader may be endless, or gone after one pass."""
-    model, x, y = linear()
-
-    def endless():
-        while True:
-            yield x, y
-
-    assert normalised_margin(model, endless(), num_examples=50).num_examples == 50
-    assert normalised_margin(model, iter([(x, y)])).num_examples == 101
-
-
-def test_nothing_is_left_behind_and_the_seed_decides():
-    """Statistics and random state must be untouched; the same seed gives the same number."""
-    model = BatchNormNet().train()
-    data, threat = [image_batch(20)], ThreatModel("linf", 0.1)
-    before, random = everything(model), torch.get_rng_state()
-    for measure in (margins, normalised_margin):
-        assert measure(model, data, threat) == measure(model, data, threat)
-    assert margins(model, data, threat, num_steps=0) != margins(model, data, threat, num_steps=0, seed=1)
-    assert_same(before, everything(model))
-    assert model.training
-    assert torch.equal(random, torch.get_rng_state())
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"quantile": 0.0}, "quantile=0.0; expected a number in"),
-        ({"data": []}, "got no images"),
-        ({"data": [(torch.rand(2, 5).double(), torch.tensor([0, 3]))]}, "labels \\(2,\\) up to 3"),
-        ({"model": nn.Linear(5, 1).double()}, "outputs \\(2, 1\\)"),
-    ],
+    ("classes", "label", "message"), [(3, 3, "labels \\(2,\\) up to 3"), (1, 0, "outputs \\(2, 1\\)")]
 )
-def test_wrong_input_is_explained(change, message):
+def test_wrong_input_is_explained(classes, label, message):
     """A label beyond the classes would otherwise fail deep inside, or on a GPU not at all."""
-    arguments = {"model": linear()[0], "data": [(torch.rand(2, 5).double(), torch.tensor([0, 0]))]} | change
+    data = [(torch.rand(2, 5).double(), torch.tensor([0, label]))]
     with pytest.raises(ValueError, match=message):
-        margins(arguments.pop("model"), arguments.pop("data"), **arguments)
+        Margins().measure(Problem(nn.Linear(5, classes).double(), data))

@@ -5,13 +5,18 @@ import math
 
 import pytest
 import torch
-from cases import BatchNormNet, assert_same, everything
+from cases import BatchNormNet, everything
 from torch import nn
 
-from wcitrain.measures.norms import distance_from_initialisation, frobenius_norms, path_norm, spectral_norms
-from wcitrain.models import create_model
+from wcitrain.measures.norms import DistanceFromInitialisation, FrobeniusNorms, PathNorm, SpectralNorms
+from wcitrain.measures.problem import Measure, Measurement, Problem
 
 SHAPE = (1, 4, 4)
+
+
+def take(measure: Measure, model: nn.Module, shape: tuple[int, ...] = SHAPE) -> Measurement:
+    """Measure the model, of which images of this shape are known."""
+    return measure.measure(Problem(model, [(torch.zeros(1, *shape), torch.zeros(1))]))
 
 
 def written_out(module: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
@@ -40,19 +45,11 @@ def test_spectral_norm_of_a_convolution_is_that_of_its_matrix(kind, side):
     """
     module = CONVOLUTIONS[kind]().double()
     truth = float(torch.linalg.matrix_norm(written_out(module, (2, side, side)), 2))
-    found = spectral_norms(nn.Sequential(module), image_shape=(2, side, side))
-    assert found.parts["0.weight"] == pytest.approx(truth, rel=1e-4)
-    assert found.value == pytest.approx(2 * math.log(truth), abs=2e-4)
+    result = take(SpectralNorms(), nn.Sequential(module), (2, side, side))
+    assert result.parts["0.weight"] == pytest.approx(truth, rel=1e-4)
+    assert result.value == pytest.approx(2 * math.log(truth), abs=2e-4)
     kernel = module.weight.detach().flatten(1)
     assert abs(float(torch.linalg.matrix_norm(kernel, 2)) / truth - 1) > 1e-3  # else this test says nothing
-
-
-def test_circular_convolution_agrees_with_the_fourier_transform():
-    """An answer that shares no code with ours: Sedghi, Gupta & Long (2018), exact for periodic images."""
-    module = CONVOLUTIONS["circular"]().double()
-    transfer = torch.fft.fft2(module.weight.detach(), s=(9, 9)).permute(2, 3, 0, 1)
-    truth = float(torch.linalg.matrix_norm(transfer, 2).max())
-    assert spectral_norms(module, image_shape=(2, 9, 9)).parts["weight"] == pytest.approx(truth, rel=1e-4)
 
 
 def test_spectral_product_bounds_the_network_and_ignores_scale_before_batchnorm():
@@ -63,10 +60,9 @@ def test_spectral_product_bounds_the_network_and_ignores_scale_before_batchnorm(
         model.bn.running_mean.normal_()
         model.bn.running_var.uniform_(0.5, 2)
         model.bn.weight.normal_()
-    before = spectral_norms(model, image_shape=SHAPE)
-    assert before.parts["bn"] == pytest.approx(
-        float((model.bn.weight.detach().abs() / (model.bn.running_var + 1e-5).sqrt()).max()), rel=1e-12
-    )
+    before = take(SpectralNorms(), model)
+    diagonal = model.bn.weight.detach().abs() / (model.bn.running_var + 1e-5).sqrt()
+    assert before.parts["bn"] == pytest.approx(float(diagonal.max()), rel=1e-12)
     x = torch.rand(200, *SHAPE, dtype=torch.float64)
     step = 1e-3 * torch.randn_like(x)
     with torch.no_grad():
@@ -77,8 +73,7 @@ def test_spectral_product_bounds_the_network_and_ignores_scale_before_batchnorm(
         model.bn.running_mean *= 0.5
         # eps is part of the variance: the output stays exactly
         model.bn.running_var.add_(1e-5).mul_(0.25).sub_(1e-5)
-    assert spectral_norms(model, image_shape=SHAPE).value == pytest.approx(before.value, abs=2e-4)
-    assert frobenius_norms(model).value != pytest.approx(frobenius_norms(BatchNormNet()).value)
+    assert take(SpectralNorms(), model).value == pytest.approx(before.value, abs=2e-4)
 
 
 def test_frobenius_norms_are_sums_and_products():
@@ -87,14 +82,14 @@ def test_frobenius_norms_are_sums_and_products():
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
         model[1].weight.fill_(1e15)
-    found = frobenius_norms(model)
-    assert found.parts["0.weight"] == pytest.approx(30, rel=1e-6)
-    assert found.parts["log_product"] == pytest.approx(math.log(30) + math.log(2e30), rel=1e-6)
-    assert found.value == pytest.approx(2e30, rel=1e-6)
-    assert "0.bias" not in found.parts
-    assert "0.bias" in frobenius_norms(model, layers="weights+biases").parts
+    result = take(FrobeniusNorms(), model)
+    assert result.parts["0.weight"] == pytest.approx(30, rel=1e-6)
+    assert result.parts["log_product"] == pytest.approx(math.log(30) + math.log(2e30), rel=1e-6)
+    assert result.value == pytest.approx(2e30, rel=1e-6)
+    assert "0.bias" not in result.parts
+    assert "0.bias" in take(FrobeniusNorms("weights+biases"), model).parts
     zero = nn.Linear(2, 1).apply(lambda m: nn.init.zeros_(m.weight))
-    assert frobenius_norms(zero).parts["log_product"] == -math.inf
+    assert take(FrobeniusNorms(), zero).parts["log_product"] == -math.inf
 
 
 def test_path_norm_counts_every_path():
@@ -107,9 +102,9 @@ def test_path_norm_counts_every_path():
     )
     paths += sum(float((V[k, j] * b[j]) ** 2) for k, j in itertools.product(range(2), range(4)))
     paths += float(c.square().sum())
-    found = path_norm(model, image_shape=(3,))
-    assert found.parts["sum"] == pytest.approx(paths, rel=1e-12)
-    assert found.value == pytest.approx(math.log(paths), rel=1e-12)
+    result = take(PathNorm(), model, (3,))
+    assert result.parts["sum"] == pytest.approx(paths, rel=1e-12)
+    assert result.value == pytest.approx(math.log(paths), rel=1e-12)
 
 
 def test_path_norm_takes_batchnorm_as_its_affine_map():
@@ -126,18 +121,7 @@ def test_path_norm_takes_batchnorm_as_its_affine_map():
         conv.weight.copy_(model.conv.weight * scale[:, None, None, None])
         conv.bias.copy_(model.bn.bias - model.bn.running_mean * scale)
     folded = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), model.fc)
-    assert path_norm(model, image_shape=SHAPE).value == pytest.approx(
-        path_norm(folded, image_shape=SHAPE).value, rel=1e-12
-    )
-
-
-def test_path_norm_of_a_classifier_leaves_its_input_normalisation_out():
-    """(1 − mean)/std may be negative: such inputs are no sum over paths."""
-    kwargs = {"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]}
-    model = create_model("resnet18", num_classes=3, in_chans=1, stem="cifar", **kwargs)
-    found = path_norm(model, image_shape=(1, 8, 8))
-    assert found.value == path_norm(model.backbone, image_shape=(1, 8, 8)).value
-    assert math.isfinite(found.value)
+    assert take(PathNorm(), model).value == pytest.approx(take(PathNorm(), folded).value, rel=1e-12)
 
 
 def test_distance_is_that_of_the_layers():
@@ -148,61 +132,18 @@ def test_distance_is_that_of_the_layers():
         model[0].weight += 1
         model[1].weight += torch.tensor([[3.0, 4.0]])
         model[1].bias += 100
-    found = distance_from_initialisation(model, initial={f"module.{k}": v for k, v in initial.items()})
-    assert found.value == pytest.approx(math.sqrt(4 + 25), rel=1e-6)
-    assert found.parts["1.weight"] == pytest.approx(25, rel=1e-6)
+    wrapped = {f"module.{k}": v for k, v in initial.items()}
+    result = DistanceFromInitialisation().measure(Problem(model, [], initial=wrapped))
+    assert result.value == pytest.approx(math.sqrt(4 + 25), rel=1e-6)
+    assert result.parts["1.weight"] == pytest.approx(25, rel=1e-6)
     start = math.sqrt(float(initial["0.weight"].square().sum() + initial["1.weight"].square().sum()))
-    assert found.parts["relative"] == pytest.approx(math.sqrt(29) / start, rel=1e-6)
-    wrapped = nn.Module()
-    wrapped.backbone = model
-    assert distance_from_initialisation(wrapped, initial=initial).value == found.value
+    assert result.parts["relative"] == pytest.approx(math.sqrt(29) / start, rel=1e-6)
+    whole = nn.Module()
+    whole.backbone = model
+    assert DistanceFromInitialisation().measure(Problem(whole, [], initial=initial)).value == result.value
 
 
-def test_nothing_is_left_behind():
-    """Hooks, modes, squared copies: the model must be bit for bit what it was, and the random state too."""
-    model = BatchNormNet().train()
-    model.fc.weight.requires_grad_(False)
-    model.fc.weight.grad = torch.ones_like(model.fc.weight)
-    before, random = everything(model), torch.get_rng_state()
-    for measure in (frobenius_norms, lambda m: distance_from_initialisation(m, initial=before)):
-        assert measure(model) == measure(model)
-    for measure in (spectral_norms, path_norm):
-        assert measure(model, image_shape=SHAPE) == measure(model, image_shape=SHAPE)
-    assert_same(before, everything(model))
-    assert model.training
-    assert not model.fc.weight.requires_grad
-    assert torch.equal(model.fc.weight.grad, torch.ones_like(model.fc.weight))
-    assert torch.equal(random, torch.get_rng_state())
-    assert not model.conv._forward_pre_hooks
-
-
-@pytest.mark.parametrize(
-    ("measure", "message"),
-    [
-        (lambda m: spectral_norms(m), "got no image_shape for a model with 1 convolutions"),
-        (
-            lambda m: spectral_norms(nn.Sequential(m, _Unused()), image_shape=SHAPE),
-            "1.conv.weight, which no image reaches",
-        ),
-        (lambda m: path_norm(m), "path_norm: got no image_shape"),
-        (
-            lambda m: path_norm(nn.Sequential(m, nn.LayerNorm(3)), image_shape=SHAPE),
-            "got a model with LayerNorm",
-        ),
-        (lambda m: distance_from_initialisation(m, initial=None), "got no initial weights"),
-        (
-            lambda m: distance_from_initialisation(m, initial={}),
-            "none of the right shape for conv.weight, fc.weight",
-        ),
-    ],
-)
-def test_wrong_input_is_explained(measure, message):
-    """Each of these would otherwise be a number that means something else."""
-    with pytest.raises(ValueError, match=message):
-        measure(BatchNormNet())
-
-
-class _Unused(nn.Module):
+class Unused(nn.Module):
     """Holds a convolution that no image passes."""
 
     def __init__(self) -> None:
@@ -211,3 +152,26 @@ class _Unused(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+
+@pytest.mark.parametrize(
+    ("measure", "added", "message"),
+    [
+        (SpectralNorms(), Unused(), "1.conv.weight, which no image reaches"),
+        (PathNorm(), nn.LayerNorm(3), "got a model with LayerNorm"),
+    ],
+)
+def test_a_model_without_such_a_norm_is_refused(measure, added, message):
+    """Each of these would otherwise be a number that means something else."""
+    with pytest.raises(ValueError, match=message):
+        take(measure, nn.Sequential(BatchNormNet(), added))
+
+
+@pytest.mark.parametrize(
+    ("initial", "message"),
+    [(None, "got no initial weights"), ({}, "none of the right shape for conv.weight, fc.weight")],
+)
+def test_a_distance_from_nowhere_is_refused(initial, message):
+    """The distance from zero would be believed."""
+    with pytest.raises(ValueError, match=message):
+        DistanceFromInitialisation().measure(Problem(BatchNormNet(), [], initial=initial))

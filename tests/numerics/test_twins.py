@@ -8,25 +8,9 @@ import torch.nn.functional as F
 from cases import SmoothNet
 from torch import Tensor, nn
 
+from wcitrain import optim
 from wcitrain.curvature import GaussNewton, Output, cross_entropy, exact_gauss_newton_trace, exact_trace
-from wcitrain.optim import (
-    ASAM,
-    AWP,
-    CRSAM,
-    GSAM,
-    RWP,
-    SAM,
-    FrobeniusTracePenalty,
-    GradientNorm,
-    NoiseStability,
-    RegularizedOptimizer,
-    StrengthSchedule,
-    TracePenalty,
-    VaSSO,
-    WCIAdversary,
-    WCIPenalty,
-    WCIPosterior,
-)
+from wcitrain.optim import RegularizedOptimizer, perturbation
 from wcitrain.params import select_layers
 
 Weights = list[Tensor]
@@ -104,13 +88,13 @@ def cr_sam(w: Weights, x: Tensor, y: Tensor, state: dict) -> Weights:
 
 
 TWINS: dict[str, tuple[object, Callable]] = {
-    "sam": (SAM(0.1), sam),
-    "asam": (ASAM(0.3), asam),
-    "awp": (AWP(0.05), awp),
-    "vasso": (VaSSO(0.1, theta=0.3), vasso),
-    "gsam": (GSAM(0.1, alpha=0.3), gsam),
-    "gradient norm": (GradientNorm(0.02, radius=0.05), gradient_norm),
-    "cr-sam": (CRSAM(0.1, alpha=0.2, beta=0.05), cr_sam),
+    "sam": (optim.SAM(0.1), sam),
+    "asam": (optim.ASAM(0.3), asam),
+    "awp": (optim.AWP(0.05), awp),
+    "vasso": (optim.VaSSO(0.1, theta=0.3), vasso),
+    "gsam": (optim.GSAM(0.1, alpha=0.3), gsam),
+    "gradient norm": (optim.GradientNorm(0.02, radius=0.05), gradient_norm),
+    "cr-sam": (optim.CRSAM(0.1, alpha=0.2, beta=0.05), cr_sam),
 }
 
 
@@ -138,31 +122,20 @@ def test_twenty_steps_equal_the_straight_line_reference(name):
         assert (expected - first).norm() > 0.1  # and they went somewhere
 
 
-def test_vasso_with_theta_one_is_sam_and_gradient_norm_at_its_radius_too():
-    """Limits in which published rules coincide."""
-    results = []
-    for rule in (SAM(0.05), VaSSO(0.05, theta=1.0), GradientNorm(0.05, radius=0.05)):
-        torch.manual_seed(0)
-        model = SmoothNet().double()
-        optimizer = RegularizedOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1), model, perturbation=rule
-        )
-        for step in range(3):
-            x, y = batch(step)
-            optimizer.step(lambda x=x, y=y, model=model: cross_entropy(model(x), y))
-        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert torch.allclose(results[0], results[1], atol=1e-13)
-    assert torch.allclose(results[0], results[2], atol=1e-13)
+@pytest.fixture
+def seen(monkeypatch) -> list[Weights]:
+    """The perturbations of all passes, in their order."""
+    made, original = [], perturbation.perturbed
+    monkeypatch.setattr(perturbation, "perturbed", lambda w, u: (made.append(u), original(w, u))[1])
+    return made
 
 
-def test_the_wci_adversary_has_the_posteriors_radii_and_the_gradients_direction(monkeypatch):
+def test_the_wci_adversary_has_the_posteriors_radii_and_the_gradients_direction(seen):
     """Each layer moves by sqrt(d_l) sigma_l along its own gradient; the traces are Gauss–Newton's at W."""
-    import wcitrain.optim.perturbation as steps
-
     torch.manual_seed(0)
     model = SmoothNet().double()
     optimizer = RegularizedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=WCIAdversary(0.05)
+        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=optim.WCIAdversary(0.05)
     )
     x, y = batch(0)
     optimizer.step(lambda: cross_entropy(model(x), y))
@@ -176,12 +149,10 @@ def test_the_wci_adversary_has_the_posteriors_radii_and_the_gradients_direction(
     exact = exact_gauss_newton_trace(Output(model(x)), layers).mean
     assert ((draws.mean(0) - exact).abs() < 4 * draws.std(0) / 20).all()
 
-    seen = []
-    original = steps.perturbed
-    monkeypatch.setattr(steps, "perturbed", lambda tensors, u: (seen.append(u), original(tensors, u))[1])
     traces = optimizer.traces()
+    seen.clear()
     optimizer.backward(lambda: cross_entropy(model(x), y))
-    posterior = WCIPosterior(0.05).posterior(layers.squared_norms(), layers.sizes(), traces, 1.0)
+    posterior = optim.WCIPosterior(0.05).posterior(layers.squared_norms(), layers.sizes(), traces, 1.0)
     g = torch.autograd.grad(F.cross_entropy(model(x), y), layers.tensors)
     for u, b, sigma in zip(seen[0], g, posterior.sigma, strict=True):
         assert torch.allclose(u, sigma * u.numel() ** 0.5 * b / b.norm(), rtol=1e-10)
@@ -194,7 +165,7 @@ def test_noise_stability_is_isotropic_and_measures_the_trace():
     """(W ± u) with one sigma for all tensors, biases too; the mean gradient is that of the smoothed loss."""
     torch.manual_seed(0)
     model = SmoothNet().double()
-    rule, sigma, draws = NoiseStability(0.02), 0.02, 3000
+    rule, sigma, draws = optim.NoiseStability(0.02), 0.02, 3000
     optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=rule)
     assert len(optimizer.layers) == 4
     x, y = batch(0)
@@ -221,10 +192,8 @@ def test_noise_stability_is_isotropic_and_measures_the_trace():
         assert (draws.mean(0) - expected).norm() < 0.3 * expected.norm()  # and it is not all noise
 
 
-def test_rwp_moves_every_filter_in_proportion_to_its_norm(monkeypatch):
+def test_rwp_moves_every_filter_in_proportion_to_its_norm(seen):
     """Filters of different size get noise of their own size, a vector counts as one filter."""
-    import wcitrain.optim.perturbation as steps
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 2)).double()
     with torch.no_grad():
@@ -233,11 +202,8 @@ def test_rwp_moves_every_filter_in_proportion_to_its_norm(monkeypatch):
     optimizer = RegularizedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.0),
         model,
-        perturbation=RWP(0.01, schedule=StrengthSchedule(ramp=1)),
+        perturbation=optim.RWP(0.01, schedule=optim.StrengthSchedule(ramp=1)),
     )
-    seen = []
-    original = steps.perturbed
-    monkeypatch.setattr(steps, "perturbed", lambda tensors, u: (seen.append(u), original(tensors, u))[1])
     x, y = torch.rand(4, 2, 3, 3).double(), torch.tensor([0, 1, 0, 1])
     for _ in range(300):
         optimizer.step(lambda: cross_entropy(model(x), y))
@@ -251,19 +217,14 @@ def test_rwp_moves_every_filter_in_proportion_to_its_norm(monkeypatch):
     assert float(bias) == pytest.approx(0.01 * float(model[0].bias.detach().norm()), rel=0.15)
 
 
-def test_rwp_mixes_the_two_gradients_in_its_proportion(monkeypatch):
+def test_rwp_mixes_the_two_gradients_in_its_proportion(seen):
     """(1 − α) g(W) + α g(W + u): with the two weights exchanged a run looks as healthy as before."""
-    import wcitrain.optim.perturbation as steps
-
     torch.manual_seed(0)
     model = SmoothNet().double()
     x, y = batch(0)
     optimizer = RegularizedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=RWP(0.3, mixing=0.3)
+        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=optim.RWP(0.3, mixing=0.3)
     )
-    seen = []
-    original = steps.perturbed
-    monkeypatch.setattr(steps, "perturbed", lambda tensors, u: (seen.append(u), original(tensors, u))[1])
     optimizer.backward(lambda: cross_entropy(model(x), y))
     w = [p.detach() for p in model.parameters()]
     here, there = gradient(w, x, y), gradient(plus(w, seen[0]), x, y)
@@ -281,8 +242,8 @@ def test_the_coefficients_of_a_composed_penalty_are_those_of_the_unperturbed_wei
         optimizer = RegularizedOptimizer(
             torch.optim.SGD(model.parameters(), lr=0.0),
             model,
-            perturbation=None if gamma is None else AWP(gamma),
-            penalty=WCIPenalty(0.5, estimator="gauss_newton"),
+            perturbation=None if gamma is None else optim.AWP(gamma),
+            penalty=optim.WCIPenalty(0.5, estimator="gauss_newton"),
         )
         optimizer.step(lambda model=model: cross_entropy(model(x), y))
         shapes = []
@@ -302,9 +263,13 @@ def test_a_penalty_composed_with_an_ascent_is_the_penalty_at_the_perturbed_weigh
     torch.manual_seed(0)
     model = SmoothNet().double()
     x, y = batch(0)
-    penalty = FrobeniusTracePenalty(0.01, 0.05, GaussNewton(2))
+    penalty = optim.FrobeniusTracePenalty(0.01, 0.05, GaussNewton(2))
     optimizer = RegularizedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=AWP(0.05), penalty=penalty, seed=3
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        model,
+        perturbation=optim.AWP(0.05),
+        penalty=penalty,
+        seed=3,
     )
     optimizer.backward(lambda: cross_entropy(model(x), y))
     found = [p.grad.clone() for p in model.parameters()]
@@ -317,17 +282,20 @@ def test_a_penalty_composed_with_an_ascent_is_the_penalty_at_the_perturbed_weigh
         for t, b in zip(select_layers(moved).tensors, g, strict=True):
             t += 0.05 * t.norm() * b / b.norm()
     alone = RegularizedOptimizer(
-        torch.optim.SGD(moved.parameters(), lr=0.0), moved, penalty=TracePenalty(0.05, GaussNewton(2)), seed=3
+        torch.optim.SGD(moved.parameters(), lr=0.0),
+        moved,
+        penalty=optim.TracePenalty(0.05, GaussNewton(2)),
+        seed=3,
     )
     alone.backward(lambda: cross_entropy(moved(x), y))
     for (name, p), q, value in zip(model.named_parameters(), moved.parameters(), found, strict=True):
         norm_term = 2 * 0.01 * p.detach() if "weight" in name else 0.0
         assert torch.allclose(value, q.grad + norm_term, atol=1e-12), name
-    penalised = WCIPenalty(0.1, estimator="gauss_newton")
+    penalised = optim.WCIPenalty(0.1, estimator="gauss_newton")
     assert RegularizedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.0),
         model,
-        perturbation=SAM(),
+        perturbation=optim.SAM(),
         penalty=penalised,
         layers="weights",
     ).extra_passes() == (1, 4)

@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from cases import BatchNormNet, image_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
 from scipy.stats import kstest
 
 from wcitrain.attacks import (
     ATTACK_LOSSES,
     Attack,
     ThreatModel,
-    attack_loss,
     fgsm,
     msd,
     pgd,
@@ -25,7 +23,6 @@ from wcitrain.attacks import (
     steepest_step,
     uniform_in_ball,
 )
-from wcitrain.objectives import Standard
 
 NORMS = ["linf", "l2", "l1"]
 ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
@@ -59,73 +56,33 @@ def batch_of(coordinates: list) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([z, z.flip(0) / 3, 2 * z]), torch.stack([x, x.flip(0), x])
 
 
-def closest_by_bisection(z: np.ndarray, low: np.ndarray, high: np.ndarray, threat: ThreatModel) -> np.ndarray:
-    """The closest point of a ball and box [low, high] around zero by bisection on the ball's multiplier."""
+def best_gain(w: torch.Tensor, x: torch.Tensor | None, threat: ThreatModel) -> torch.Tensor:
+    """max <w, delta> over the ball and, for linf and l1, the box around x [B, D]: fill the steepest first."""
+    if x is None:
+        return threat.eps * torch.linalg.vector_norm(w, DUAL[threat.norm], dim=1)
+    room = torch.where(w > 0, 1 - x, x)
     if threat.norm == "linf":
-        return np.clip(z, np.maximum(low, -threat.eps), np.minimum(high, threat.eps))
-    if threat.norm == "l1":
-
-        def point(s):  # threshold s max|z|
-            return np.clip(np.sign(z) * np.maximum(np.abs(z) - s * np.abs(z).max(), 0), low, high)
-    else:
-
-        def point(s):  # scale 1 - s
-            return np.clip((1 - s) * z, low, high)
-
-    def size(s):
-        return np.linalg.norm(point(s), ORDER[threat.norm])
-
-    if size(0.0) <= threat.eps:
-        return point(0.0)
-    left, right = 0.0, 1.0
-    for _ in range(100):
-        centre = (left + right) / 2
-        left, right = (centre, right) if size(centre) > threat.eps else (left, centre)
-    return point(right)
+        return (w.abs() * room.clamp_max(threat.eps)).sum(1)
+    slope, order = w.abs().sort(dim=1, descending=True)
+    room = room.gather(1, order)
+    left = (threat.eps - room.cumsum(1) + room).clamp_min(0)
+    return (slope * torch.minimum(room, left)).sum(1)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @given(COORDINATES, RADII)
 @MANY
 def test_projections_are_the_closest_points(norm, coordinates, eps):
-    """A projection that is merely inside (rescaled, ball and box in turn) makes an attack weak in silence."""
+    """A projection that is merely inside (rescaled, ball and box in turn) makes an attack weak in silence.
+
+    p is the closest point of a convex set to z if and only if no q of it has <z - p, q> above <z - p, p>.
+    """
     z, x = batch_of(coordinates)
     threat = ThreatModel(norm, min(eps, 1.0) if norm == "linf" else eps)
-    cases = [(project(z, threat), torch.full_like(x, -torch.inf), torch.full_like(x, torch.inf))]
-    if norm == "l1":
-        cases.append((project(z, threat, x), -x, 1 - x))
-    for found, low, high in cases:
-        expected = [
-            closest_by_bisection(*row, threat)
-            for row in zip(z.numpy(), low.numpy(), high.numpy(), strict=True)
-        ]
-        # float64 rounding of sums of at most 12 numbers below 6; l2's root halves the digits near zero.
-        assert np.allclose(found.numpy(), expected, rtol=0, atol=1e-12 if norm != "l2" else 1e-10)
-
-
-def test_the_l1_projection_solves_the_quadratic_program():
-    """The bisection above shares its formula with the code; this solver knows nothing but the two sets."""
-    generator = torch.Generator().manual_seed(3)
-    for case in range(8):
-        num = 1 + case % 4
-        z, x = (
-            2 * torch.randn(1, num, generator=generator).double(),
-            torch.rand(1, num, generator=generator).double(),
-        )
-        threat = ThreatModel("l1", 0.1 + 0.3 * float(torch.rand(1, generator=generator)))
-        goal = z[0].numpy()
-        # delta = up - down with up, down >= 0 makes the l1 constraint linear.
-        solved = minimize(
-            lambda v, goal=goal, n=num: np.sum((v[:n] - v[n:] - goal) ** 2),
-            np.zeros(2 * num),
-            jac=lambda v, goal=goal, n=num: 2 * np.concatenate([v[:n] - v[n:] - goal, goal - v[:n] + v[n:]]),
-            bounds=[(0, float(1 - p)) for p in x[0]] + [(0, float(p)) for p in x[0]],
-            constraints={"type": "ineq", "fun": lambda v, eps=threat.eps: eps - np.sum(v)},
-            method="SLSQP",
-            options={"ftol": 1e-14, "maxiter": 300},
-        )
-        delta = solved.x[:num] - solved.x[num:]
-        assert np.allclose(project(z, threat, x)[0].numpy(), delta, atol=2e-6)  # the solver's own accuracy
+    for images in (None, x) if norm == "l1" else (None,):
+        p = project(z, threat, images)
+        gap = best_gain(z - p, images, threat) - ((z - p) * p).sum(1)
+        assert (gap.abs() < 1e-10).all()  # float64 rounding of sums of at most 12 products below 36
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -209,8 +166,6 @@ def test_sparse_steps_move_the_coordinates_that_gain_most():
     assert (sparse_step(outward, 0.5, x=border, step_size=1.0) == 0).all(), "nothing can move"
     ties = sparse_step(torch.ones(1, 4), 0.25, x=torch.zeros(1, 4), step_size=1.0)
     assert torch.equal(ties, torch.full((1, 4), 0.25)), "ties share"
-    with pytest.raises(ValueError, match="got share=0"):
-        sparse_step(g, 0, x=x, step_size=1.0)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -260,16 +215,16 @@ def test_attack_losses_are_their_definitions(name, classes):
     expected = [
         losses_by_hand(*row)[name] for row in zip(z.numpy(), y.tolist(), reference.numpy(), strict=True)
     ]
-    found = attack_loss(name)(z, y, reference)
+    found = ATTACK_LOSSES[name](z, y, reference)
     assert np.allclose(found.numpy(), expected, rtol=1e-11, atol=1e-13)
     one_hot = F.one_hot(y, classes)
     for soft in (one_hot.double(), 0.6 * one_hot.float() + 0.4 * one_hot.roll(1, 1).float()):
         # Beyond one-hot targets, a class loss takes the largest; mixed cross-entropy is a mean of two.
         mixed = (
-            soft * torch.stack([attack_loss("ce")(z, torch.full_like(y, c)) for c in range(classes)], 1)
+            soft * torch.stack([ATTACK_LOSSES["ce"](z, torch.full_like(y, c)) for c in range(classes)], 1)
         ).sum(1)
         assert torch.allclose(
-            attack_loss(name)(z, soft, reference), mixed if name == "ce" else found, rtol=1e-6
+            ATTACK_LOSSES[name](z, soft, reference), mixed if name == "ce" else found, rtol=1e-6
         )
 
 
@@ -277,17 +232,17 @@ def test_attack_losses_are_their_definitions(name, classes):
 def test_attack_losses_are_computed_in_float32_at_least(name):
     """In bfloat16 a margin of 20 is known to 0.125, and most steps would see no change."""
     z, y, reference = 9 * torch.randn(20, 5), torch.randint(0, 5, (20,)), torch.randn(20, 5)
-    found = attack_loss(name)(z.bfloat16(), y, reference.bfloat16())
+    found = ATTACK_LOSSES[name](z.bfloat16(), y, reference.bfloat16())
     assert found.dtype == torch.float32
-    assert torch.equal(found, attack_loss(name)(z.bfloat16().float(), y, reference.bfloat16().float()))
-    assert attack_loss(name)(z.double(), y, reference.double()).dtype == torch.float64
-    assert attack_loss(name)(z, F.one_hot(y, 5).double(), reference).dtype == torch.float32
+    assert torch.equal(found, ATTACK_LOSSES[name](z.bfloat16().float(), y, reference.bfloat16().float()))
+    assert ATTACK_LOSSES[name](z.double(), y, reference.double()).dtype == torch.float64
+    assert ATTACK_LOSSES[name](z, F.one_hot(y, 5).double(), reference).dtype == torch.float32
 
 
 def test_dlr_does_not_see_the_scale_of_the_logits():
     """Its purpose: logits times 1000 leave the cross-entropy without a gradient, and dlr as it was."""
     z, y = torch.randn(10, 5).double(), torch.randint(0, 5, (10,))
-    dlr = attack_loss("dlr")
+    dlr = ATTACK_LOSSES["dlr"]
     assert torch.allclose(dlr(1000 * z + 7, y), dlr(z, y), rtol=1e-10)
     assert (dlr(z, z.argmax(1)).abs() <= 1).all()
     gradient = torch.autograd.grad(dlr(leaf := z.clone().requires_grad_(), y).sum(), leaf)[0]
@@ -304,11 +259,11 @@ def test_kl_holds_the_clean_prediction_fixed():
     clean = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     z = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     y = torch.zeros(4, dtype=torch.long)
-    attack_loss("kl")(z, y, clean).sum().backward()
+    ATTACK_LOSSES["kl"](z, y, clean).sum().backward()
     assert clean.grad is None
     assert torch.allclose(z.grad, z.softmax(1) - clean.softmax(1), rtol=1e-10)
     with pytest.raises(ValueError, match="kl: got no reference_logits"):
-        attack_loss("kl")(z, y)
+        ATTACK_LOSSES["kl"](z, y)
 
 
 # Attacks --------------------------------------------------------------------------------------------------
@@ -317,17 +272,6 @@ def test_kl_holds_the_clean_prediction_fixed():
 def linear_loss(w: torch.Tensor):
     """Logistic loss of a linear model for label +1: rises along −w everywhere."""
     return lambda x: F.softplus(-(x.flatten(1) @ w))
-
-
-def best_gain(w: torch.Tensor, x: torch.Tensor, threat: ThreatModel) -> torch.Tensor:
-    """max <w, delta> over ball and box for w, x [B, D] (linf, l1): fill the steepest pixels first."""
-    room = torch.where(w > 0, 1 - x, x)
-    if threat.norm == "linf":
-        return (w.abs() * room.clamp_max(threat.eps)).sum(1)
-    slope, order = w.abs().sort(dim=1, descending=True)
-    room = room.gather(1, order)
-    left = (threat.eps - room.cumsum(1) + room).clamp_min(0)
-    return (slope * torch.minimum(room, left)).sum(1)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -364,35 +308,6 @@ def test_the_l1_attack_fills_the_steepest_pixels_one_after_the_other():
     assert gap.max() < 10 * 0.01 / 2.0
 
 
-def test_large_l1_steps_use_the_whole_radius():
-    """Projecting on the ball first spends the radius on what the box cuts off: the attack ends inside."""
-    w, x = torch.linspace(1, 2, 20).double(), torch.full((1, 20), 0.7).double()  # room for 0.3 upwards
-    threat = ThreatModel("l1", 2.0)
-    for num_steps in (4, 5, 8):  # two pixels a step: full after three steps, then the ball binds
-        x_adv = pgd(
-            lambda z: (z * w).sum(1),
-            x,
-            threat=threat,
-            num_steps=num_steps,
-            step_size=2.0,
-            start="none",
-            l1_share=0.1,
-        )
-        assert float(norms(x_adv - x, "l1")) == pytest.approx(2.0, rel=1e-12)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_the_default_advice_for_the_step_size_reaches_the_optimum(norm):
-    """2.5 eps / num_steps, as documented, must do in every norm on a linear model away from the box."""
-    w, x = torch.randn(4, 30).double(), torch.full((4, 30), 0.5).double()
-    threat = ThreatModel(norm, 0.2)
-    x_adv = pgd(
-        lambda z: (z * w).sum(1), x, threat=threat, num_steps=20, step_size=2.5 * 0.2 / 20, l1_share=1 / 30
-    )
-    best = 0.2 * torch.linalg.vector_norm(w, DUAL[norm], dim=1)
-    assert (((x_adv - x) * w).sum(1) > 0.95 * best).all()
-
-
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(
     ("loss", "start"),
@@ -421,7 +336,7 @@ def test_every_attack_stays_in_ball_and_box_and_raises_its_loss(norm, loss, star
     if loss != "dlr":
         assert (norms(x_adv - x, norm) > eps / 2).float().mean() > 0.8
     with torch.no_grad():
-        before, after = (attack_loss(loss)(model(images), y, model(x)) for images in (x, x_adv))
+        before, after = (ATTACK_LOSSES[loss](model(images), y, model(x)) for images in (x, x_adv))
     assert (after > before).all()
 
 
@@ -446,67 +361,14 @@ def test_attacks_start_where_they_say():
     assert 0.09 < started(start="uniform").abs().max() <= 0.1 + 6e-8
 
 
-@pytest.mark.parametrize("loss", ["ce", "kl"])
-@pytest.mark.parametrize("num_restarts", [1, 3])
-def test_the_passes_are_counted_truly(loss, num_restarts):
-    """The cost of a method is reported as a multiple of plain adversarial training."""
-    forwards = backwards = 0
-
-    def model(images):
-        nonlocal forwards
-        forwards += 1
-        if images.requires_grad:
-            images.register_hook(count)
-        return images.flatten(1)[:, :3] ** 2
-
-    def count(_):
-        nonlocal backwards
-        backwards += 1
-
-    attack = Attack(ThreatModel(), num_steps=4, num_restarts=num_restarts, loss=loss, start="gaussian")
-    attack(model, *image_batch())
-    assert (forwards, backwards) == attack.passes()
-
-
-def test_an_attack_is_pgd_with_its_settings():
-    """A setting that is not handed on has no effect and nobody notices."""
-    model, (x, y) = BatchNormNet().eval(), image_batch()
-    clean = model(x).detach()
-    kwargs = {"num_steps": 3, "step_size": 0.1, "num_restarts": 2, "l1_share": 0.3}
-    for norm in NORMS:
-        for name, loss in ATTACK_LOSSES.items():
-            attack = Attack(ThreatModel(norm, 0.3), loss=name, **kwargs)
-            expected = pgd(
-                lambda z, loss=loss: loss(model(z), y, clean),
-                x,
-                threat=attack.threat,
-                generator=torch.Generator().manual_seed(1),
-                **kwargs,
-            )
-            assert torch.equal(attack(model, x, y, torch.Generator().manual_seed(1)), expected)
-    dense, thin = (
-        Attack(attack.threat, 3, 0.1, "none", l1_share=share)(model, x, y) - x for share in (1.0, 0.07)
-    )
-    assert (dense != 0).sum() > 2 * (thin != 0).sum()
-
-
-def test_an_attack_without_radius_is_the_identity():
-    """The warm-up of eps shrinks the ball, and starts at 0."""
-    threat = ThreatModel("l1", 12.0)
-    assert threat.scaled(1) is threat
-    assert str(threat) == "l1 12"
-    assert threat.scaled(0.25) == ThreatModel("l1", 3.0)
-    model, (x, y) = BatchNormNet().eval(), image_batch()
-    for norm in NORMS:
-        for start in ("uniform", "gaussian"):
-            assert torch.equal(Attack(ThreatModel(norm, 0.5).scaled(0), start=start)(model, x, y), x)
-    with pytest.raises(ValueError, match=r"ThreatModel.scaled: got 1.5"):
-        threat.scaled(1.5)
-
-
 # Unions of balls ------------------------------------------------------------------------------------------
 
 UNION = [ThreatModel("linf", 0.1), ThreatModel("l2", 0.5), ThreatModel("l1", 1.0)]
+
+
+def union(num_steps, step_sizes, **settings) -> list[Attack]:
+    """One attack for each ball."""
+    return [Attack(ball, num_steps, s, **settings) for ball, s in zip(UNION, step_sizes, strict=True)]
 
 
 def test_msd_takes_the_best_step_for_each_example():
@@ -533,53 +395,9 @@ def test_msd_takes_the_best_step_for_each_example():
             chosen.add(best)
             rows.append(candidates[best])
         expected = torch.cat(rows)
-    found = msd(loss, x, threats=UNION, step_sizes=step_sizes, num_steps=3, start="none")
+    found = msd(loss, x, union(3, step_sizes, start="none"))
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
     assert len(chosen) > 1, "the example should need more than one threat"
-
-
-def test_msd_ends_in_the_union_and_beats_every_single_attack_on_a_linear_model():
-    """Greedy choices guarantee nothing for one example; on average the union must not be worse."""
-    generator = torch.Generator().manual_seed(0)
-    w, x = torch.randn(64, 24, generator=generator).double(), torch.rand(64, 24, generator=generator).double()
-
-    def gain(z):
-        return ((z - x) * w).sum(1)
-
-    num_steps = 60
-    step_sizes = [2.5 * threat.eps / num_steps for threat in UNION]
-    x_adv = msd(gain, x, threats=UNION, step_sizes=step_sizes, num_steps=num_steps, generator=generator)
-    assert torch.stack([norms(x_adv - x, t.norm) <= t.eps * (1 + 1e-12) for t in UNION]).any(0).all()
-    assert x_adv.min() >= 0
-    assert x_adv.max() <= 1
-    for threat, size in zip(UNION, step_sizes, strict=True):
-        single = pgd(gain, x, threat=threat, num_steps=num_steps, step_size=size, generator=generator)
-        assert gain(x_adv).mean() >= gain(single).mean()
-
-
-def test_msd_with_one_threat_is_pgd_and_costs_what_it_says():
-    """The steps are the same lines; num_steps (1 + T) forward and num_steps backward passes."""
-    model, (x, y) = BatchNormNet().eval(), image_batch()
-    calls = []
-
-    def loss(z):
-        calls.append(z.requires_grad)
-        return F.cross_entropy(model(z), y, reduction="none")
-
-    for threat in UNION:
-        start = {"num_steps": 3, "generator": torch.Generator().manual_seed(2)}
-        expected = pgd(loss, x, threat=threat, step_size=0.1, **start)
-        start["generator"].manual_seed(2)
-        assert torch.equal(msd(loss, x, threats=[threat], step_sizes=[0.1], **start), expected)
-    calls.clear()
-    starts = msd(loss, x, threats=UNION, step_sizes=[0.1] * 3, num_steps=0)
-    assert torch.stack([norms(starts - x, t.norm) <= t.eps + 1e-6 for t in UNION]).any(0).all()
-    assert not calls
-    msd(loss, x, threats=UNION, step_sizes=[0.1] * 3, num_steps=4)
-    assert (len(calls), sum(calls)) == (4 * (1 + 3), 4)
-    for threats, sizes in (([], []), (UNION, [0.1])):
-        with pytest.raises(ValueError, match="one step size for each"):
-            msd(loss, x, threats=threats, step_sizes=sizes)
 
 
 # What all attacks share -----------------------------------------------------------------------------------
@@ -610,71 +428,20 @@ def test_restarts_keep_the_worst_per_example():
     )
 
 
-def test_the_same_generator_gives_the_same_examples():
-    """Attacks draw from their own generator and leave the global one alone."""
-    x, w = torch.rand(4, 1, 4, 4), torch.randn(16)
-    before = torch.get_rng_state()
-    first, second = (
-        pgd(linear_loss(w), x, threat=ThreatModel(), num_steps=1, generator=torch.Generator().manual_seed(5))
-        for _ in "ab"
-    )
-    assert torch.equal(first, second)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_the_standard_objective_does_nothing_to_images():
-    """No adversary, no cost."""
-    x, y = image_batch()
-    model = BatchNormNet().eval()
-    objective = Standard(label_smoothing=0.1)
-    assert objective.perturb(model, x, y) is x
-    assert torch.equal(
-        objective.loss(model, x, x, y).total, F.cross_entropy(model(x), y, label_smoothing=0.1)
-    )
-
-
 def test_impossible_threats_and_losses_are_refused():
     """eps = 8 on [0, 1] images destroys them silently elsewhere."""
     with pytest.raises(ValueError, match="Did you mean 8/255"):
         ThreatModel("linf", 8)
-    with pytest.raises(ValueError, match="got 'l7'; expected"):
-        ThreatModel("l7", 0.1)
     for norm, eps in (("l2", 128), ("l1", 20000)):
         with pytest.raises(
             ValueError, match=rf"ThreatModel.eps: got {eps}; expected at most .* under {norm}"
         ):
             ThreatModel(norm, eps)
-    with pytest.raises(ValueError, match=r"ThreatModel.eps: got nan"):
-        ThreatModel("l2", float("nan"))
     x, y = image_batch()
     model = BatchNormNet().eval()
     with pytest.raises(ValueError, match="one loss per example"):
         pgd(lambda z: F.cross_entropy(model(z), y), x, threat=ThreatModel())
-    with pytest.raises(ValueError, match="num_steps"):
-        pgd(lambda z: z.flatten(1).sum(1), x, threat=ThreatModel(), num_steps=-1)
     with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
         pgd(lambda z: z.flatten(1).sum(1), torch.randn(3, 1, 4, 4) * 3, threat=ThreatModel())
-    with pytest.raises(ValueError, match=r"msd: got images from"):
-        msd(
-            lambda z: z.flatten(1).sum(1),
-            torch.randn(3, 1, 4, 4) * 3,
-            threats=[ThreatModel()],
-            step_sizes=[0.1],
-        )
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"loss": "cw"}, "Attack.loss: got 'cw'; expected 'ce', 'margin', 'dlr' or 'kl'"),
-        ({"start": "random"}, "Attack.start: got 'random'; expected 'uniform', 'gaussian' or 'none'"),
-        ({"num_steps": -1}, "Attack.num_steps: got -1"),
-        ({"num_restarts": 0}, "Attack.num_restarts: got 0"),
-        ({"l1_share": 0.0}, r"Attack.l1_share: got 0.0"),
-        ({"loss": "kl", "start": "none"}, "where the KL's gradient is zero"),
-    ],
-)
-def test_impossible_attacks_are_refused_before_the_first_batch(settings, message):
-    """A KL attack from the clean image takes no step at all: training would be clean training, silently."""
-    with pytest.raises(ValueError, match=message):
-        Attack(ThreatModel(), **settings)
+    with pytest.raises(ValueError, match="where the KL's gradient is zero"):
+        Attack(ThreatModel(), loss="kl", start="none")

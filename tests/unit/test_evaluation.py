@@ -1,7 +1,7 @@
 """Evaluations: names, flags, restarts, corruptions, checks of the model, files, tables and comparisons."""
 
 import warnings
-from itertools import pairwise
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,20 +12,21 @@ from torch import nn
 
 from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.evaluation import (
-    CORRUPTIONS,
+    COMMON,
     AttackResult,
+    Corruptions,
     Evaluation,
     PreflightWarning,
     bootstrap_interval,
     compare,
-    corrupt,
     evaluate,
     mcnemar,
     parse_attack,
 )
-from wcitrain.evaluation.drawing import accuracy_curve
-from wcitrain.evaluation.naming import EnsemblePlan, GradientPlan
-from wcitrain.evaluation.preflight import after
+from wcitrain.evaluation.autoattack import EnsemblePlan
+from wcitrain.evaluation.checks import check_results
+from wcitrain.evaluation.plans import GradientPlan
+from wcitrain.report.figures import accuracy_curve
 from wcitrain.seeding import generator_from
 
 LINF = ThreatModel("linf", 0.05)
@@ -54,7 +55,7 @@ def examples(model: nn.Module, num: int = 40, num_wrong: int = 4):
 
 
 def run(model, x, y, threats=LINF, **settings):
-    settings = {"preflight": "off", "progress": False, "attacks": "pgd-5"} | settings
+    settings = {"preflight": "off", "attacks": "pgd-5"} | settings
     return evaluate(model, [(x, y)], threats, **settings)
 
 
@@ -65,18 +66,13 @@ def run(model, x, y, threats=LINF, **settings):
     ("name", "plan"),
     [
         ("fgsm", GradientPlan("fgsm", "ce", 1)),
-        ("pgd-20", GradientPlan("pgd-20", "ce", 20)),
         ("pgd-20x1", GradientPlan("pgd-20", "ce", 20)),
         ("pgd-50x10", GradientPlan("pgd-50x10", "ce", 50, 10)),
         ("cw-100x5", GradientPlan("margin-100x5", "margin", 100, 5)),
         ("dlr-20", GradientPlan("dlr-20", "dlr", 20)),
         ("autoattack", EnsemblePlan("autoattack")),
-        ("autoattack-plus", EnsemblePlan("autoattack-plus", "plus")),
         ("autoattack-rand", EnsemblePlan("autoattack-rand", "rand")),
-        (
-            "autoattack:square+apgd-ce",
-            EnsemblePlan("autoattack:square+apgd-ce", "standard", ("square", "apgd-ce")),
-        ),
+        ("autoattack:square+fab", EnsemblePlan("autoattack:square+fab", components=("square", "fab"))),
     ],
 )
 def test_a_name_stands_for_one_attack(name, plan):
@@ -85,17 +81,7 @@ def test_a_name_stands_for_one_attack(name, plan):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "pgd",
-        "pgd-0",
-        "pgd-20x0",
-        "PGD-20",
-        "autoattack-standard",
-        "autoattack:",
-        "autoattack:pgd",
-        "autoattack:fab+fab",
-    ],
+    "name", ["pgd", "pgd-0", "pgd-20x0", "autoattack:", "autoattack:pgd", "autoattack:fab+fab"]
 )
 def test_other_names_list_what_there_is(name):
     """A misspelt attack must not be left out, and the message must say how it is spelt."""
@@ -138,21 +124,7 @@ def test_batches_cuts_and_seeds():
     assert torch.equal(other.attacks[1].losses, whole.attacks[1].losses)  # FGSM starts at the image
 
 
-def test_an_example_stays_broken_whatever_later_restarts_do():
-    """By the restart of highest loss alone, an example that another one broke could count as robust."""
-    model = rough_model()
-    x, y = examples(model, 120)
-    threat = ThreatModel("linf", 0.1)
-    shares = [run(model, x, y, threat, attacks=f"pgd-1x{n}").attacks[0] for n in (1, 2, 8)]
-    for fewer, more in pairwise(shares):
-        assert not (more.is_robust & ~fewer.is_robust).any()
-        assert torch.equal(more.losses, fewer.losses)  # of the first restart
-    assert shares[0].is_robust.sum() > shares[2].is_robust.sum()
-    assert list(shares[2].after.values()) == sorted(shares[2].after.values(), reverse=True)
-    assert not shares[2].is_robust[:4].any()  # wrong without an attack
-
-
-def test_a_misclassified_iterate_counts_although_its_loss_is_low():
+def test_an_example_that_any_restart_broke_is_broken():
     """The model can be right on the restart of highest cross-entropy: with four classes from log 2 up."""
     model = rough_model()
     x, y = examples(model, 60, 0)
@@ -167,8 +139,12 @@ def test_a_misclassified_iterate_counts_although_its_loss_is_low():
         survives.append(logits.argmax(1) == y)
         losses.append(nn.functional.cross_entropy(logits, y, reduction="none"))
     assert torch.equal(result.is_robust, torch.stack(survives).all(0))
+    torch.testing.assert_close(result.losses, losses[0])  # of the first restart
+    shares = list(result.after.values())
+    assert shares == [float(torch.stack(survives[: k + 1]).all(0).double().mean()) for k in range(6)]
+    assert shares[0] > shares[5]
     by_loss = torch.stack(survives).gather(0, torch.stack(losses).argmax(0)[None])[0]
-    assert not (result.is_robust & ~by_loss).any()
+    assert int(by_loss.sum()) > int(result.is_robust.sum())  # the case was met
 
 
 def test_a_curve_falls_and_its_worst_case_is_the_union():
@@ -189,9 +165,8 @@ def test_a_curve_falls_and_its_worst_case_is_the_union():
 
 def test_the_model_is_left_as_it_was_also_when_stopped():
     """A model in train mode with batch statistics: evaluation between epochs must not move it."""
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 4)
-    )
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 4)
+    model = nn.Sequential(*layers)
     model[1].eval()
     model[4].bias.requires_grad_(False)
     x, y = torch.rand(8, 3, 8, 8), torch.arange(8) % 4
@@ -205,7 +180,7 @@ def test_the_model_is_left_as_it_was_also_when_stopped():
         raise KeyboardInterrupt
 
     before = state()
-    run(model, x, y, attacks=["pgd-2x2", "autoattack:fab-t"], corruptions="fog", preflight="off")
+    run(model, x, y, attacks=["pgd-2x2", "autoattack:fab-t"])
     hook = model[3].register_forward_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         run(model, x, y)
@@ -246,12 +221,10 @@ def test_rows_that_are_not_finite_are_wrong_everywhere():
     bad = torch.arange(40) >= 30  # none of the first batch
     x[bad] = 0.9
     for value in (torch.nan, torch.inf):
-        result = run(Broken(value), x, y, attacks=["pgd-2", "fgsm"], corruptions="brightness")
-        for flags in (result.is_clean, *(r.is_robust for r in result.attacks), *result.corrupted.values()):
+        result = run(Broken(value), x, y, attacks=["pgd-2", "fgsm"])
+        for flags in (result.is_clean, *(r.is_robust for r in result.attacks)):
             assert torch.equal(flags, ~bad)
-        with pytest.raises(
-            ValueError, match=r"preflight: not_finite: .* on 10 of 40 clean images, which count as wrong"
-        ):
+        with pytest.raises(ValueError, match=r"preflight: not_finite: .* on 10 of 40 clean images"):
             run(Broken(value), x, y, preflight="raise", batch_size=30)
         assert "not_finite" in found(Broken(value), x, y)
 
@@ -260,44 +233,30 @@ def test_rows_that_are_not_finite_are_wrong_everywhere():
     ("change", "message"),
     [
         ({"attacks": "pgd"}, "attacks: got 'pgd'"),
-        ({"corruptions": "frost"}, "corruptions: got 'frost'"),
-        ({"corruptions": ["all", "fog"]}, "got all fog; expected all alone"),
+        ({"attacks": "dlr-2", "model": small_model(2)}, "dlr: got 2 classes; expected at least 3"),
         ({"threats": ()}, "threats: got none"),
+        (
+            {"threats": "linf"},
+            "threats: got 'linf'; expected a ThreatModel, or several",
+        ),
         ({"num_examples": 0}, "num_examples=0"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"preflight": "no"}, "preflight: got 'no'"),
         ({"data": []}, "got no images"),
-        (
-            {"data": [(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2).long())]},
-            "Divide levels by 255",
-        ),
+        ({"data": [(torch.zeros(2, 3, 8, 8).byte(), torch.zeros(2).long())]}, "Divide levels by 255"),
         (
             {"data": [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 4]))]},
             "labels 0 to 4 for a model of 4 classes",
         ),
         ({"model": small_model().double()}, "parameters in torch.float64"),
-        ({"model": nn.Flatten(2)}, r"got shape \(2, 3, 64\) for 2 images"),
+        ({"model": nn.Flatten(2)}, r"got shape \(2, 3, 64\) .*for 2 images"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(change, message):
     """Hours later is too late, and a wrong label or precision is not seen in a number."""
-    arguments = {
-        "model": small_model(),
-        "data": [(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())],
-        "threats": LINF,
-    }
-    settings = {"attacks": "pgd-2", "preflight": "off", "progress": False}
-    with pytest.raises(ValueError, match=message):
-        evaluate(**(arguments | settings | change))
-
-
-@pytest.mark.parametrize("threats", ["linf", [0.03], [LINF, "l2"]])
-def test_threats_that_are_none_are_refused(threats):
-    """A text is a sequence of letters, none of which has a radius."""
-    with pytest.raises(
-        TypeError, match=r'threats: got .*; expected a ThreatModel, or several\. Give ThreatModel\("linf"'
-    ):
-        run(small_model(), torch.rand(2, 3, 8, 8), torch.zeros(2).long(), threats)
+    data = [(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())]
+    settings = {"model": small_model(), "data": data, "threats": LINF, "attacks": "pgd-2"}
+    with pytest.raises((ValueError, TypeError), match=message):
+        evaluate(**(settings | {"preflight": "off"} | change))
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -309,122 +268,94 @@ def test_a_missing_package_is_named(monkeypatch):
         run(small_model(), torch.rand(2, 3, 8, 8), torch.zeros(2).long(), attacks="autoattack")
 
 
-# Corruptions
+# Corruptions: released files
 
 
-def smooth_images(num: int = 64) -> torch.Tensor:
-    """Coloured 32x32 images with edges and shades, as photographs have; noise a blur would only shrink."""
-    generator = torch.Generator().manual_seed(3)
-    coarse = torch.rand(num, 3, 5, 5, generator=generator)
-    return nn.functional.interpolate(coarse, (32, 32), mode="bicubic").clamp(0, 1)
+def released(x, y, root, names=("fog", "snow"), layout="arrays", severities=5):
+    """Write images in the layout of CIFAR-10-C or of ImageNet-C: darker at every severity."""
+    levels = (255 * x).round().byte().permute(0, 2, 3, 1).numpy()
+    root.mkdir()
+    for name in names:
+        images = [(levels * (1 - 0.15 * s)).astype(np.uint8) for s in range(severities)]
+        if layout == "arrays":
+            np.save(root / f"{name}.npy", np.concatenate(images))
+            np.save(root / "labels.npy", np.tile(y.numpy(), severities))
+            continue
+        for s, part in enumerate(images):
+            for k, (image, label) in enumerate(zip(part, y.tolist(), strict=True)):
+                folder = root / name / str(s + 1) / f"n{label}"
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(folder / f"ILSVRC2012_val_{k:08}.png")
+    return root
 
 
-@pytest.mark.parametrize("name", CORRUPTIONS)
-def test_a_corruption_is_a_function_of_seed_and_example_and_grows(name):
-    """Other images each time, or a severity 4 milder than 3, would make two models' numbers incomparable."""
-    x = smooth_images()
-    kept = x.clone()
-    results = [corrupt(x, name, s, seed=5) for s in range(1, 6)]
-    assert torch.equal(x, kept)
-    for images in results:
-        assert images.shape == x.shape
-        assert images.isfinite().all()
-        assert images.min() >= 0
-        assert images.max() <= 1
-    assert torch.equal(results[2], corrupt(x, name, 3, seed=5))
-    # a convolution over other groups may sum in another order: 1e-6 is 8 roundings of a value of at most 1
-    torch.testing.assert_close(
-        corrupt(x[9:11], name, 3, places=[9, 10], seed=5), results[2][9:11], rtol=0, atol=1e-6
-    )
-    distance = [float((images - x).square().mean()) for images in results]
-    assert distance[0] > 0
-    if name == "saturate":  # severities 1 and 2 take colour away, 3 to 5 add it
-        assert distance[0] < distance[1]
-        assert distance[2] < distance[3] < distance[4]
-    elif name == "pixelate":  # 28 of 32 pixels fall into a pattern of 8 to 7, which loses more than 27 do
-        assert distance[0] < distance[2] < distance[3] < distance[4]
-    else:
-        assert distance == sorted(distance)
-    is_random = name in ("gaussian_noise", "shot_noise", "impulse_noise", "motion_blur", "fog")
-    assert torch.equal(corrupt(x, name, 3, seed=6), results[2]) != is_random
-    twice = corrupt(x[:1].repeat(2, 1, 1, 1), name, 3, seed=5)
-    assert torch.equal(twice[0], twice[1]) != is_random  # each example has numbers of its own
+def eight_bit_examples(num=40):
+    model = small_model()
+    x = (255 * examples(model, num)[0]).round() / 255
+    y = model(x).argmax(1)
+    y[:4] = torch.arange(4)  # every class
+    return model, x, y
 
 
-def test_constants_do_what_they_say():
-    """Each corruption has a fact that can be computed by hand."""
-    x = smooth_images(200)
-    gray = torch.full_like(x, 0.5)
-    noise = corrupt(gray, "gaussian_noise", 5) - gray
-    num = noise.numel()
-    # 614,400 values: the standard error of a standard deviation c is c / sqrt(2n), four of them
-    assert abs(float(noise.std()) - 0.10) < 4 * 0.10 / np.sqrt(2 * num)
-    shot = corrupt(gray, "shot_noise", 5)
-    # Poisson(25)/50, cut at 1 (6e-6 of them)
-    assert abs(float(shot.var()) - 0.5 / 50) < 5 * 0.5 / 50 * np.sqrt(2 / num) + 1e-4
-    share = float((corrupt(gray, "impulse_noise", 5) != 0.5).float().mean())
-    assert abs(share - 0.07) < 4 * np.sqrt(0.07 * 0.93 / num)
-    torch.testing.assert_close(corrupt(gray, "brightness", 2), gray + 0.1)
-    flat = corrupt(x, "contrast", 5)
-    torch.testing.assert_close(flat.std((2, 3)), 0.15 * x.std((2, 3)), rtol=1e-3, atol=1e-5)
-    for name in ("defocus_blur", "gaussian_blur", "motion_blur", "zoom_blur", "pixelate", "contrast"):
-        # kernels sum to one, also at the border
-        torch.testing.assert_close(corrupt(gray, name, 5), gray, msg=name)
-    top = 2 / 3 * 1.5  # fog: (0.5 + 1.5 p) 0.5 / (0.5 + 1.5), p from 0 to 1
-    fog = corrupt(gray, "fog", 5)
-    assert float(fog.min()) >= 0.125 - 1e-6
-    torch.testing.assert_close(fog.amax((1, 2, 3)), torch.full((200,), 0.5), rtol=0, atol=1e-6 * top)
-    torch.testing.assert_close(fog[:, 0], fog[:, 2])
+@pytest.mark.parametrize("layout", ["arrays", "folders"])
+def test_corrupted_images_are_those_of_the_files_at_the_examples_places(layout, tmp_path):
+    """Another severity, order or scale would be another benchmark under its name."""
+    model, x, y = eight_bit_examples()
+    order = torch.arange(40) if layout == "arrays" else y.sort(stable=True).indices  # folders go by class
+    root = released(x, y, tmp_path / "C", layout=layout)
+    places = torch.tensor([7, 3, 30, 12, 21])
+    here = order[places]
+    corruptions = replace(Corruptions.find(root, ["snow", "fog"]), places=places)
+    result = run(model, x[here], y[here], attacks=(), corruptions=corruptions, batch_size=2)
+    assert list(result.corrupted) == [(name, s) for name in ("snow", "fog") for s in range(1, 6)]
+    assert torch.equal(result.corrupted["fog", 1], result.is_clean)  # as they were
+    for s in range(5):
+        darker = ((255 * x[here]).round() * (1 - 0.15 * s)).double().add(1e-9).floor().float() / 255
+        assert torch.equal(result.corrupted["fog", s + 1], model(darker).argmax(1) == y[here])
+    whole = run(model, x[order], y[order], attacks=(), corruptions=Corruptions.find(root, "fog"))
+    assert torch.equal(whole.corrupted["fog", 4][places], result.corrupted["fog", 4])
+    flags = torch.stack(list(whole.corrupted.values())).double()
+    assert whole.corrupted_accuracy() == pytest.approx(float(flags.mean()), rel=1e-12)
 
 
-def test_saturation_and_brightness_keep_the_hue():
-    """The colour formulas stand in for a conversion to HSV and back."""
-    import colorsys
-
-    colours = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
-    x = colours[:, :, None, None].expand(-1, -1, 8, 8)
-    for name, s, change in (
-        ("saturate", 2, lambda h, s, v: (h, 0.1 * s, v)),
-        ("saturate", 5, lambda h, s, v: (h, min(1, 2.5 * s + 0.2), v)),
-        ("brightness", 5, lambda h, s, v: (h, s, min(1, v + 0.3))),
+def test_all_corruptions_are_the_fifteen_of_the_benchmark(tmp_path):
+    """A mean with the four extra ones in it, or over those that happen to be there, is another number."""
+    _, x, y = eight_bit_examples(4)
+    root = released(x, y, tmp_path / "C", (*COMMON, "spatter"))
+    assert Corruptions.find(root).names == COMMON
+    assert len(COMMON) == 15
+    assert Corruptions.find(root, ["spatter", "fog"]).names == ("spatter", "fog")
+    (root / "frost.npy").unlink()
+    with pytest.raises(
+        ValueError, match=r"corruptions: got frost; expected some of what .*C has whole: bright"
     ):
-        expected = [colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*rgb))) for rgb in colours.tolist()]
-        torch.testing.assert_close(corrupt(x, name, s)[:, :, 0, 0], torch.tensor(expected), rtol=0, atol=1e-5)
-    gray = torch.full((1, 3, 8, 8), 0.5)
-    assert corrupt(gray, "saturate", 5)[0, :, 0, 0].tolist() == pytest.approx([0.5, 0.4, 0.4])
+        Corruptions.find(root)
+    with pytest.raises(ValueError, match="got all fog; expected all alone"):
+        Corruptions.find(root, ["all", "fog"])
+    folders = released(x, y, tmp_path / "D", layout="folders", severities=4)
+    for incomplete in (tmp_path / "none", folders):
+        with pytest.raises(ValueError, match=r"has whole: nothing\. CIFAR-10-C .*zenodo"):
+            Corruptions.find(incomplete, "fog")
 
 
-def test_pixels_and_jpegs_are_pillows():
-    """The authors use Pillow's box filter and JPEG: an average or a shift would be another image."""
-    from io import BytesIO
-
-    levels = (smooth_images(4) * 255).round().to(torch.uint8)
-    for s, c, quality in ((1, 0.95, 80), (4, 0.75, 50), (5, 0.65, 40)):
-        for image in levels:
-            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-            small = picture.resize((int(32 * c), int(32 * c)), Image.Resampling.BOX)
-            expected = torch.tensor(np.array(small.resize((32, 32), Image.Resampling.BOX))).permute(2, 0, 1)
-            # Pillow rounds to 8 bits after each of its two passes down: at most one level in all
-            assert (255 * corrupt(image[None] / 255, "pixelate", s)[0] - expected).abs().max() <= 1.01
-            file = BytesIO()
-            picture.save(file, "JPEG", quality=quality)
-            expected = torch.tensor(np.array(Image.open(file))).permute(2, 0, 1)
-            assert torch.equal(
-                (255 * corrupt(image[None] / 255, "jpeg", s)[0]).round().to(torch.uint8), expected
-            )
-
-
-def test_gray_images_get_every_corruption_they_can_have():
-    """Digits have one channel and eight pixels a side: paddings and conversions must not stop there."""
-    x = smooth_images(3)[:, :1, :8, :8]
-    with pytest.raises(ValueError, match="'saturate' of images with 1 channels"):
-        corrupt(x, "saturate", 1)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
-    result = run(model, x, torch.arange(3), attacks=(), corruptions="all")
-    assert len(result.corrupted) == 5 * (len(CORRUPTIONS) - 1)
-    assert 0 <= result.corrupted_accuracy() <= 1
-    flags = model(corrupt(x, "fog", 4)).argmax(1) == torch.arange(3)
-    assert torch.equal(result.corrupted["fog", 4], flags)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y, root: (x, (y + 1) % 4), "with other labels; expected the whole test set in order"),
+        (lambda x, y, root: (torch.cat([x, x]), torch.cat([y, y])), "got fog of 40 images .* other labels"),
+        (lambda x, y, root: (x[:, :, :4], y), r"of shape \(3, 8, 8\); expected \(3, 4, 8\)"),
+        (lambda x, y, root: np.save(root / "labels.npy", y.numpy()) or (x, y), r"labels \[5 M\], five"),
+        (lambda x, y, root: np.save(root / "fog.npy", x.numpy()) or (x, y), "got float32"),
+    ],
+)
+def test_files_of_other_images_are_refused(change, message, tmp_path):
+    """Images that do not belong to the labels give an accuracy, too."""
+    _, x, y = eight_bit_examples()
+    root = released(x, y, tmp_path / "C")
+    x, y = change(x, y, root)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 4))
+    with pytest.raises(ValueError, match=message):
+        run(model, x, y, attacks=(), corruptions=Corruptions.find(root, "fog"))
 
 
 # Intervals and tests
@@ -452,7 +383,7 @@ def test_the_bootstrap_interval_is_the_normal_one_for_many_values():
     assert high == pytest.approx(float(values.mean()) + half, abs=4 * 0.042 * half / 1.96)
     first, again, other = (bootstrap_interval(values, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
-    with pytest.raises(ValueError, match="1 of them not finite"):
+    with pytest.raises(ValueError, match="got 1 values that are not finite"):
         bootstrap_interval([1.0, float("nan")])
 
 
@@ -461,60 +392,36 @@ def test_the_bootstrap_interval_is_the_normal_one_for_many_values():
 
 def test_a_saved_evaluation_is_the_same(tmp_path):
     """Flags outlive the model: unions and comparisons are made of the files."""
-    model = small_model()
-    x, y = examples(model)
-    made = run(
-        model,
-        x,
-        y,
-        [LINF, ThreatModel("l2", 0.2)],
-        attacks=["pgd-3", "autoattack:apgd-ce"],
-        corruptions=["fog", "jpeg"],
-    )
-    made = Evaluation(**(vars(made) | {"findings": tuple(after(made, 4))}))
+    model, x, y = eight_bit_examples()
+    corruptions = Corruptions.find(released(x, y, tmp_path / "C"), ["fog", "snow"])
+    threats, attacks = [LINF, ThreatModel("l2", 0.2)], ["pgd-3", "autoattack:apgd-ce"]
+    made = run(model, x, y, threats, attacks=attacks, corruptions=corruptions)
+    made = replace(made, findings=tuple(check_results(made, 4)))
     read = Evaluation.load(made.save(tmp_path / "x.npz"))
     assert read.as_dict() == made.as_dict()
     assert read.table() == made.table()
     assert torch.equal(read.worst(), made.worst())
     assert torch.equal(read.labels, y)
-    with np.load(tmp_path / "x.npz", allow_pickle=False) as saved:
-        assert saved["index"].tolist() == list(range(40))
+    assert read.index.tolist() == list(range(40))
     places = torch.randperm(40)
-    with np.load(Evaluation(**(vars(made) | {"index": places})).save(tmp_path / "y.npz")) as saved:
-        assert saved["index"].tolist() == places.tolist()
-    assert torch.equal(Evaluation.load(tmp_path / "y.npz").index, places)
+    assert torch.equal(Evaluation.load(replace(made, index=places).save(tmp_path / "y.npz")).index, places)
 
 
-@pytest.mark.parametrize(
-    "kind", ["text", "empty", "npy", "truncated", "foreign", "list", "keys", "threat", "format"]
-)
+@pytest.mark.parametrize("kind", ["text", "truncated", "keys", "format"])
 def test_files_that_are_no_evaluation_are_named(kind, tmp_path):
     """A traceback of zipfile or numpy does not say which file is wrong."""
     path, model = tmp_path / "other.npz", small_model()
     run(model, *examples(model)).save(path)
-    headers = {
-        "list": "[1]",
-        "keys": '{"format": 1}',
-        "format": '{"format": 99}',
-        "threat": '{"format": 1, "attacks": [1]}',
-    }
-    if kind in ("text", "empty"):
-        path.write_bytes(b"no archive" if kind == "text" else b"")
-    elif kind == "npy":
-        with path.open("wb") as file:
-            np.save(file, np.arange(3))
+    expected = r"got another file .*; expected one of Evaluation\.save"
+    if kind == "text":
+        path.write_bytes(b"no archive")
     elif kind == "truncated":
         path.write_bytes(path.read_bytes()[:-200])
-    elif kind == "foreign":
-        np.savez(path, x=np.arange(3))
     else:
+        expected = "got format 99; expected 1" if kind == "format" else expected
         with np.load(path) as saved:
-            np.savez(path, **(dict(saved) | {"header": np.array(headers[kind])}))
-    expected = (
-        "got format 99; expected 1"
-        if kind == "format"
-        else r"got another file .*; expected one of Evaluation\.save"
-    )
+            header = '{"format": 1}' if kind == "keys" else '{"format": 99}'
+            np.savez(path, **(dict(saved) | {"header": np.array(header)}))
     with pytest.raises(ValueError, match=rf"other\.npz: {expected}"):
         Evaluation.load(path)
 
@@ -523,11 +430,11 @@ def test_the_table_has_a_row_an_attack_and_the_worst_case():
     """What is printed must be the flags' shares with their intervals."""
     model = small_model()
     x, y = examples(model)
-    result = run(
-        model, x, y, [LINF, ThreatModel("linf", 0.02)], attacks=["pgd-3", "margin-3"], corruptions="fog"
-    )
-    lines = result.table().splitlines()
+    result = run(model, x, y, [LINF, ThreatModel("linf", 0.02)], attacks=["pgd-3", "margin-3"])
+    fog = {("fog", s): torch.arange(40) < 8 * (6 - s) for s in (1, 2, 3, 4, 5)}
+    lines = replace(result, corrupted=fog).table().splitlines()
     assert len(lines) == 1 + 1 + 2 * 3 + 1 + 1 + 3
+    assert lines[-2].split() == ["fog", "100.0", "80.0", "60.0", "40.0", "20.0", "60.0"]
     assert lines[1].split() == ["clean", "90.0", "76.9", "to", "96.0", *lines[1].split()[5:]]
     assert lines[4].split()[:4] == ["linf", "0.05", "worst", "case"]
     assert f"{100 * result.robust_accuracy(LINF):.1f}" in lines[4]
@@ -539,10 +446,8 @@ def test_the_loss_column_is_that_of_attacks_on_the_cross_entropy():
     model = small_model()
     x, y = examples(model)
     result = run(model, x, y, attacks=["pgd-3", "margin-3", "dlr-3", "fgsm"])
-    losses = {
-        line.split()[2]: line.count(" to ") for line in result.table().splitlines() if line.startswith("linf")
-    }
-    assert losses == {"pgd-3": 2, "margin-3": 1, "dlr-3": 1, "fgsm": 2, "worst": 1}
+    lines = [line for line in result.table().splitlines() if line.startswith("linf")]
+    assert [line.count(" to ") for line in lines] == [2, 1, 1, 2, 1]  # intervals; the last is the worst case
     assert [row["loss"] is None for row in result.as_dict()["attacks"]] == [False, True, True, False]
     assert "first restart" not in result.table()
     assert "CE, first restart" in run(model, x, y, attacks="pgd-3x2").table()
@@ -568,9 +473,6 @@ def test_the_curve_shows_every_share_from_radius_zero():
         shares = [100 * float(f.double().mean()) for f in (result.is_clean, *flags)]
         np.testing.assert_allclose(line.get_ydata(), shares)
         assert np.abs(line.get_xdata() - radii).max() < 0.5 / 255  # nearer to its own radius than to the next
-    for style in ("get_marker", "get_linestyle"):
-        assert len({getattr(line, style)() for line in lines.values()}) == 3
-    assert len({float(line.get_xdata()[3]) for line in lines.values()}) == 3
     labels = dict(zip(ax.get_xticks(), (t.get_text() for t in ax.get_xticklabels()), strict=True))
     assert list(labels.values()) == ["0", "16/255", "32/255", "64/255"]
     assert list(labels) == pytest.approx([0, 16 / 255, 32 / 255, 64 / 255])
@@ -600,37 +502,20 @@ def test_two_models_are_compared_example_by_example():
 # Checks of the model under attack
 
 
-class Softmax(nn.Module):
-    """Probabilities where logits are expected."""
+class Around(nn.Module):
+    """A model with something in front of it and something behind it."""
 
-    def __init__(self) -> None:
+    def __init__(self, before=lambda x: x, after=lambda z: z) -> None:
         super().__init__()
-        self.model = small_model()
+        self.model, self.before, self.after = small_model(), before, after
 
     def forward(self, x):
-        return self.model(x).softmax(1)
+        return self.after(self.model(self.before(x)))
 
 
-class Wrapped(nn.Module):
-    """A model with something in front of it."""
-
-    def __init__(self, before, scale=1.0) -> None:
-        super().__init__()
-        self.model, self.before, self.scale = small_model(), before, scale
-
-    def forward(self, x):
-        return self.scale * self.model(self.before(x))
-
-
-class After(nn.Module):
-    """A model with something behind it."""
-
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.model, self.function = small_model(), function
-
-    def forward(self, x):
-        return self.function(self.model(x))
+def softmax() -> nn.Module:
+    """Return a model with probabilities where logits are expected."""
+    return Around(after=lambda z: z.softmax(1))
 
 
 class EverySecondPair:
@@ -640,7 +525,7 @@ class EverySecondPair:
 
     def __call__(self, x):
         self.calls += 1
-        return x.flip(3) if self.calls > 4 else x  # passes 1 and 2: to count the classes, and the clean one
+        return x.flip(3) if self.calls > 3 else x  # pass 1 is the clean one
 
 
 def found(model, x=None, y=None, **settings):
@@ -663,13 +548,13 @@ def test_a_sound_model_has_no_findings():
 @pytest.mark.parametrize(
     ("model", "name", "severity"),
     [
-        (Softmax(), "probabilities", "error"),
-        (After(torch.sigmoid), "probabilities", "warning"),
-        (After(lambda z: z.log_softmax(1)), "probabilities", "warning"),
-        (Wrapped(lambda x: x + 0.1 * torch.randn_like(x)), "randomised", "error"),
-        (Wrapped(EverySecondPair()), "randomised", "error"),
-        (Wrapped(lambda x: (8 * x).round() / 8), "zero_gradient", "error"),
-        (Wrapped(lambda x: x, scale=1e4), "zero_gradient", "warning"),
+        (softmax(), "probabilities", "error"),
+        (Around(after=torch.sigmoid), "probabilities", "warning"),
+        (Around(after=lambda z: z.log_softmax(1)), "probabilities", "warning"),
+        (Around(lambda x: x + 0.1 * torch.randn_like(x)), "randomised", "error"),
+        (Around(EverySecondPair()), "randomised", "error"),
+        (Around(lambda x: (8 * x).round() / 8), "zero_gradient", "error"),
+        (Around(after=lambda z: 1e4 * z), "zero_gradient", "warning"),
     ],
 )
 def test_models_that_fool_attacks_are_noticed(model, name, severity):
@@ -679,7 +564,7 @@ def test_models_that_fool_attacks_are_noticed(model, name, severity):
 
 def test_attacks_that_do_nothing_are_noticed():
     """Gradients that point nowhere: robust accuracy equals clean accuracy, even within a huge radius."""
-    shattered = Wrapped(lambda x: x.detach() - 1e-3 * (x - x.detach()))  # the gradient leads the wrong way
+    shattered = Around(lambda x: x.detach() - 1e-3 * (x - x.detach()))  # the gradient leads the wrong way
     shattered.model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
     with torch.no_grad():
         shattered.model[1].weight.zero_()
@@ -692,19 +577,6 @@ def test_attacks_that_do_nothing_are_noticed():
     findings = found(shattered, x, y)
     assert findings["huge_radius"] == "warning"
     assert findings["no_effect"] == "warning"
-
-
-def test_no_path_to_the_image_and_broken_outputs_are_errors():
-    """autograd's own message does not say what is wrong with the model."""
-    with pytest.raises(ValueError, match="preflight: no_gradient: "):
-        run(Wrapped(lambda x: x.detach()), *examples(small_model()), preflight="raise")
-    with pytest.raises(ValueError, match="preflight: not_finite: "):
-        run(Wrapped(lambda x: x / 0), *examples(small_model()), preflight="raise")
-    with pytest.raises(ValueError, match="preflight: gradient_not_finite: "):
-        run(Wrapped(lambda x: (x - x).sqrt() + x), *examples(small_model()), preflight="raise")
-    x, y = examples(small_model())
-    with pytest.raises(ValueError, match="preflight: images_outside_box: got images from"):
-        run(small_model(), 2 * x - 1, y, preflight="raise")
 
 
 def test_train_mode_and_chance_are_mentioned():
@@ -723,9 +595,8 @@ def test_train_mode_and_chance_are_mentioned():
 def test_checks_leave_batch_statistics_alone():
     """One pass in train mode moves the running statistics: checked and unchecked, it would be two models."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=1.0), nn.Flatten(), nn.Linear(144, 4)
-    ).train()
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=1.0), nn.Flatten(), nn.Linear(144, 4)
+    model = nn.Sequential(*layers)
     x = torch.rand(40, 3, 8, 8)
     y = model.eval()(x).argmax(1)
     model.train()
@@ -749,13 +620,11 @@ def result(attack: str, num: int, threat: ThreatModel = LINF, **parts) -> Attack
         ([result("pgd-10", 40), result("pgd-50", 60)], {"stronger_is_weaker"}),
         ([result("pgd-10", 60), result("pgd-50", 40)], set()),
         ([result("pgd-10", 40), result("pgd-50", 42)], set()),  # chance
-        ([result("pgd-10", 40), result("margin-50", 60)], set()),  # another loss
         ([result("pgd-10x2", 40), result("pgd-50", 60)], set()),  # neither includes the other
         ([result("pgd-10", 40), result("autoattack", 60)], {"stronger_is_weaker"}),
         ([result("pgd-10", 40), result("autoattack:square", 60)], set()),
         ([result("pgd-10", 40), result("pgd-10", 60, ThreatModel("linf", 0.1))], {"stronger_is_weaker"}),
         ([result("pgd-10", 90)], {"no_effect"}),
-        ([result("pgd-10", 90, ThreatModel("linf", 0.0))], set()),
         ([result("pgd-10", 50, furthest=0.06)], {"outside_ball"}),
         ([result("autoattack", 40, after={"apgd-ce": 0.5, "square": 0.4})], {"square_helps"}),
         ([result("autoattack", 40, after={"apgd-ce": 0.41, "square": 0.4})], set()),
@@ -764,14 +633,22 @@ def result(attack: str, num: int, threat: ThreatModel = LINF, **parts) -> Attack
 def test_results_that_contradict_each_other_are_noticed(results, names):
     """The sanity checks of Carlini et al. 2019: a stronger attack is no weaker, a larger ball no safer."""
     evaluation = Evaluation(torch.zeros(100).long(), torch.arange(100) < 90, torch.zeros(100), tuple(results))
-    assert {finding.name for finding in after(evaluation, 10)} == names
+    assert {finding.name for finding in check_results(evaluation, 10)} == names
 
 
 def test_findings_raise_warn_or_are_not_looked_for():
     """Meaningless numbers stop before the attack; doubtful ones must be seen and kept in the file."""
     x, y = examples(small_model())
-    with pytest.raises(ValueError, match=r"preflight: probabilities: .*Remove the softmax"):
-        run(Softmax(), x, y, preflight="raise")
+    for model, message in (
+        (softmax(), "probabilities: .*Remove the softmax"),
+        (Around(lambda x: x.detach()), "no_gradient: "),
+        (Around(lambda x: x / 0), "not_finite: "),
+        (Around(lambda x: (x - x).sqrt() + x), "gradient_not_finite: "),
+    ):
+        with pytest.raises(ValueError, match=f"preflight: {message}"):
+            run(model, x, y, preflight="raise")
+    with pytest.raises(ValueError, match="preflight: images_outside_box: got images from"):
+        run(small_model(), 2 * x - 1, y, preflight="raise")
     with pytest.warns(PreflightWarning, match="probabilities"):
-        assert run(Softmax(), x, y, preflight="warn").findings[0].name == "probabilities"
-    assert run(Softmax(), x, y, preflight="off").findings == ()
+        assert run(softmax(), x, y, preflight="warn").findings[0].name == "probabilities"
+    assert run(softmax(), x, y, preflight="off").findings == ()

@@ -29,15 +29,6 @@ def test_learning_rates_follow_their_schedule(schedule, expected):
     assert [schedule.factor(e, 10) for e in (0, 2.5, 5, 7.5, 10)] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("milestones", [[3.0, 2.0], [3.0, 3.0]])
-def test_milestones_that_do_not_increase_are_refused(milestones):
-    """One of them would be a typing error, and the rate would drop twice at once."""
-    with pytest.raises(
-        ValueError, match=r"Piecewise.milestones: got \[3.0, [23].0\]; expected increasing epochs."
-    ):
-        Piecewise(milestones)
-
-
 @pytest.mark.parametrize("table", [SCHEDULES, AVERAGES], ids=["schedules", "averages"])
 def test_methods_come_back_from_recipes_and_pickles_and_have_a_label(table):
     """A resolved recipe would train something else than the run, or a figure would show a class name."""
@@ -49,8 +40,3 @@ def test_methods_come_back_from_recipes_and_pickles_and_have_a_label(table):
         assert kind.label
         assert "{" not in str(made)
     assert Choice(SCHEDULES).read({"name": "piecewise", "milestones": [1, 2]}) == Piecewise((1.0, 2.0))
-
-
-def test_labels_of_averages_are_those_of_figures():
-    """Figures would no longer join runs of before and after."""
-    assert [str(AVERAGES["ema"](0.9)), str(AVERAGES["swa"](1))] == ["EMA 0.9", "SWA"]

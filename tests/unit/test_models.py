@@ -12,25 +12,19 @@ def test_normalisation_is_inside_and_comes_from_the_pretrained_config():
     """Attacks live in [0, 1]; a model that expects normalised input makes every eps wrong."""
     model = create_model("resnet18", num_classes=3)
     config = timm.get_pretrained_cfg("resnet18")
-    assert model.mean.flatten().tolist() == pytest.approx(config.mean)
     x = torch.rand(2, 3, 32, 32)
     model.eval()
     by_hand = (x - torch.tensor(config.mean).view(1, 3, 1, 1)) / torch.tensor(config.std).view(1, 3, 1, 1)
     assert torch.equal(model(x), model.backbone(by_hand))
-
-
-def test_gray_images_get_one_mean():
-    """in_chans=1 with three-channel statistics must not broadcast to three channels."""
-    model = create_model("resnet18", num_classes=3, in_chans=1)
-    assert model.mean.shape == (1, 1, 1, 1)
-    assert model(torch.rand(2, 1, 32, 32)).shape == (2, 3)
+    gray = create_model("resnet18", num_classes=3, in_chans=1)  # three means would give three channels
+    assert gray.mean.flatten().tolist() == pytest.approx([sum(config.mean) / 3])
+    assert gray(torch.rand(2, 1, 32, 32)).shape == (2, 3)
 
 
 def test_the_cifar_stem_keeps_the_resolution():
     """The ImageNet stem shrinks 32x32 to 8x8 before the first block."""
-    model = create_model(
-        "resnet18", num_classes=3, stem="cifar", layers=[1, 1, 1, 1], channels=[4, 8, 16, 32]
-    )
+    small = {"layers": [1, 1, 1, 1], "channels": [4, 8, 16, 32]}
+    model = create_model("resnet18", num_classes=3, stem="cifar", **small)
     seen = []
     model.backbone.layer1.register_forward_hook(lambda m, args, out: seen.append(out.shape[-2:]))
     model(torch.rand(2, 3, 16, 16))
@@ -40,33 +34,15 @@ def test_the_cifar_stem_keeps_the_resolution():
 def test_preact_resnet18_is_the_published_network():
     """11,172,170 parameters with the last BatchNorm (He et al. 2016, CIFAR form); registered with timm."""
     model = timm.create_model("preact_resnet18", num_classes=10)
-    # stem 1,728; blocks without shortcuts and norms: 10,987,... counted by hand below
     convs = 3 * 64 * 9 + 4 * 64 * 64 * 9
     for w in (128, 256, 512):
         convs += (w // 2) * w * 9 + 3 * w * w * 9 + (w // 2) * w
     norms = 2 * (4 * 64 + sum((w // 2) + 3 * w for w in (128, 256, 512)) + 512)
     assert sum(p.numel() for p in model.parameters()) == convs + norms + 512 * 10 + 10
-    x = torch.rand(2, 3, 32, 32)
-    assert model(x).shape == (2, 10)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
     wrapped = create_model("preact_resnet18", num_classes=10)
     assert wrapped.mean.flatten().tolist() == pytest.approx(CIFAR10_MEAN)
     assert wrapped.std.flatten().tolist() == pytest.approx(CIFAR10_STD)
-
-
-def test_exported_weights_load_into_timm(tmp_path):
-    """The inner model's names carry no wrapper prefix."""
-    from safetensors.torch import save_file
-
-    model = create_model(
-        "resnet18", num_classes=3, stem="default", layers=[1, 1, 1, 1], channels=[4, 8, 16, 32]
-    )
-    save_file(model.backbone.state_dict(), tmp_path / "model.safetensors")
-    loaded = create_model(
-        "resnet18", num_classes=3, checkpoint_path=str(tmp_path / "model.safetensors"),
-        layers=[1, 1, 1, 1], channels=[4, 8, 16, 32],
-    )  # fmt: skip
-    x = torch.rand(2, 3, 32, 32)
-    assert torch.equal(model.eval()(x), loaded.eval()(x))
 
 
 HEADED = {
@@ -86,18 +62,18 @@ def test_a_rotation_head_changes_nothing_for_the_classes(name):
         models.append(create_model(name, num_classes=3, rotation_head=rotation_head, **HEADED[name]).eval())
     plain, headed = models
     assert plain.backbone.state_dict().keys() == headed.backbone.state_dict().keys()
-    assert set(headed.state_dict()) - set(plain.state_dict()) == {
-        "rotation_head.weight",
-        "rotation_head.bias",
-    }
+    own = {"rotation_head.weight", "rotation_head.bias"}
+    assert set(headed.state_dict()) - set(plain.state_dict()) == own
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(plain(x), headed(x))
     assert torch.equal(headed(x), headed(x, head="classes"))
     assert headed(x, head="rotation").shape == (2, 4)
-    with pytest.raises(ValueError, match=r"rotation_head=None.*rotation_head=True\) adds it"):
+    with pytest.raises(ValueError, match=r"rotation_head=None.*rotation_head=True\) adds"):
         plain(x, head="rotation")
     with pytest.raises(ValueError, match="got head='jigsaw'"):
         headed(x, head="jigsaw")
+    with pytest.raises(ValueError, match=r"model.rotation_head: got a Linear"):
+        Classifier(torch.nn.Linear(3, 3), [0.5], [0.5], rotation_head=True)
 
 
 def test_the_rotation_head_reads_the_features_of_the_classes():
@@ -111,18 +87,11 @@ def test_the_rotation_head_reads_the_features_of_the_classes():
         assert torch.allclose(model(x), model(x, head="rotation"), atol=1e-6)
 
 
-def test_a_rotation_head_needs_features():
-    """A backbone that has only a forward gets a way out, not an attribute error."""
-    with pytest.raises(ValueError, match=r"model.rotation_head: got a Linear"):
-        Classifier(torch.nn.Linear(3, 3), [0.5], [0.5], rotation_head=True)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"name": "resnet81"}, r"model.name: got 'resnet81'.*Did you mean .*resnet18"),
         ({"name": "vit_tiny_patch16_224", "stem": "cifar"}, "expected a timm ResNet"),
-        ({"name": "resnet18", "kwargs": {"no_such": 1}}, "no_such"),
         ({"name": "resnet18", "mean": [0.1, 0.2]}, "model.mean: got 2 values; expected 3"),
         ({"name": "resnet18", "std": [0.0]}, "model.std"),
         ({"name": "preact_resnet18", "pretrained": True}, "no weights are published"),
@@ -141,7 +110,6 @@ def test_what_cannot_be_built_is_refused_with_a_way_out(kwargs, message):
     [
         (4, 8, {"stride": 2}, "cpu", False),
         (2, 8, {"stride": (1, 3)}, "cpu", False),
-        (7, 1, {"stride": 2}, "cpu", False),
         (8, 8, {"stride": 2}, "cpu", True),  # a whole register
         (1, 8, {"stride": 2}, "cpu", True),  # channels last and first are the same
         (4, 8, {"stride": 1}, "cpu", True),
@@ -180,4 +148,3 @@ def test_layers_are_weight_matrices_only():
     assert list(select_layers(tied, "2.*")) == ["2.weight"]
     with pytest.raises(ValueError, match="selects no trainable tensor"):
         select_layers(tied, "*nothing*")
-    assert isinstance(Classifier(tied, [0.5], [0.5]), torch.nn.Module)

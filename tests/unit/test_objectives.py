@@ -1,7 +1,6 @@
 """Every objective keeps the contract of ``objectives.objective``; the table is ``objective_cases``."""
 
 import copy
-import pickle
 from dataclasses import replace
 
 import pytest
@@ -11,16 +10,11 @@ from cases import BatchNormNet, assert_same, everything, image_batch
 from objective_cases import BALLS, FEW, LINF, OBJECTIVE_CASES, SmallNet, TwoHeads, balls_of, is_in_ball
 from torch import nn
 
-import wcitrain.objectives
-from wcitrain.attacks import Attack, ThreatModel, fgsm, pgd, project, sparse_step
-from wcitrain.method import Choice, fields_of
+from wcitrain.attacks import Attack, ThreatModel, fgsm, project, sparse_step
 from wcitrain.models import create_model
 from wcitrain.objectives import (
-    ALP,
     CURE,
     FGSMRS,
-    INPUT_REGULARIZERS,
-    MART,
     OBJECTIVES,
     PGDAT,
     TRADES,
@@ -136,20 +130,6 @@ def test_costs_are_as_documented(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVE_CASES)
-def test_the_loss_repeats_under_the_same_random_numbers(name):
-    """Passes that are compared (finite differences, perturbed weights) must differ in the weights alone."""
-    objective, model, (x, y) = OBJECTIVE_CASES[name].make(), two_heads(), image_batch()
-    x_adv = objective.perturb(model, x, y, generator())
-    first = loss_and_gradients(objective, model, x, x_adv, y)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(first, loss_and_gradients(objective, model, x, x_adv, y), strict=True)
-    )
-    assert all(bool(torch.isfinite(value).all()) for value in first)
-    assert any(bool((value != 0).any()) for value in first[1:])
-
-
-@pytest.mark.parametrize("name", OBJECTIVE_CASES)
 def test_one_hot_targets_are_hard_labels(name):
     """Mixup and CutMix hand over soft targets; a branch that misreads them trains on noise."""
     objective, model, (x, y) = OBJECTIVE_CASES[name].make(), two_heads(), image_batch()
@@ -236,43 +216,6 @@ def test_every_name_leads_to_a_class_of_its_own_that_has_a_row():
     assert set(OBJECTIVES.values()) <= {type(case.make()) for case in OBJECTIVE_CASES.values()}
 
 
-def test_single_steps_and_replays_are_known():
-    """The guard against catastrophic overfitting watches the one; batches are repeated for the other."""
-    single = {name for name, case in OBJECTIVE_CASES.items() if case.make().is_single_step}
-    assert single == {"fgsm_rs", "grad_align", "free"}
-    assert {name for name, case in OBJECTIVE_CASES.items() if case.make().num_replays != 1} == {"free"}
-
-
-@pytest.mark.parametrize(
-    ("table", "name"),
-    [(table, name) for table in (OBJECTIVES, INPUT_REGULARIZERS) for name in table],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_every_method_has_defaults_a_recipe_form_and_a_label(table, name):
-    """Python and recipes construct the same object; in figures it must not be called by its class."""
-    made, choice = table[name](), Choice(table)
-    written = choice.write(made)
-    assert written["name"] == name
-    assert set(written) == {"name", *fields_of(table[name])}
-    assert choice.read(written) == choice.read(name) == pickle.loads(pickle.dumps(made)) == made
-    assert str(made) != table[name].__name__
-    assert all(field.description for field in fields_of(table[name]).values())
-
-
-def test_labels_name_what_sets_methods_apart():
-    """Two runs of one method with different settings must not have one name in a figure."""
-    objectives = [
-        Standard(), PGDAT(LINF), TRADES(beta=3.0), MART(beta=2.5), ALP(weight=0.25), FGSMRS(),
-        GradAlign(weight=0.5), FreeAT(num_replays=4), RotationAT(weight=2.0), UnionAT(BALLS, "msd"),
-        CURE(weight=0.1), InputGradient(norm="l1"),
-    ]  # fmt: skip
-    assert [str(objective) for objective in objectives] == [
-        "standard", "AT", "TRADES β=3", "MART λ=2.5", "ALP 0.25", "FGSM-RS",
-        "GradAlign λ=0.5", "free AT m=4", "AT + rotations 2", "AT msd of linf, l2, l1",
-        "CURE 0.1", "l1 input gradient 1",
-    ]  # fmt: skip
-
-
 def test_input_gradients_are_differentiated_by_those_that_say_so():
     """A compiled model cannot do it: what does not say so would fail, or be wrong, in the first backward."""
     x, y = image_batch()
@@ -292,36 +235,17 @@ def test_input_gradients_are_differentiated_by_those_that_say_so():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PGDAT(attack_bn="test"), r"PGDAT.attack_bn: got 'test'"),
-        (lambda: PGDAT(attack_loss="hinge"), r"got 'hinge'"),
-        (lambda: PGDAT(num_steps=0), r"PGDAT.num_steps: got 0"),
-        (lambda: PGDAT(step_size=0.0), r"PGDAT.step_size: got 0.0"),
         (lambda: PGDAT({"eps": 8}), r"PGDAT.threat.eps: got 8; .* Did you mean 8/255"),
-        (lambda: Standard(label_smoothing=1.5), r"Standard.label_smoothing: got 1.5"),
-        (lambda: TRADES(beta=-1.0), r"TRADES.beta: got -1.0"),
         (lambda: TRADES(random_start=False), r"TRADES.random_start: got False with attack_loss 'kl'"),
         (lambda: UnionAT(BALLS, random_start=False, attack_loss="kl"), r"UnionAT.random_start: got False"),
-        (lambda: MART(ceiling=0.5), r"MART.ceiling: got 0.5"),
-        (lambda: ALP(weight=float("nan")), r"ALP.weight: got nan"),
-        (lambda: FGSMRS(step_factor=2.5), r"FGSMRS.step_factor: got 2.5"),
         (lambda: GradAlign(attack_loss="kl"), r"GradAlign.attack_loss: got 'kl'"),
-        (lambda: FreeAT(num_replays=0), r"FreeAT.num_replays: got 0"),
-        (lambda: RotationAT(attack_loss="kl"), r"RotationAT.attack_loss: got 'kl'"),
         (lambda: UnionAT(BALLS[:1]), r"UnionAT.threats: got 1; expected at least 2"),
         (lambda: UnionAT([*BALLS, {"norm": "l3", "eps": 1}]), r"UnionAT.threats.3.norm: got 'l3'"),
-        (lambda: UnionAT([{"norm": "l2"}, *BALLS]), r"UnionAT.threats.0.eps: got nothing"),
-        (
-            lambda: UnionAT([UnionThreat("l2", 0.5, 1.1), *BALLS]),
-            r"UnionAT.threats: got l2 with step_size 1.1",
-        ),
         (
             lambda: UnionAT([UnionThreat("l2", 0.5, 0.04), *BALLS]),
             r"UnionAT.threats: got l2 with step_size 0.04",
         ),
-        (lambda: UnionAT(BALLS, "sum"), r"UnionAT.strategy: got 'sum'"),
         (lambda: UnionAT(BALLS, "msd", num_restarts=2), r"UnionAT.strategy: .* num_restarts 2"),
-        (lambda: InputGradient(norm="linf"), r"InputGradient.norm: got 'linf'"),
-        (lambda: CURE(h=-1.0), r"CURE.h: got -1.0"),
         (lambda: CatastrophicOverfittingGuard(num_steps=1), r"num_steps=1"),
     ],
 )
@@ -331,25 +255,7 @@ def test_settings_outside_their_range_are_refused(make, message):
         make()
 
 
-def test_function_forms_are_the_classes():
-    """Two implementations would drift apart."""
-    model, (x, y) = two_heads(training=False), image_batch()
-    for name in ("pgd_at", "trades", "mart", "alp"):
-        function = getattr(wcitrain.objectives, name)
-        expected = OBJECTIVES[name](**FEW)(model, x, y, generator()).total
-        assert torch.equal(function(model, x, y, generator=generator(), **FEW).total, expected)
-
-
 # Single objectives ----------------------------------------------------------------------------------------
-
-
-def test_pgd_at_is_the_attack_and_the_cross_entropy():
-    """Existing runs must repeat bit for bit."""
-    model, (x, y) = two_heads(training=False), image_batch()
-    x_adv = PGDAT(**FEW).perturb(model, x, y, generator())
-    attack = pgd(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, generator=generator(), **FEW)
-    assert torch.equal(x_adv, attack)
-    assert torch.equal(PGDAT(**FEW).loss(model, x, x_adv, y).total, F.cross_entropy(model(x_adv), y))
 
 
 @pytest.mark.parametrize("attack_bn", ["eval", "train"])
@@ -368,9 +274,6 @@ def test_the_kl_attack_starts_beside_the_image():
     model, (x, y) = two_heads(training=False), image_batch()
     x_adv = TRADES(**FEW).perturb(model, x, y, generator())
     assert torch.equal(x_adv, Attack(LINF, 3, 0.05, start="gaussian", loss="kl")(model, x, y, generator()))
-    start = replace(TRADES(LINF).attack, num_steps=0)(model, x, y, generator()) - x
-    inside = (x > 0.01) & (x < 0.99)  # away from the box, 10 standard deviations
-    assert float(start[inside].std()) == pytest.approx(0.001, rel=0.3)  # 4 standard errors of 100+ numbers
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])
@@ -535,18 +438,12 @@ def test_free_training_reports_back_when_it_is_called():
     assert bool((called.state_dict()["delta"].abs() > 0).any())
 
 
-def test_free_training_without_a_gradient_is_refused():
-    """It would be training on a constant perturbation, silently."""
-    model, (x, y) = SmallNet(), image_batch()
-    objective = FreeAT(LINF)
-    with pytest.raises(RuntimeError, match=r"after_backward: got x_adv without .grad"):
-        objective.after_backward(x, objective.perturb(model, x, y))
-
-
 def test_scaled_free_training_shares_the_perturbation():
     """In eps warm-up a new object is made every step; the perturbation must outlive it and fit the radius."""
     model, (x, y) = SmallNet(), image_batch()
     objective = FreeAT(LINF)
+    with pytest.raises(RuntimeError, match=r"after_backward: got x_adv without .grad"):
+        objective.after_backward(x, objective.perturb(model, x, y))
     objective.scaled(0.5)(model, x, y).total.backward()
     assert float(objective.state_dict()["delta"].abs().max()) == pytest.approx(0.05)
     objective(model, x, y).total.backward()
@@ -574,28 +471,6 @@ def test_a_regularizer_passes_free_training_through():
 # Rotations ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"name": "preact_resnet18", "width": 4},
-        {"name": "resnet18", "layers": [1, 1, 1, 1], "channels": [4, 8, 16, 32]},
-    ],
-    ids=lambda m: m["name"],
-)
-def test_rotation_training_reaches_both_heads(model):
-    """The second head must be trained, and its gradient must reach the shared layers."""
-    torch.manual_seed(0)
-    model = create_model(**model, num_classes=3, in_chans=1, rotation_head=True)
-    x, y = torch.rand(8, 1, 16, 16), torch.randint(0, 3, (8,))
-    objective = RotationAT(LINF, num_steps=2, step_size=0.05)
-    x_adv = objective.perturb(model, x, y, generator())
-    loss = objective.loss(model, x, x_adv, y)
-    shared = next(p for n, p in model.named_parameters() if n.endswith("conv1.weight"))
-    with_rotation = torch.autograd.grad(loss.total, [shared, model.rotation_head.weight])
-    assert all(bool((g != 0).any()) for g in with_rotation)
-    assert [tuple(o.logits.shape) for o in loss.outputs] == [(8, 3), (8, 4)]
-
-
 def test_image_n_is_turned_n_mod_4_times():
     """Labels that do not belong to the turns make the task noise."""
     x = torch.rand(7, 2, 3, 3)
@@ -621,8 +496,6 @@ def test_rotations_need_the_head_and_square_images():
         RotationAT(**FEW).loss(WrongHead(), x, x, y)
     with pytest.raises(ValueError, match=r"expected .* H = W"):
         RotationAT(**FEW).perturb(two_heads(), x[:, :, :3], y)
-    with pytest.raises(ValueError, match=r"expected .* H = W"):
-        RotationAT(**FEW).loss(two_heads(), x, x[:, :, :3], y)
 
 
 # Unions ---------------------------------------------------------------------------------------------------
@@ -690,7 +563,7 @@ def test_the_guard_sees_what_fgsm_does_not():
 
 
 def test_the_guard_compares_with_the_best_so_far():
-    """A fall in two halves is a fall; a bad start, slow progress and noise are not."""
+    """A fall in two halves is a fall; a bad start, slow progress and noise are not. It resumes."""
     guard = CatastrophicOverfittingGuard(drop=0.2)
     assert [guard.update(a) for a in (0.1, 0.3, 0.25, 0.4, 0.21, 0.19)] == [False] * 5 + [True]
     resumed = CatastrophicOverfittingGuard(drop=0.2)

@@ -12,6 +12,7 @@ import torch
 
 from wcitrain.averaging import AVERAGES
 from wcitrain.build import fresh_objective, initial_model, wrap
+from wcitrain.commands.sweep import read_studies
 from wcitrain.learning_rate import SCHEDULES
 from wcitrain.models import create_model
 from wcitrain.objectives import INPUT_REGULARIZERS, OBJECTIVES
@@ -19,8 +20,7 @@ from wcitrain.optim import PENALTIES, PERTURBATIONS
 from wcitrain.optim.base import OPTIMIZERS, AdamW
 from wcitrain.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
 from wcitrain.recipe.reading import read_yaml
-from wcitrain.studying import read_studies
-from wcitrain.sweep import read_sweep, sweep_content
+from wcitrain.sweep import read_sweep, read_sweep_file
 from wcitrain.train import threat_factor
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -31,12 +31,8 @@ SWEEPS = sorted((FOLDER / "sweeps").glob("*.yaml"))
 STACKS = ["trades wci", "mart wci", "awp wci_penalty"]
 SHAPES = {"digits": (1, 8), "cifar10": (3, 16)}
 FOR_COLOUR = {  # what they are sized for, and what is refused on digits
-    "eps_2": "step_size",
-    "eps_4": "step_size",
-    "l1": "step_size",
-    "l2": "step_size",
-    "cutout": "cutout_size",
-}
+    **dict.fromkeys(["eps_2", "eps_4", "l1", "l2"], "step_size"), "cutout": "cutout_size",
+}  # fmt: skip
 STEPS = [
     (base, method)
     for base in SHAPES
@@ -183,8 +179,9 @@ def test_recipes_are_read_in_silence(caplog):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_sweep_reads_its_recipes(path):
     """All recipes of a sweep are checked before the first one trains, what is measured after the last."""
-    assert len({(recipe.method, recipe.name) for recipe in read_sweep(path)}) >= 3
-    read_studies(sweep_content(path).get("measure"), path.name)
+    recipes = read_sweep(path)
+    assert len({(recipe.method, recipe.name) for recipe in recipes}) >= 3
+    read_studies(read_sweep_file(path).measure, recipes, path.name)
 
 
 @pytest.mark.parametrize("name", ["rice", "stutz", "weight_perturbations", "xu_zhang", "yamada"])
@@ -192,9 +189,8 @@ def test_a_paper_s_methods_are_read_at_full_size_too(name):
     """The small run would be all that the sweep can do."""
     path = FOLDER / "sweeps" / f"{name}.yaml"
     small, full = read_sweep(path), read_sweep(path, bases=["cifar10"])
-    assert [recipe.name.replace("cifar10-tiny", "cifar10") for recipe in small] == [
-        recipe.name for recipe in full
-    ]
+    names = [recipe.name.replace("cifar10-tiny", "cifar10") for recipe in small]
+    assert names == [recipe.name for recipe in full]
     assert {recipe.train.epochs for recipe in small} <= {2, 8}
     assert max(recipe.train.epochs for recipe in full) == 200
 
@@ -226,22 +222,10 @@ def test_a_sweep_is_bases_times_methods_times_settings_times_seeds(sweep):
     text = "bases: [one, two]\nmethods: [awp, awp swa perturbation.gamma=0.2 name=both]\nseeds: [0, 1]\n"
     with pytest.raises(ValueError, match=r"s\.yaml: got two runs in runs.both-s0; expected one folder each"):
         sweep(text)
-    recipes = sweep(
-        text.replace(" name=both", "") + "settings: [seed_x=1]".replace("seed_x", "train.batch_size"),
-        "output=here",
-    )
-    assert [
-        (recipe.name, recipe.seed, recipe.train.epochs, recipe.perturbation.gamma) for recipe in recipes
-    ] == [
-        (name, seed, epochs, gamma)
-        for seed in (0, 1)
-        for name, epochs, gamma in [
-            ("one-awp", 3, 0.01),
-            ("one-awp-swa", 3, 0.2),
-            ("two-awp", 4, 0.5),
-            ("two-awp-swa", 4, 0.2),
-        ]
-    ]
+    recipes = sweep(text.replace(" name=both", "") + "settings: [train.batch_size=1]", "output=here")
+    runs = [("one-awp", 3, 0.01), ("one-awp-swa", 3, 0.2), ("two-awp", 4, 0.5), ("two-awp-swa", 4, 0.2)]
+    got = [(recipe.name, recipe.train.epochs, recipe.perturbation.gamma) for recipe in recipes]
+    assert (got, [recipe.seed for recipe in recipes]) == (runs * 2, [0] * 4 + [1] * 4)
     assert {(recipe.output, recipe.train.batch_size) for recipe in recipes} == {("here", 1)}
     assert [recipe.averaging is None for recipe in recipes] == [True, False] * 4
     text = "bases: [one]\nmethods: [awp]\ngrid: {threat.eps: [4/255, 8/255], optimizer.lr: [5e-2]}\n"
@@ -249,73 +233,37 @@ def test_a_sweep_is_bases_times_methods_times_settings_times_seeds(sweep):
         ("one-awp-eps_4_255-lr_0.05", 4 / 255, 0.05),
         ("one-awp-eps_8_255-lr_0.05", 8 / 255, 0.05),
     ]
-    assert [recipe.name for recipe in sweep(text, bases=["two", "../bases/one.yaml"])][::2] == [
-        "two-awp-eps_4_255-lr_0.05",
-        "one-awp-eps_4_255-lr_0.05",
-    ]
+    names = [recipe.name for recipe in sweep(text, bases=["two", "../bases/one.yaml"])]
+    assert names[::2] == ["two-awp-eps_4_255-lr_0.05", "one-awp-eps_4_255-lr_0.05"]
+    (recipe,) = sweep("""{bases: [one], methods: ["awp 'model.kwargs={layers: [1, 2]}'"]}""")
+    assert recipe.model.kwargs["layers"] == [1, 2]  # values with blanks stand in quotes
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("methods: [awp]", "got ['methods']; expected the keys bases and methods"),
-        ("bases: [one]\nmethods: []", "expected the keys bases and methods"),
-        ("bases: [one]\nmethods: [awp]\nseed: [1]", "expected the keys bases and methods"),
-        ("- awp", "got list; expected the keys bases and methods"),
-        ("bases: [one", "expected a sweep file with `bases`, `methods`, `seeds`"),
-        ("bases: one\nmethods: [awp]", "bases: got 'one'; expected a list of texts. Write [..]."),
-        ("bases: [one]\nmethods: awp", "methods: got 'awp'; expected a list of texts."),
-        ("bases: [one]\nmethods: [awp]\nsettings: seed", "settings: got 'seed'; expected a list of texts."),
-        ("bases: [one]\nmethods: [awp]\nseeds: [a]", "seeds: got ['a']; expected a list of integers"),
-        ("bases: [one]\nmethods: [awp]\nseeds: []", "seeds: got []; expected a list of integers"),
-        (
-            "bases: [one]\nmethods: [awp]\nsettings: [seed=1]",
-            "got the setting seed=...; expected seeds in the sweep file.",
-        ),
-        (
-            "bases: [one]\nmethods: [awp seed=1]",
-            "got the setting seed=...; expected seeds in the sweep file.",
-        ),
-        (
-            "bases: [one]\nmethods: [awp]\ngrid: {seed: [1]}",
-            "grid: got the key seed or name; expected other settings.",
-        ),
-        (
-            "bases: [one]\nmethods: [awp]\ngrid: {optimizer.lr: 1}",
-            "grid: got {'optimizer.lr': 1}; expected a list of values",
-        ),
-        (
-            "bases: [one]\nmethods: [awp]\ngrid: {optimizer.lr: [1]}\nsettings: [optimizer.lr=1]",
-            "got optimizer.lr both as a setting and in the grid; expected one of them.",
-        ),
-        (
-            "bases: [one]\nmethods: [awp optimizer.lr=1]\ngrid: {optimizer.lr: [1]}",
-            "got optimizer.lr both as a setting and in the grid; expected one of them.",
-        ),
-        (
-            "bases: [one]\nmethods: [awp optimizer.lr=1]\ngrid: {optimizer: [sgd]}",
-            "got optimizer.lr both as a setting and in the grid; expected one of them.",
-        ),
-        ("bases: [one]\nmethods: [awp]\ngrid: {1: [2]}", "grid: got {1: [2]}; expected a list of values"),
-        ("bases: [one]\nmethods: [awp]\nseeds: [-1]", "seeds: got [-1]; expected a list of integers"),
-        ("bases: [one]\nmethods: [awp]\nmethods: [swa]", "methods: got the key a second time"),
-        ("bases: [one]\nmethods: [apw]", "methods: got 'apw'; expected a file, or a name in"),
-        ("bases: [one]\nmethods: [apw]", "Did you mean awp?"),
-        ("bases: [zzz]\nmethods: [awp]", "bases: got 'zzz'; expected a file, or a name in"),
-        ("bases: [one]\nmethods: [awp train.epoch=3]", "command line: train.epoch: got an unknown key"),
-    ],
-)
-def test_a_wrong_sweep_says_what_is_wrong(sweep, text, expected):
+WRONG_SWEEPS = """
+methods: [awp] => Sweep.bases: got nothing; expected a value.
+bases: [one], methods: [] => Sweep.methods: got []; expected at least 1 item
+bases: [one], methods: [awp], seed: [1] => Sweep.seed: got [1]; expected a setting it has. It has bases,
+awp => A sweep file is described in
+bases: [one => expected YAML
+bases: one, methods: [awp] => Sweep.bases: got 'one'; expected a valid list. A list of names or files.
+bases: [one], methods: [awp], seeds: [a] => Sweep.seeds.0: got 'a'; expected a valid integer.
+bases: [one], methods: [awp seed=1] => got the setting seed=...; expected seeds in the sweep file.
+bases: [one], methods: [awp], grid: {seed: [1]} => grid: got the key seed or name; expected other settings.
+bases: [one], methods: [awp], grid: {optimizer.lr: 1} => Sweep.grid.optimizer.lr: got 1; expected a valid
+bases: [one], methods: [awp], grid: {optimizer.lr: [1]}, settings: [optimizer.lr=1] => got optimizer.lr both
+bases: [one], methods: [awp optimizer.lr=1], grid: {optimizer: [sgd]} => got optimizer.lr both as a setting
+bases: [one], methods: [awp], methods: [swa] => methods: got the key a second time
+bases: [one], methods: [apw] => methods: got 'apw'; expected a file, or a name in
+bases: [one], methods: [awp train.epoch=3] => command line: train.epoch: got an unknown key
+"""
+
+
+@pytest.mark.parametrize("row", WRONG_SWEEPS.strip().splitlines())
+def test_a_wrong_sweep_says_what_is_wrong(sweep, row):
     """Hours later a run would be found missing, or trained with what it was not asked for."""
+    text, _, expected = row.partition(" => ")
     with pytest.raises(ValueError, match=re.escape(expected)):
-        sweep(text)
-
-
-def test_values_with_blanks_stand_in_quotes(sweep):
-    """A list or a mapping in a method's settings has blanks in it."""
-    text = """methods: ["awp 'model.kwargs={layers: [1, 2]}'"]\n"""
-    (recipe,) = sweep("bases: [one]\n" + text)
-    assert recipe.model.kwargs["layers"] == [1, 2]
+        sweep(f"{{{text}}}")
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -328,43 +276,31 @@ def test_every_recipe_is_described(path):
         assert re.search(r"\b(19|20)\d\d\b|Published: ", header[0]), "its source, or that it has none"
 
 
-def test_the_files_that_the_readme_names_exist():
-    """A reader would look for a recipe that was renamed, or for results that were never kept."""
-    named = set(re.findall(r"[\w./-]*\b[a-z]\w*\.(?:yaml|py|png|json)\b", (FOLDER / "README.md").read_text()))
-    places = (FOLDER.parent, FOLDER, FOLDER / "methods")
-    assert [name for name in named if not any((place / name).is_file() for place in places)] == []
-
-
 # What a recipe says reaches the parts ---------------------------------------------------------------------
 
 
 def test_labels_say_what_is_trained():
     """Tables and figures are read by their labels."""
     labels = {
-        "AT": {},
-        "AT l2": {"threat": {"norm": "l2", "eps": 0.5}},
-        "standard": {"objective": "standard"},
-        "AWP γ=0.01": {"perturbation": "awp"},
-        "WCI λ=0.1": {"perturbation": {"name": "wci", "strength": 0.1}},
-        "WCI r=1 +F": {"perturbation": {"name": "wci", "frobenius": True}},
-        "noise r=1": {"perturbation": "noise"},
-        "wci penalty 0.1": {"penalty": {"name": "wci", "strength": 0.1}},
-        "TRADES β=6 + AWP γ=0.005": {"objective": "trades", "perturbation": {"name": "awp", "gamma": 0.005}},
-        "AT max of linf, l2": {"objective": "union"},
-        "standard + CURE 4": {"objective": "standard", "input_regularizer": "cure"},
-        "cutout + mixup": {"augment": {"policy": "cutout", "cutout_size": 4}, "mixing": {"mixup_alpha": 1}},
-        "label smoothing 0.1 + EMA 0.9": {
-            "objective": {"label_smoothing": 0.1},
-            "averaging": {"name": "ema", "decay": 0.9},
-        },
-        "GSAM ρ=0.05 α=0.2 + SWA": {"perturbation": "gsam", "averaging": {"name": "swa", "start_epoch": 1}},
-        "eps warm-up + early stopping": {
-            "train": {"eps_warmup_epochs": 2},
-            "early_stopping": {"patience": 3},
-        },
+        "": "AT",
+        "threat: {norm: l2, eps: 0.5}": "AT l2",
+        "objective: standard": "standard",
+        "perturbation: awp": "AWP γ=0.01",
+        "perturbation: {name: wci, strength: 0.1}": "WCI λ=0.1",
+        "perturbation: {name: wci, frobenius: true}": "WCI r=1 +F",
+        "perturbation: noise": "noise r=1",
+        "penalty: wci": "AT",  # monitoring only
+        "penalty: {name: wci, strength: 0.1}": "wci penalty 0.1",
+        "objective: trades, perturbation: {name: awp, gamma: 0.005}": "TRADES β=6 + AWP γ=0.005",
+        "objective: union": "AT max of linf, l2",
+        "objective: standard, input_regularizer: cure": "standard + CURE 4",
+        "augment: {policy: cutout, cutout_size: 4}, mixing: {mixup_alpha: 1}": "cutout + mixup",
+        "objective: {label_smoothing: 0.1}, averaging: ema": "label smoothing 0.1 + EMA 0.999",
+        "perturbation: gsam, averaging: {name: swa, start_epoch: 1}": "GSAM ρ=0.05 α=0.2 + SWA",
+        "train: {eps_warmup_epochs: 2}, early_stopping: {patience: 3}": "eps warm-up + early stopping",
     }
-    assert [recipe_from_dict(data).method for data in labels.values()] == list(labels)
-    assert recipe_from_dict({"penalty": "wci"}).method == "AT"  # monitoring only
+    for text, label in labels.items():
+        assert recipe_from_dict(read_yaml(f"{{{text}}}")).method == label
 
 
 def small_model() -> torch.nn.Module:
@@ -400,19 +336,13 @@ def test_what_a_composed_recipe_says_reaches_the_wrapper():
     penalty = {"name": "frobenius_trace", "frobenius_weight": 1e-3, "schedule": {"every": 3}}
     estimator = {"name": "gauss_newton", "num_probes": 2}
     for weight in (0.5, 0.0):
-        recipe = recipe_from_dict(
-            {
-                "perturbation": {"name": "awp", "gamma": 0.5},
-                "penalty": penalty | {"trace_weight": weight, "estimator": estimator},
-                "wrapper": {"trace_decay": 0.1, "layers": "weights"},
-            }
-        )
+        both = {"perturbation": {"name": "awp", "gamma": 0.5}, "penalty": penalty | {"trace_weight": weight}}
+        both["penalty"]["estimator"] = estimator
+        recipe = recipe_from_dict(both | {"wrapper": {"trace_decay": 0.1, "layers": "weights"}})
         model = small_model()
         optimizer = wrap(recipe, recipe.optimizer.build(model), model, steps_per_epoch=10)
         assert (optimizer.penalty, optimizer.perturbation) == (recipe.penalty, recipe.perturbation)
-        assert optimizer.penalty.trace_strength == weight
-        assert optimizer.penalty.frobenius_weight == 1e-3
+        weights = (optimizer.penalty.trace_strength, optimizer.penalty.frobenius_weight)
+        assert (weights, optimizer.penalty.schedule.every) == ((weight, 1e-3), 3)
         assert optimizer.penalty.estimator.num_probes == 2
-        assert optimizer.penalty.schedule.every == 3
-        assert optimizer.perturbation.gamma == 0.5
         assert (optimizer.trace_decay, optimizer.steps_per_epoch) == (0.1, 10)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from wcitrain import tracking
-from wcitrain.tracking import RunLog, end_trackers, log_epoch, start_trackers, tracker_names, wandb_mode
+from wcitrain import files, tracking
+from wcitrain.tracking import RunLog, choose_trackers, end_trackers, log_epoch, start_trackers
 
 METRICS = {
     "step": 20,
@@ -42,20 +42,14 @@ def read_lines(folder: Path) -> list[dict]:
 
 
 def test_every_line_is_on_the_disk_as_soon_as_it_is_appended(tmp_path):
-    """A killed run would lose epochs to a buffer; rounded floats in the log would not match a resumed run."""
+    """A killed run would lose epochs; rounded floats would not match a resumed run; `NaN` is not JSON."""
     log = RunLog(tmp_path / "run")
     for step in (1, 2):
-        log.append({"step": step, "loss": 0.1 + 0.2, "layers": {"a": (1, 1e-300)}})
+        log.append({"step": step, "loss": 0.1 + 0.2, "layers": {"a": (1, 1e-300, math.nan, -math.inf)}})
         assert len(read_lines(tmp_path / "run")) == step
-    assert read_lines(tmp_path / "run")[-1] == {"step": 2, "loss": 0.1 + 0.2, "layers": {"a": [1, 1e-300]}}
-
-
-def test_nan_and_infinity_are_written_as_null(tmp_path):
-    """`NaN` is not JSON: strict readers (jq, browsers, pandas) would reject the whole line."""
-    log = RunLog(tmp_path)
-    log.append({"step": 1, "loss": math.nan, "nested": [math.inf, {"x": -math.inf}]})
-    log.write_summary({"wci": math.nan})
-    assert read_lines(tmp_path) == [{"step": 1, "loss": None, "nested": [None, {"x": None}]}]
+    layers = {"a": [1, 1e-300, None, None]}
+    assert read_lines(tmp_path / "run")[-1] == {"step": 2, "loss": 0.1 + 0.2, "layers": layers}
+    files.write_json(tmp_path / "summary.json", {"wci": math.nan})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"wci": None}
 
 
@@ -64,7 +58,7 @@ def test_a_line_without_a_step_or_with_a_tensor_is_refused_and_not_written(tmp_p
     log = RunLog(tmp_path)
     with pytest.raises(ValueError, match=r'metrics\["step"\]: got None; expected an int'):
         log.append({"loss": 1.0})
-    with pytest.raises(TypeError, match=r"metrics\['loss'\]\[1\]: got a Tensor; expected a JSON value"):
+    with pytest.raises(TypeError, match="Tensor is not JSON"):
         log.append({"step": 1, "loss": [1.0, torch.tensor(1.0)]})
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -91,96 +85,72 @@ def test_truncate_refuses_damage_before_the_last_line(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_crash_while_replacing_leaves_the_former_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_crash_while_replacing_leaves_the_former_file(error, tmp_path, monkeypatch):
     """A run killed while it writes its summary, or resumes, would lose the results it had."""
     log = RunLog(tmp_path)
     log.append({"step": 1})
-    log.write_summary({"status": "first"})
+    files.write_json(tmp_path / "summary.json", {"status": "first"})
 
     def crash(*_):
-        raise KeyboardInterrupt
+        raise error
 
-    monkeypatch.setattr(tracking.os, "replace", crash)
-    with pytest.raises(KeyboardInterrupt):
-        log.write_summary({"status": "second"})
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(files.os, "replace", crash)
+    with pytest.raises(error):
+        files.write_json(tmp_path / "summary.json", {"status": "second"})
+    with pytest.raises(error):
         log.truncate(0)
     assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "first"}
     assert read_lines(tmp_path) == [{"step": 1}]
+
+
+def mode(wandb: str) -> str:
+    """Return the W&B mode that is chosen."""
+    return choose_trackers(wandb, tensorboard=False)[1]
 
 
 def test_auto_goes_online_only_with_a_key(monkeypatch, tmp_path):
     """Without a key an online run stops at a prompt, on a cluster for ever; nobody may upload unasked."""
     home = tmp_path / "home"
     home.mkdir()
-    assert wandb_mode("auto") == "offline"
-    (home / ".netrc").write_text("machine other.org login user password x\ndefault login user password x\n")
-    assert wandb_mode("auto") == "offline"
-    (home / ".netrc").write_text("machine api.wandb.ai login user password x\n")
-    (home / ".netrc").chmod(0o600)
-    assert wandb_mode("auto") == "online"
+    assert mode("auto") == "offline"
+    entries = {"machine other.org": "offline", "default": "offline", "machine api.wandb.ai": "online"}
+    for machine, expected in entries.items():
+        (home / ".netrc").write_text(f"{machine} login user password x\n")
+        (home / ".netrc").chmod(0o600)
+        assert mode("auto") == expected
     (home / ".netrc").write_text("not a netrc file")
-    assert wandb_mode("auto") == "offline"
+    assert mode("auto") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert wandb_mode("auto") == "online"
-
-
-def test_the_environment_wins_over_auto_and_loses_to_an_explicit_mode(monkeypatch):
-    """WANDB_MODE is how W&B's users switch it off; a recipe that names a mode must repeat everywhere."""
-    monkeypatch.setenv("WANDB_API_KEY", "x")
-    for mode in ("online", "offline", "disabled"):
-        monkeypatch.setenv("WANDB_MODE", mode)
-        assert wandb_mode("auto") == mode
-        assert wandb_mode("offline") == "offline"
+    assert mode("auto") == "online"
+    for asked in ("online", "offline", "disabled"):  # the environment wins over auto, not over the recipe
+        monkeypatch.setenv("WANDB_MODE", asked)
+        assert (mode("auto"), mode("offline")) == (asked, "offline")
     monkeypatch.setenv("WANDB_MODE", "ofline")
     with pytest.raises(ValueError, match=r"WANDB_MODE: got 'ofline'; expected"):
-        wandb_mode("auto")
-    with pytest.raises(ValueError, match=r"tracking.wandb: got 'on'; expected"):
-        wandb_mode("on")
+        mode("auto")
 
 
-def test_without_wandb_auto_warns_and_an_explicit_mode_stops(monkeypatch):
+def test_a_missing_tracker_stops_and_auto_warns(monkeypatch):
     """Accelerate drops a missing tracker silently: the user would wait for a page that never comes."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert choose_trackers("disabled", tensorboard=False) == ([], "disabled")
+    assert choose_trackers("offline", tensorboard=True) == (["wandb", "tensorboard"], "offline")
+    for name in ("wandb", "tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.warns(UserWarning, match="wandb is not installed"):
-        assert wandb_mode("auto") == "disabled"
-    assert wandb_mode("disabled") == "disabled"
-    with pytest.raises(ModuleNotFoundError, match=r"tracking\.wandb: got 'online'; .*`pip install wandb`"):
-        wandb_mode("online")
-    with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
-        tracker_names("offline", tensorboard=False)
-
-
-def test_tracker_names_are_what_was_asked_for_or_an_error(monkeypatch):
-    """See above: asking Accelerate for a tracker that is not installed has no effect at all."""
-    assert tracker_names("disabled", tensorboard=False) == []
-    assert tracker_names("offline", tensorboard=True) == ["wandb", "tensorboard"]
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    assert tracker_names("online", tensorboard=False) == ["wandb"]
+        assert mode("auto") == "disabled"
+    with pytest.raises(ModuleNotFoundError, match=r"tracking\.wandb: got 'online'; .*`pip install 'wandb'`"):
+        mode("online")
     with pytest.raises(
         ModuleNotFoundError, match=r"tracking\.tensorboard: got True; .*wcitrain\[tensorboard\]"
     ):
-        tracker_names("disabled", tensorboard=True)
+        choose_trackers("disabled", tensorboard=True)
 
 
-def run_trackers(accelerator: Accelerator, folder: Path, resume_id: str | None = None) -> str | None:
+def run_trackers(accelerator: Accelerator, folder: Path) -> str | None:
     """Track one epoch and return the W&B id, if W&B took part."""
-    config = {
-        "optimizer": {"lr": 0.1, "base": "sgd"},
-        "layers": ["a", "b"],
-        "checkpoint_path": None,
-        "amp": True,
-    }
-    start_trackers(
-        accelerator,
-        project="tests",
-        run_name="run",
-        folder=folder,
-        config=config,
-        wandb_mode="offline",
-        resume_id=resume_id,
-    )
+    config = {"optimizer": {"lr": 0.1, "base": "sgd"}, "layers": ["a", "b"], "path": None, "amp": True}
+    start_trackers(accelerator, "tests", folder, config, "offline")
     runs = [tracker.tracker for tracker in accelerator.trackers if tracker.name == "wandb"]
     log_epoch(accelerator, METRICS, step=20)
     end_trackers(accelerator)
@@ -193,14 +163,11 @@ def test_wandb_offline_keeps_the_id_of_the_run_and_writes_the_layer_table(tmp_pa
     """A resumed run would open a second page, and a new run in a new folder write on the old one's."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        first = run_trackers(Accelerator(cpu=True, log_with=["wandb"]), tmp_path / "a")
-        resumed = run_trackers(Accelerator(cpu=True, log_with=["wandb"]), tmp_path / "a")
-        elsewhere = run_trackers(Accelerator(cpu=True, log_with=["wandb"]), tmp_path / "b")
-        moved = run_trackers(Accelerator(cpu=True, log_with=["wandb"]), tmp_path / "c", resume_id=first)
+        accelerators = [Accelerator(cpu=True, log_with=["wandb"]) for _ in range(3)]
+        places = [tmp_path / name for name in ("a", "a", "b")]
+        first, resumed, elsewhere = map(run_trackers, accelerators, places)
     assert not [str(warning.message) for warning in caught]
-    assert first == resumed == moved
-    assert elsewhere != first
-    assert (tmp_path / "c" / "wandb" / "id.txt").read_text() == f"{first}\n"
+    assert first == resumed != elsewhere
     (stored,) = (tmp_path / "b").glob("wandb/offline-run-*/run-*.wandb")
     assert stored.stat().st_size > 0
     (table,) = (tmp_path / "b").rglob("*.table.json")
@@ -228,19 +195,13 @@ def test_tensorboard_stores_every_number_at_its_step(tmp_path):
     assert not (tmp_path / "wandb").exists()
 
 
-def test_without_trackers_nothing_is_written(tmp_path):
-    """A run with tracking off must not need W&B or leave its folders behind."""
+def test_without_trackers_nothing_is_written_and_neither_is_imported(tmp_path, monkeypatch):
+    """Both are optional and slow to import; a run that uses neither must start without them."""
     assert run_trackers(Accelerator(cpu=True), tmp_path) is None
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_module_imports_neither_wandb_nor_tensorboard(monkeypatch):
-    """Both are optional and slow to import; a run that uses neither must start without them."""
     for name in ("wandb", "tensorboard", "tensorboardX", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     spec = importlib.util.spec_from_file_location("tracking_afresh", tracking.__file__)
-    assert spec is not None
-    assert spec.loader is not None
     afresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(afresh)
-    assert afresh.tracker_names("disabled", tensorboard=False) == []
+    assert afresh.choose_trackers("disabled", tensorboard=False) == ([], "disabled")

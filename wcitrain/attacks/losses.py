@@ -1,22 +1,8 @@
 """What an attack maximises: losses by name, one number an example.
 
 Legend: B batch, C classes, z logits [B, C], p = softmax(z), y class indices [B] or soft targets [B, C] that
-sum to one (mixup). Every loss is computed in float32 at least and rises as the model gets worse:
-
-| name       | loss                                                          | source                      |
-|------------|---------------------------------------------------------------|-----------------------------|
-| ``ce``     | −Σ_c y_c log p_c                                          (1) | Madry et al. 2018           |
-| ``margin`` | max_{k≠y} z_k − z_y                                       (2) | Carlini & Wagner 2017       |
-| ``dlr``    | (max_{k≠y} z_k − z_y) / (z_π1 − z_π3), z_π1 ≥ z_π2 ≥ z_π3 (3) | Croce & Hein 2020, eq. 6    |
-| ``kl``     | KL(p_reference ‖ p), p_reference of the clean images      (4) | TRADES: Zhang et al. 2019   |
-
-arXiv: Madry 1706.06083, Carlini & Wagner 1608.04644, Croce & Hein 2003.01690, Zhang 1901.08573.
-
-(2) and (3) are positive where the example is misclassified, and take the class of the largest soft target.
-(2) is not clipped at a confidence, as an attack needs gradients beyond success. (3) does not change when the
-logits are shifted or scaled, so it finds gradients where (1) has none because of overconfident logits. It is
-constant 1, without a gradient, once z_y is z_π3: with three classes that is every example whose true class is
-last, which stays where it is.
+sum to one (mixup). Every loss is computed in float32 at least and rises as the model gets worse. ``margin``
+and ``dlr`` are positive where the example is misclassified, and take the class of the largest soft target.
 """
 
 from collections.abc import Callable
@@ -26,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+
+from wcitrain.params import precise
 
 LossName = Annotated[
     Literal["ce", "margin", "dlr", "kl"],
@@ -38,22 +26,39 @@ LabelLossName = Annotated[
 AttackLoss = Callable[..., Tensor]  # (logits [B, C], y, reference_logits [B, C] or None) -> losses [B]
 
 
+def _from(source: str, cost: str = "no pass of its own") -> Callable[[AttackLoss], AttackLoss]:
+    """Give a loss the attributes ``source`` and ``cost``, which every entry of a table of choices has."""
+
+    def with_both(loss: AttackLoss) -> AttackLoss:
+        vars(loss).update(source=source, cost=cost)
+        return loss
+
+    return with_both
+
+
+@_from("Madry et al., arXiv 1706.06083")
 def ce(logits: Tensor, y: Tensor, reference_logits: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy (1)."""
+    """Return the cross-entropy, −Σ_c y_c log p_c."""
     logits = precise(logits)
     return F.cross_entropy(logits, y.to(logits.dtype) if y.is_floating_point() else y, reduction="none")
 
 
+@_from("Carlini & Wagner, arXiv 1608.04644")
 def margin(logits: Tensor, y: Tensor, reference_logits: Tensor | None = None) -> Tensor:
-    """Return the largest wrong logit minus the true one (2); needs two classes."""
+    """Return the largest wrong logit minus the true one, max_{k≠y} z_k − z_y, not clipped at a confidence."""
     logits = precise(logits)
     _check_classes("margin", logits, 2)
     true = (y.argmax(1) if y.ndim == 2 else y).unsqueeze(1)
     return logits.scatter(1, true, -torch.inf).amax(1) - logits.gather(1, true).squeeze(1)
 
 
+@_from("Croce & Hein, arXiv 2003.01690, eq. 6")
 def dlr(logits: Tensor, y: Tensor, reference_logits: Tensor | None = None) -> Tensor:
-    """Return the difference of logits ratio (3); needs three classes; with three, z_π3 is the smallest."""
+    """Return the difference of logits ratio, (max_{k≠y} z_k − z_y) / (z_π1 − z_π3), z_π1 ≥ z_π2 ≥ z_π3.
+
+    Shifts and scales of the logits leave it, so it has gradients where an overconfident cross-entropy has
+    none. Once z_y is z_π3 it is 1, without a gradient: with three classes such examples stay where they are.
+    """
     logits = precise(logits)
     _check_classes("dlr", logits, 3)
     top = logits.topk(3, dim=1).values
@@ -61,11 +66,15 @@ def dlr(logits: Tensor, y: Tensor, reference_logits: Tensor | None = None) -> Te
     return margin(logits, y) / spread
 
 
+@_from("TRADES: Zhang et al., arXiv 1901.08573", "1 forward pass at the clean images")
 def kl(logits: Tensor, y: Tensor, reference_logits: Tensor | None = None) -> Tensor:
-    """Return the divergence from the clean prediction (4), which is held fixed; flat at the clean image."""
+    """Return the divergence KL(p_clean ‖ p) from the clean prediction, which is fixed; flat at the image."""
     if reference_logits is None:
         raise ValueError("kl: got no reference_logits; expected those of the clean images. Give them.")
     return kl_divergence(precise(reference_logits.detach()), precise(logits))
+
+
+ATTACK_LOSSES: dict[str, AttackLoss] = {"ce": ce, "margin": margin, "dlr": dlr, "kl": kl}
 
 
 def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
@@ -74,31 +83,6 @@ def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
-ATTACK_LOSSES: dict[LossName, AttackLoss] = {"ce": ce, "margin": margin, "dlr": dlr, "kl": kl}
-
-
-def attack_loss(name: str) -> AttackLoss:
-    """Return the attack loss called ``name``.
-
-    Raises:
-        ValueError: No such loss; the message lists the names.
-
-    Example:
-        >>> logits, y = torch.tensor([[4.0, 1.0, 2.0], [0.0, 3.0, 1.0]]), torch.tensor([0, 0])
-        >>> attack_loss("margin")(logits, y)
-        tensor([-2.,  3.])
-    """
-    if name not in ATTACK_LOSSES:
-        raise ValueError(f"attack_loss: got {name!r}; expected one of {', '.join(ATTACK_LOSSES)}.")
-    return ATTACK_LOSSES[name]
-
-
-def precise(x: Tensor) -> Tensor:
-    """Return a tensor in float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _check_classes(where: str, logits: Tensor, least: int) -> None:
-    """Refuse logits of too few classes."""
     if logits.shape[1] < least:
         raise ValueError(f"{where}: got {logits.shape[1]} classes; expected at least {least}. Use loss 'ce'.")

@@ -2,8 +2,7 @@
 
 Legend: B batch, D pixels times channels, x images [B, *dims] in [0, 1], delta = x_adv - x, g gradient, z a
 perturbation before projection, r_i the room of coordinate i: how far it can move in the direction of z_i (a
-step: of g_i) before it leaves the box, 1 - x_i upwards and x_i downwards. Every function treats each example
-on its own, without a loop over examples.
+step: of g_i) before it leaves the box. Every function treats each example on its own.
 """
 
 import math
@@ -12,11 +11,10 @@ from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from wcitrain.attacks.losses import precise
-from wcitrain.method import Radius, method, refuse
+from wcitrain.method import Radius, fraction_text, method, refuse, setting
+from wcitrain.params import precise
 
 Norm = Literal["linf", "l2", "l1"]
 LARGEST_EPS = {"linf": 1, "l2": 100, "l1": 10000}  # beyond it pixels were meant to be in [0, 255]
@@ -24,24 +22,10 @@ LARGEST_EPS = {"linf": 1, "l2": 100, "l1": 10000}  # beyond it pixels were meant
 
 @method
 class ThreatModel:
-    """The perturbations an adversary may use: a ball of radius ``eps`` in ``norm``, cut with the box [0, 1].
+    """The perturbations an adversary may use: a ball of radius ``eps`` in ``norm``, cut at [0, 1]."""
 
-    Raises:
-        ValueError: Unknown norm, or an ``eps`` outside its range: at most 1, 100, 10000 under linf, l2, l1.
-
-    Example:
-        >>> print(ThreatModel("linf", 8 / 255), "|", ThreatModel("l1", 12.0).scaled(0.5))
-        linf 8/255 | l1 6
-    """
-
-    norm: Norm = Field(
-        default="linf",
-        description="Norm of the image perturbation: l2 and l1 over all pixels and channels of an image.",
-    )
-    eps: Radius = Field(
-        default=8 / 255,
-        description="Radius in [0, 1] pixel units: 8/255, not 8, under linf; e.g. 0.5 under l2, 12 under l1.",
-    )
+    norm: Norm = setting("linf", "Norm of the perturbation over all pixels and channels of an image.")
+    eps: Radius = setting(8 / 255, "Radius in [0, 1] pixel units: 8/255, not 8; e.g. 0.5 under l2.")
 
     def __post_init__(self) -> None:
         largest = LARGEST_EPS[self.norm]
@@ -51,9 +35,8 @@ class ThreatModel:
             refuse("eps", f"got {self.eps:g}; {rule}. {hint}")
 
     def __str__(self) -> str:
-        pixels = self.eps * 255
-        is_whole = abs(pixels - round(pixels)) < 1e-9 and self.norm != "l1"  # l1 is a sum over the image
-        return f"{self.norm} {f'{pixels:.0f}/255' if is_whole else f'{self.eps:g}'}"
+        radius = self.eps if self.norm == "l1" else fraction_text(self.eps)  # l1 is a sum over the image
+        return f"{self.norm} {radius if isinstance(radius, str) else f'{radius:g}'}"
 
     def scaled(self, factor: float) -> Self:
         """Return the same norm with radius ``factor * eps``; ``factor`` in [0, 1], 1 returns itself."""
@@ -72,29 +55,21 @@ def project(delta: Tensor, threat: ThreatModel, x: Tensor | None = None) -> Tens
     linf: clamp every coordinate. l2: rescale each example whose norm exceeds eps.                         (1)
     l1:   sign(z_i) min( max(|z_i| - mu, 0), r_i ),  r_i infinite without ``x`` (Duchi et al. 2008)        (2)
 
-    with mu = 0 where that lies in the ball, else the mu > 0 that puts it on the sphere. With ``x``, (2) is
-    the closest point of ball *and* box. Projecting on one after the other is another point, too short by so
-    much that l1 attacks become weak (Croce & Hein 2021, arXiv 2103.01208, section 3.1).
+    with mu = 0 where that lies in the ball, else the mu > 0 that puts it on the sphere. With images ``x``,
+    which linf and l2 ignore, (2) is the closest point of ball *and* box: projecting on one after the other
+    makes l1 attacks weak (Croce & Hein 2021, arXiv 2103.01208, section 3.1). The dtype is kept.
 
-    Args:
-        delta: Perturbation [B, *dims] in pixel units; its dtype is kept.
-        threat: Norm and radius.
-        x: Images in [0, 1], same shape; linf and l2 ignore them.
-
-    Example:
-        >>> project(torch.tensor([[3.0, 1.0, -2.0]]), ThreatModel("l1", 3.0))
-        tensor([[ 2.,  0., -1.]])
-        >>> x = torch.tensor([[0.9, 0.5, 0.5]])  # the first has room for 0.1: more is left for the second
-        >>> project(torch.tensor([[3.0, 2.0, 0.2]]), ThreatModel("l1", 0.4), x)
-        tensor([[0.1000, 0.3000, 0.0000]])
+    >>> x = torch.tensor([[0.9, 0.5, 0.5]])  # the first has room for 0.1: more is left for the second
+    >>> project(torch.tensor([[3.0, 2.0, 0.2]]), ThreatModel("l1", 0.4), x)
+    tensor([[0.1000, 0.3000, 0.0000]])
     """
     if threat.norm == "linf":
         return delta.clamp(-threat.eps, threat.eps)
     if threat.norm == "l2":
         return delta * (threat.eps / _norms(delta).clamp_min(_TINY)).clamp(max=1.0)
-    z = _flat(delta)
+    z = precise(delta).flatten(1)
     size = z.abs()
-    room = torch.full_like(z, torch.inf) if x is None else _room(z, _flat(x))
+    room = torch.full_like(z, torch.inf) if x is None else _room(z, precise(x).flatten(1))
     kept = torch.minimum((size - _l1_threshold(size, room, threat.eps)).clamp_min(0), room)
     return (z.sign() * kept).reshape(delta.shape).to(delta.dtype)
 
@@ -118,31 +93,12 @@ def sparse_step(gradient: Tensor, share: float = 0.05, *, x: Tensor, step_size: 
     """Return the l1 step of unit norm that moves a ``share`` of the coordinates, those it gains most from.
 
         d_i = sign(g_i) / |S| on S = the K = ceil(share D) coordinates of largest gain > 0, 0 elsewhere    (4)
-        gain_i = |g_i| min( r_i, step_size / K )
+        gain_i = |g_i| min( r_i, step_size / K ),   that of the linearised loss before the box's border
 
-    The gain is what the linearised loss gains before the coordinate meets the border of the box. With |g_i|
-    alone this is SLIDE (Tramèr & Boneh 2019, arXiv 1904.13000), where pixels on the border that would step
-    outwards waste their share of the step; Maini et al. (2020, arXiv 1909.04068) pass over those near it.
-    Ranking by |g_i| among the pixels strictly inside is not enough: full pixels that the projection has moved
-    off the border by a hair would win every step anew, and the attack stalls. Ties at the last place count.
-
-    Args:
-        gradient: [B, *dims].
-        share: Share of coordinates that move, in (0, 1]; at least one moves. The adversarial perturbation of
-            a linear model moves about eps / room of them; steps on many more spread it thin.
-        x: Current images, like ``gradient``.
-        step_size: The factor the step will be given, in l1 length.
-
-    Raises:
-        ValueError: ``share`` outside (0, 1].
-
-    Example:
-        >>> g, x = torch.tensor([[3.0, -2.0, 1.0, 0.5]]), torch.tensor([[1.0, 0.5, 0.5, 0.5]])
-        >>> sparse_step(g, 0.5, x=x, step_size=1.0)
-        tensor([[ 0.0000, -0.5000,  0.5000,  0.0000]])
+    With |g_i| alone this is SLIDE (Tramèr & Boneh 2019, arXiv 1904.13000), where pixels on the border that
+    would step outwards waste their share. Ranking by |g_i| among the pixels strictly inside is not enough:
+    full pixels moved off the border by a hair would win every step anew. Ties at the last place count.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"sparse_step: got share={share!r}; expected a number in (0, 1]. 0.05 is usual.")
     size, room = gradient.abs().flatten(1), _room(gradient, x).flatten(1)
     num_moves = math.ceil(share * size.shape[1])
     gain = size * room.clamp_max(step_size / num_moves)
@@ -155,7 +111,7 @@ def uniform_in_ball(x: Tensor, threat: ThreatModel, generator: torch.Generator |
     """Return perturbations like ``x``, uniform in the ball of ``threat``; the image box is not applied.
 
     l2: a uniform direction times eps U^(1/D). l1: D of D + 1 exponentials over the sum of all, times eps, of
-    random signs (a uniform point of the simplex {d >= 0, sum d <= 1} is Dirichlet with D + 1 equal parts).
+    random signs (Dirichlet with D + 1 equal parts).
     """
     device = generator.device if generator is not None else x.device
     if threat.norm == "linf":
@@ -165,7 +121,7 @@ def uniform_in_ball(x: Tensor, threat: ThreatModel, generator: torch.Generator |
         normal = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
         radius = torch.rand(len(x), generator=generator, device=device, dtype=x.dtype) ** (1 / x[0].numel())
         return (normal / _norms(normal).clamp_min(_TINY) * _shaped(radius, x) * threat.eps).to(x.device)
-    flat = _flat(x)
+    flat = precise(x).flatten(1)
     parts = torch.empty(len(x), flat.shape[1] + 1, device=device, dtype=flat.dtype)
     parts.exponential_(generator=generator)
     sign = torch.randint(0, 2, flat.shape, generator=generator, device=device) * 2 - 1
@@ -191,17 +147,12 @@ def _room(z: Tensor, x: Tensor) -> Tensor:
     return torch.where(z > 0, 1 - x, x).clamp_min(0)
 
 
-def _flat(x: Tensor) -> Tensor:
-    """Return ``x`` as [B, D] in float32 at least: sums over an image need it."""
-    return precise(x).flatten(1)
-
-
 def _l1_threshold(size: Tensor, room: Tensor, eps: float) -> Tensor:
     """Return mu [B, 1] of (2) for magnitudes ``size`` and ``room`` [B, D], exactly.
 
-    f(mu) = sum_i min( max(|z_i| - mu, 0), r_i ) is piecewise linear. Going down from mu = inf, coordinate i
-    begins to add at mu = |z_i| and is full at |z_i| - r_i; the slope counts those in between. Sorting these
-    points finds the piece in which f(mu) = eps, and the equation is solved inside it.
+    f(mu) = sum_i min( max(|z_i| - mu, 0), r_i ) is piecewise linear: going down from inf, coordinate i begins
+    to add at mu = |z_i| and is full at |z_i| - r_i. Sorting these points finds the piece in which f(mu) =
+    eps.
     """
     ends = torch.cat([size, (size - room).clamp_min(0)], 1)
     begins = torch.cat([torch.ones_like(size), -torch.ones_like(size)], 1)

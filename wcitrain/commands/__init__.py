@@ -1,15 +1,1 @@
-"""The commands of ``wcitrain``, one a file: ``add`` declares the options, ``run`` returns the exit status.
-
-Their heavy imports are inside ``run``, so that declaring options costs nothing.
-"""
-
-from wcitrain.commands import evaluate, landscape, measure, report, sweep, train
-
-COMMANDS = {
-    "train": train,
-    "sweep": sweep,
-    "evaluate": evaluate,
-    "measure": measure,
-    "landscape": landscape,
-    "report": report,
-}
+"""The commands of ``wcitrain``: ``options`` declares them, the file of a command's name has its ``run``."""

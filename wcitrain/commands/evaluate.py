@@ -1,117 +1,161 @@
 """``wcitrain evaluate``: clean, robust and corrupted accuracy of a trained model."""
 
 import argparse
-from typing import Any
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
 
-from wcitrain.commands.options import AT_HELP, TARGET_HELP, add_recipe, source
+import torch
 
-
-def add(commands: Any) -> None:
-    """Declare the command."""
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="measure the robust accuracy of a trained model, or compare two",
-        description=(
-            "TARGET comes first: options with several values would take it. Measure accuracy in eval mode "
-            "and float32, clean and under attacks, with 95 % intervals, after checks of the model under "
-            "attack. Writes <at>-<split>.npz (who survived what), .json, and with several radii of a norm "
-            ".png (the curve); what differs from the default is appended to the name. Files of the same name "
-            "are replaced. A killed command goes on where it was when it is given again. With --compare: "
-            "McNemar's test of two such files. One process only."
-        ),
-    )
-    evaluate.add_argument("target", metavar="TARGET", nargs="?", help=TARGET_HELP)
-    evaluate.add_argument(
-        "--attacks",
-        nargs="*",
-        default=["pgd-20", "margin-20"],
-        metavar="ATTACK",
-        help="fgsm, pgd-STEPS, margin-STEPS (cw-STEPS), dlr-STEPS, each with xRESTARTS such as pgd-50x10; "
-        "autoattack, autoattack-plus, autoattack-rand, autoattack:apgd-ce+square; nothing for none "
-        "(default: pgd-20 margin-20)",
-    )
-    evaluate.add_argument(
-        "--norm", choices=("linf", "l2", "l1"), help="of radii without their own (default: the recipe's)"
-    )
-    evaluate.add_argument(
-        "--eps",
-        nargs="+",
-        default=[],
-        help="radii such as 4/255 8/255, several are a curve; with norms such as linf:8/255 l2:0.5, a union "
-        "(default: the recipe's)",
-    )
-    evaluate.add_argument("--at", metavar="EPOCH", help=AT_HELP)
-    evaluate.add_argument(
-        "--split",
-        choices=("test", "val", "train"),
-        default="test",
-        help="images, without augmentation (default: test)",
-    )
-    evaluate.add_argument(
-        "--examples",
-        type=int,
-        metavar="N",
-        help="N images at random, the same for every model and seed (default: all, in the split's own order)",
-    )
-    evaluate.add_argument(
-        "--corruptions",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="all, or some of the common corruptions such as fog jpeg; five severities each (default: none)",
-    )
-    evaluate.add_argument("--seed", type=int, default=0, help="of random starts and noise (default: 0)")
-    add_recipe(evaluate)
-    evaluate.add_argument(
-        "--out",
-        metavar="FOLDER",
-        help="where to write (default: evaluations/ of the run, or beside the file or export)",
-    )
-    evaluate.add_argument("--batch-size", type=int, default=200, help="images a pass (default: 200)")
-    evaluate.add_argument(
-        "--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)"
-    )
-    evaluate.add_argument(
-        "--preflight",
-        choices=("raise", "warn", "off"),
-        default="raise",
-        help="checks of the model: stop at meaningless numbers, only say so, or none (default: raise)",
-    )
-    evaluate.add_argument(
-        "--compare",
-        nargs=2,
-        metavar=("A.npz", "B.npz"),
-        help="compare two evaluations on the same images; no TARGET",
-    )
+from wcitrain import files
+from wcitrain.attacks import ThreatModel
+from wcitrain.commands.options import recipe_and_settings
+from wcitrain.commands.output import file_name, opened, refuse_several_processes
+from wcitrain.data import Images, ImageSet
+from wcitrain.digest import digest
+from wcitrain.evaluation import Corruptions, Evaluation, PreflightWarning, compare, evaluate, parse_attack
+from wcitrain.recipe import Recipe
+from wcitrain.seeding import generator_from
+from wcitrain.targets import Target, radius
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
-    from wcitrain.evaluating_runs import compare_files, evaluate_run
-
     if (options.target is None) == (options.compare is None):
         got = "neither" if options.target is None else "both"
-        raise ValueError(
-            f"got {got} of TARGET and --compare; expected one. Give a model as the first word, "
-            "before options with several values such as --attacks, or two .npz files."
-        )
+        advice = "Give a model as the first word, before options with several values, or two .npz files."
+        raise ValueError(f"got {got} of TARGET and --compare; expected one. {advice}")
     if options.compare:
-        print(compare_files(*options.compare))
+        a, b = options.compare
+        result = compare(Evaluation.load(a), Evaluation.load(b))
+        print(f"A = {a}\nB = {b}\n{result.num_examples} images\n\n{result.table()}")
         return 0
-    result = evaluate_run(
-        options.target,
-        attacks=options.attacks,
-        norm=options.norm,
-        eps=options.eps,
-        split=options.split,
-        num_examples=options.examples,
-        corruptions=options.corruptions,
-        seed=options.seed,
-        **source(options),
-        out=options.out,
-        batch_size=options.batch_size,
-        device=options.device,
-        preflight=options.preflight,
-    )
-    print(result.text())
+    refuse_several_processes()
+    options.attacks = [parse_attack(name).name for name in options.attacks]
+    target = opened(options, options.target, options.at)
+    threats = _threats(target.recipe, options.norm, options.eps)
+    corrupted = _corruptions(options)
+    if options.batch_size < 1 or (options.examples is not None and options.examples < 1):
+        got = f"num_examples={options.examples}, batch_size={options.batch_size}"
+        raise ValueError(f"evaluate: got {got}; expected at least 1.")
+    evaluation = _evaluated(target, threats, corrupted, options)
+    order = ", in random order" if evaluation.index is not None else ", the first of a stream"
+    order = "" if evaluation.num_examples == len(target.images(options.split)) else order
+    title = f"{target.name}, {evaluation.num_examples} images of {options.split}{order}"
+    notes = dict.fromkeys(note for result in evaluation.attacks for note in result.notes)
+    findings = (f"{finding.severity}: {finding}" for finding in evaluation.findings)
+    table = evaluation.table()
+    try:
+        written = _write(evaluation, target, title, options)
+    except OSError as error:
+        text = "The state of every attack is kept; here is what was not written:"
+        raise OSError(f"{error}\n{text}\n{table}") from error
+    print("\n".join([title, "", table, "", *notes, *findings]))
+    print(f"Written: {', '.join(map(str, written))}")
     return 0
+
+
+def _corruptions(options: argparse.Namespace) -> Corruptions | None:
+    """Return the corrupted images that were asked for: files, of the test images only."""
+    if not options.corruptions:
+        return None
+    root, split = options.corruptions_root, options.split
+    if root is None or split != "test":
+        got = f"{' '.join(options.corruptions)} with --corruptions-root {root} and --split {split}"
+        rule = "expected the folder of CIFAR-10-C, CIFAR-100-C or ImageNet-C, and test images. Give both."
+        raise ValueError(f"--corruptions: got {got}; {rule}")
+    return Corruptions.find(root, options.corruptions)
+
+
+def _evaluated(
+    target: Target, threats: Sequence[ThreatModel], corrupted: Corruptions | None, options: argparse.Namespace
+) -> Evaluation:
+    """Attack the images that were asked for.
+
+    The state of every attack is kept in ``state/`` beside the results, under a digest of weights, images and
+    settings: the same command goes on where a killed one was.
+    """
+    folder = target.folder("evaluations", options.out)
+    images, index = chosen(target.images(options.split), options.examples)
+    if corrupted:
+        if not isinstance(images, ImageSet):
+            text = "got images that are read front to back; expected ones with places. Use other data."
+            raise ValueError(f"--corruptions: {text}")
+        corrupted = replace(corrupted, places=images.positions)
+    model = target.load_model()
+    folder.mkdir(parents=True, exist_ok=True)  # where that fails, it does so before the attacks
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PreflightWarning)  # the text has them
+        evaluation = evaluate(
+            model,
+            images.batches(min(options.batch_size, len(images)), device="cpu"),
+            threats,
+            attacks=options.attacks,
+            corruptions=corrupted,
+            num_examples=options.examples,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            folder=folder / "state",
+            preflight=options.preflight,
+        )
+    return replace(evaluation, index=index)
+
+
+def chosen(images: Images, num: int | None) -> tuple[Images, torch.Tensor | None]:
+    """Return ``num`` images at random, the same for every model and seed, and their places.
+
+    Splits are often sorted by class. All of them, and those of a stream, keep their order: places are None.
+    """
+    if num is None or num >= len(images) or not isinstance(images, ImageSet):
+        return images, None
+    places = torch.randperm(len(images), generator=generator_from("cpu", "evaluate"))[:num]
+    return images.take(places), places
+
+
+def _write(evaluation: Evaluation, target: Target, title: str, options: argparse.Namespace) -> list[Path]:
+    """Write flags, numbers, and a curve of each norm with several radii."""
+    recipe, settings = recipe_and_settings(options.recipe)
+    num, num_all = evaluation.num_examples, len(target.images(options.split))
+    name = file_name(
+        f"{target.at}-{options.split}",
+        "" if options.attacks == ["pgd-20", "margin-20"] else "+".join(options.attacks) or "clean",
+        "-".join(map(str, evaluation.threats)) if options.norm or options.eps else "",
+        "" if num == num_all else f"n{num}",
+        "corruptions" if options.corruptions == ["all"] else "+".join(options.corruptions),
+        "" if options.batch_size == 200 else f"b{options.batch_size}",
+        f"s{options.seed}" if options.seed else "",
+        f"r{digest([target.recipe.model_dump_json()])[:8]}" if options.recipe else "",
+    )
+    document: dict[str, Any] = {
+        "target": str(target.path),
+        "at": target.at,
+        "split": options.split,
+        "recipe": " ".join(recipe) or None,
+        "overrides": settings,
+        "data": target.recipe.model_dump(mode="json")["data"],
+        "threat": asdict(target.recipe.threat),
+        **evaluation.as_dict(),
+    }
+    folder = target.folder("evaluations", options.out)
+    written = [evaluation.save(folder / f"{name}.npz"), files.write_json(folder / f"{name}.json", document)]
+    norms = [threat.norm for threat in evaluation.threats]
+    for norm in dict.fromkeys(norms):
+        if norms.count(norm) > 1:
+            from wcitrain.report.figures import accuracy_curve  # matplotlib takes a second to import
+
+            written.append(folder / (f"{name}.png" if len(set(norms)) == 1 else f"{name}-{norm}.png"))
+            accuracy_curve(evaluation, norm, title).savefig(written[-1])
+    return written
+
+
+def _threats(recipe: Recipe, norm: str | None, eps: Sequence[str]) -> list[ThreatModel]:
+    """Return the balls that were asked for, each once, or the recipe's."""
+    own = recipe.threat
+    if not eps and norm not in (None, own.norm):
+        text = f"got {norm} without --eps, and a recipe whose radius {own.eps:g} is for {own.norm}"
+        raise ValueError(f"--norm: {text}; expected a radius for it. Give --eps.")
+    pairs = [text.rpartition(":") for text in eps]
+    threats = [ThreatModel(cast(Any, first or norm or own.norm), radius(last)) for first, _, last in pairs]
+    return list(dict.fromkeys(threats)) or [own]

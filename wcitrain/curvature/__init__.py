@@ -8,4 +8,3 @@ from wcitrain.curvature.gauss_newton import GaussNewton, gauss_newton_trace
 from wcitrain.curvature.hutchinson import Hutchinson, hutchinson_trace
 from wcitrain.curvature.loss import Loss, Output, binary_cross_entropy, cross_entropy, mean_squared_error
 from wcitrain.curvature.top_layer import TopLayer, top_layer_trace
-from wcitrain.curvature.two_point import TwoPoint, two_point_trace

@@ -8,25 +8,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TraceEstimate:
-    """Layer-wise traces with their standard errors.
+    """Layer-wise traces with their standard errors."""
 
-    Args:
-        mean: Estimates of ``t_l`` [L]; may be negative for an indefinite Hessian.
-        stderr: Standard errors of ``mean`` [L]; infinite when there was a single probe.
-        num_probes: Independent draws behind ``mean``.
-    """
-
-    mean: Tensor
-    stderr: Tensor
-    num_probes: int
+    mean: Tensor  # estimates of t_l [L]; may be negative for an indefinite Hessian
+    stderr: Tensor  # of the mean [L]; infinite when there was a single probe
+    num_probes: int  # independent draws behind the mean
 
     @classmethod
     def from_samples(cls, samples: Tensor, weights: Tensor | None = None) -> "TraceEstimate":
         """Combine independent unbiased samples [K, L] with ``weights`` [K], their numbers of examples.
 
-            mean = Σ_k w_k x_k / Σ w,     Var(mean) = K/(K-1) · Σ_k w_k² (x_k − mean)² / (Σ w)²
-
-        The variance is the usual one of a ratio estimator; for equal weights the sample variance over K.
+        mean = Σ_k w_k x_k / Σ w,     Var(mean) = K/(K-1) · Σ_k w_k² (x_k − mean)² / (Σ w)²
         """
         num = len(samples)
         weights = torch.ones(num, dtype=samples.dtype, device=samples.device) if weights is None else weights

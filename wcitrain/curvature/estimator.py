@@ -1,28 +1,27 @@
 """What an estimator of the layers' traces is: draws of them, and for a penalty the gradient of their sum.
 
 Legend: L layers, K probes, t_l = Tr(H_l), W weights, g(W) gradient of the loss, shape_l ≥ 0 held constant.
-
-Each estimator is one class in one file. Passes are counted as forward and backward beyond one each; a
-backward that is differentiated counts as two.
 """
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from wcitrain.curvature.differentiability import TWO_POINT, explain, failing_modules
 from wcitrain.curvature.passes import Passes, Step, carry_nan
 from wcitrain.method import Method
-from wcitrain.params import Layers, select_layers
+from wcitrain.params import Layers, is_compiled, select_layers
+
+UNCOMPILED = "Use the model as it was before torch.compile"
+FIRST_ORDER = "Use the weight perturbation WCIPosterior (wci), which needs first derivatives only"
 
 
 class Estimator(Method):
-    """The contract; a class says what it needs in its docstring, and ``refuses`` tries it."""
+    """The contract."""
 
-    takes_differences: ClassVar[bool] = True  # of gradients, so it needs float32 weights and passes
-    moves_weights: ClassVar[bool] = True  # in its passes, so it cannot stand beside a weight perturbation
+    # It takes differences of gradients at moved weights: these must be float32, and move for nothing else.
+    moves_weights: ClassVar[bool] = False
     has_all_layers: ClassVar[bool] = True  # of the model, so it goes with whatever else acts on them
     probe_cost: ClassVar[int]  # of a draw: a forward counts 1, a backward 2, one through its graph 4
 
@@ -42,7 +41,7 @@ class Estimator(Method):
         raise NotImplementedError
 
     def extra_passes(self, is_active: bool) -> tuple[int, int]:
-        """Return the extra passes of ``add_gradient``, with a strength above zero or without."""
+        """Return the forward and backward passes beyond one each; a differentiated backward counts twice."""
         raise NotImplementedError
 
     def refuses(self, passes: Passes, needs_gradient: bool) -> str | None:
@@ -50,23 +49,18 @@ class Estimator(Method):
         raise NotImplementedError
 
 
-def obstacle(passes: Passes, order: Literal[2, 3], attempt: Callable[[], object]) -> str | None:
-    """Return why the derivatives that ``attempt`` takes are refused or wrong, with the modules at fault."""
+def obstacle(passes: Passes, attempt: Callable[[], object]) -> str | None:
+    """Return why the derivatives that ``attempt`` takes are refused or wrong, and the way out."""
     try:
         attempt()
-    except ValueError as error:  # a derivative that is wrong without a word, found in the graph
+    except ValueError as error:  # a derivative that is wrong without a word, seen in the graph
         return str(error)
     except (RuntimeError, NotImplementedError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        what = f"{'second' if order == 2 else 'third'} derivatives are needed"
-        try:
-            failures = failing_modules(passes.model, passes.evaluate, order=order)
-        except Exception:  # no memory, or the loss calls parts of the model: the culprit cannot be named
-            failures = []
-        if failures:
-            return explain(failures, what)
-        return f"{what}, which fail: {str(error).splitlines()[0]} Use {TWO_POINT}."
+        way_out = UNCOMPILED if any(map(is_compiled, passes.model.modules())) else FIRST_ORDER
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        return f"second derivatives are needed, which fail: {reason}. {way_out}."
     return None
 
 

@@ -1,38 +1,35 @@
 """The estimators by name, and which of them a model and its loss allow.
 
-Not every operation can be differentiated twice (fused attention, hardsigmoid, anything compiled), and some
-only twice (BatchNorm in train mode). A dry run of the very derivatives on one batch tells. It leaves weights,
-gradients, buffers and random state as they were.
+Not every operation can be differentiated twice (fused attention, hardsigmoid, anything compiled). A dry run
+of the very derivatives on one batch tells. It leaves weights, gradients, buffers and random state alone.
 """
 
-from typing import ClassVar, NamedTuple
-
-from pydantic import Field
+from typing import NamedTuple
 
 from wcitrain.curvature.estimator import Estimator
 from wcitrain.curvature.gauss_newton import GaussNewton
 from wcitrain.curvature.hutchinson import Hutchinson
 from wcitrain.curvature.passes import Passes
 from wcitrain.curvature.top_layer import TopLayer
-from wcitrain.curvature.two_point import TwoPoint
-from wcitrain.method import PositiveCount, method
+from wcitrain.method import PositiveCount, method, setting
 from wcitrain.preserve import kept_random_state, undisturbed
 
-# In torch's message about every fused kernel of attention, whose plain formula has all derivatives.
-FUSED_ATTENTION = "scaled_dot_product"
+FUSED_ATTENTION = "scaled_dot_product"  # in torch's message about every fused kernel of attention
 
 
 @method
 class Auto(Estimator):
-    """Gauss–Newton where a dry run finds it possible, else an error; to measure only, Hutchinson is second.
+    """Gauss–Newton where a dry run allows it, else an error; to measure only, Hutchinson is second.
 
-    As penalties the estimators that move the weights, `TwoPoint` and `Hutchinson`, see the kinks of a ReLU
-    network, which is another quantity: they wrecked training there (DESIGN.md). On smooth networks they are
-    right: ask for them by name. `Auto` itself estimates nothing: `choose` puts a candidate in its place.
+    As a penalty `Hutchinson`, which moves the weights, sees the kinks of a ReLU network, which is another
+    quantity: it wrecked training there (DESIGN.md). On smooth networks it is right: ask for it by name.
     """
 
-    num_probes: PositiveCount = Field(default=1, description="Random probes for each batch.")
-    label: ClassVar[str] = "auto"
+    num_probes: PositiveCount = setting(1, "Random probes for each batch.")
+    label = "auto"
+    source = "none: it chooses, and says which and why"
+    cost = "that of the estimator chosen, and a dry run on one batch before the first step"
+    moves_weights = True
 
     def candidates(self, needs_gradient: bool) -> tuple[Estimator, ...]:
         """Return what is tried, in order."""
@@ -48,7 +45,6 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "auto": Auto,
     "gauss_newton": GaussNewton,
     "hutchinson": Hutchinson,
-    "two_point": TwoPoint,
     "top_layer": TopLayer,
 }
 
@@ -64,14 +60,10 @@ class Choice(NamedTuple):
 def choose(
     wanted: Estimator, passes: Passes, *, needs_gradient: bool, may_move_weights: bool = True
 ) -> Choice:
-    """Return the estimator to use, after a dry run on one batch.
+    """Return the estimator to use, after a dry run on one batch; of `Auto` the first possible candidate.
 
-    Args:
-        wanted: An estimator; of `Auto` the first candidate that is possible.
-        passes: Of one micro-batch; the loss is evaluated a few times, nothing is left behind. Where fused
-            attention is what stands in the way, ``passes.use_math_attention`` is set.
-        needs_gradient: Whether the traces are differentiated; measuring needs fewer derivatives.
-        may_move_weights: False beside a weight perturbation.
+    Measuring (no ``needs_gradient``) needs fewer derivatives; beside a weight perturbation none may move
+    weights. Where fused attention is what stands in the way, ``passes.use_math_attention`` is set.
 
     Raises:
         ValueError: None is possible: what stands in the way, and what to do.

@@ -7,26 +7,20 @@ With independent signs ε_n in {−1, +1}^C and u_n = √w_n S_n ε_n; for cross
 
     t_l = Tr(G_l) = (1/N) Σ_n w_n ||J_nlᵀ S_n||_F²  =  E (1/N) || Σ_n J_nlᵀ u_n ||²                        (1)
 
-The signs remove the terms between examples, so no per-example gradients are needed, and examples may interact
-(BatchNorm in train mode): (1) is then the trace for the loss of that batch. The estimate is never negative.
-Differentiated with p in the graph its gradient is unbiased for that of t_l; with sampled labels in place of
-signs (as in Sophia) it would not be, because their score-function term is lost. Several outputs (clean and
-adversarial logits, also of different N) share one backward pass, with independent signs.
+The signs remove the terms between examples, so examples may interact (BatchNorm in train mode). With p in the
+graph the gradient of (1) is unbiased too; with sampled labels in place of signs (as in Sophia) it would not
+be: their score-function term is lost. Several outputs share one backward pass, with independent signs.
 
 For networks of piecewise linear units with normalisation in eval mode Tr(G_l) *is* the trace of the layer's
 Hessian block; with GELU, SiLU or train-mode normalisation it is only its positive part. Targets do not enter.
-
-Cost of one probe: the forward pass that made the logits, and one backward; a double one with a graph.
-
-Variance of one probe: about 2 ||G_l||_F² from pairs of examples, whatever N, plus a term of order 1/N. So
-several small batches tell more than one large one with as many examples.
+Variance of one probe: about 2 ||G_l||_F² from pairs of examples, whatever N, plus a term of order 1/N:
+several small batches tell more than one large one.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from wcitrain.curvature.estimate import TraceEstimate
@@ -34,8 +28,8 @@ from wcitrain.curvature.estimator import Estimator, backward_with, obstacle, tra
 from wcitrain.curvature.hvp import refuse_wrong_derivatives
 from wcitrain.curvature.loss import Output, Outputs, outputs_of
 from wcitrain.curvature.passes import Passes, Step
-from wcitrain.method import PositiveCount, method
-from wcitrain.params import Layers
+from wcitrain.method import PositiveCount, method, setting
+from wcitrain.params import Layers, precise
 
 NO_OUTPUTS = (
     "the loss does not say which outputs it was computed from. Return wcitrain.cross_entropy(model(x_adv), "
@@ -45,17 +39,16 @@ NO_OUTPUTS = (
 
 @method
 class GaussNewton(Estimator):
-    """Traces of the Gauss–Newton blocks by (1): unbiased in value and gradient, never negative.
+    """The trace of the Gauss–Newton blocks by random signs: unbiased, and never negative.
 
-    Needs a loss that gives its outputs, and second derivatives for a penalty. Extra passes: none forward, 3
-    backward a probe (1 to measure only). It moves no weights, so it goes with weight perturbations.
+    Needs a loss that gives its outputs, and second derivatives for a penalty.
     """
 
-    num_probes: PositiveCount = Field(default=1, description="Independent sets of signs a batch.")
-    label: ClassVar[str] = "Gauss–Newton"
-    takes_differences: ClassVar[bool] = False
-    moves_weights: ClassVar[bool] = False
-    probe_cost: ClassVar[int] = 2
+    num_probes: PositiveCount = setting(1, "Independent sets of signs a batch.")
+    label = "Gauss–Newton"
+    source = "as in Sophia (Liu et al., arXiv 2305.14342), with signs in place of sampled labels"
+    cost = "3 backward passes more a probe as a penalty, 1 to measure only"
+    probe_cost = 2
 
     def draw(self, passes: Passes, num_probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return draws of (1)."""
@@ -94,7 +87,7 @@ class GaussNewton(Estimator):
             if samples.requires_grad:  # not so for a linear model under squared error
                 torch.autograd.grad(samples.sum(), trained(passes.model), allow_unused=True)
 
-        return obstacle(passes, 2, attempt)
+        return obstacle(passes, attempt)
 
 
 def gauss_newton_samples(
@@ -106,18 +99,11 @@ def gauss_newton_samples(
     create_graph: bool = False,
     retain_graph: bool = False,
 ) -> Tensor:
-    """Return independent unbiased draws of ``Tr(G_l)`` of the mean loss, equation (1), as a tensor [K, L].
+    """Return independent unbiased draws of ``Tr(G_l)`` of the mean loss by (1), [K, L] in float64.
 
-    Args:
-        outputs: A `Loss` with outputs, one or several `Output`, or bare logits [N, C] (cross-entropy).
-        layers: Tensors by name; one that the logits do not depend on gets zero.
-        num_probes: K, independent sets of signs.
-        generator: Source of the signs; on any device.
-        create_graph: Keep the result differentiable (needs second derivatives of every operation).
-        retain_graph: Keep the graph of the logits for a later backward.
-
-    Returns:
-        In float64 (float32 on MPS).
+    ``outputs`` is a `Loss` with outputs, one or several `Output`, or bare logits [N, C] (cross-entropy); a
+    layer that they do not depend on gets zero. The generator may be on any device. ``create_graph`` keeps the
+    draws differentiable, ``retain_graph`` the graph of the logits for later.
 
     Raises:
         ValueError: No outputs; or ``create_graph`` and a second derivative that torch gets wrong (``hvp``).
@@ -147,8 +133,8 @@ def gauss_newton_trace(
 ) -> TraceEstimate:
     """Return the estimate of ``Tr(G_l)`` on one batch; arguments as for ``gauss_newton_samples``.
 
-    The standard error is that of the probes on this batch, not that of the batch as a sample of the data. The
-    graph of the outputs stays usable.
+    The standard error is that of the probes on this batch, not of the batch as a sample. The graph stays
+    usable.
 
     >>> model = torch.nn.Linear(2, 3, bias=False)
     >>> t = gauss_newton_trace(model(torch.ones(4, 2)), dict(model.named_parameters()), num_probes=16)
@@ -161,8 +147,7 @@ def gauss_newton_trace(
 
 def _square_root_times_signs(term: Output, generator: torch.Generator | None, create_graph: bool) -> Tensor:
     """Return u / √N [N, C] of equation (1) for one output, N its own number of examples."""
-    z = term.logits if create_graph else term.logits.detach()
-    z = z if z.dtype == torch.float64 else z.float()
+    z = precise(term.logits if create_graph else term.logits.detach())
     device = generator.device if generator is not None else z.device
     eps = (torch.randint(0, 2, z.shape, generator=generator, device=device) * 2 - 1).to(z)
     if term.kind == "cross_entropy":

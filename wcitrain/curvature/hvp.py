@@ -4,14 +4,8 @@ Legend: L(θ) the loss, g = ∂L/∂W the gradient in the tensors W that the vec
 
     H v = ∂⟨g, v⟩/∂θ,   v constant: one backward through the graph of g                                    (1)
 
-The rows θ of the product are W itself unless other tensors are asked for: H is then the rectangular block
-∂²L/∂θ∂W.
-
-Cost of K products at one point: the forward pass of the loss, one backward that keeps its graph, and K
-backwards through both, each 3 to 4 plain backwards (resnet10t on a CPU).
-
-Two operations of PyTorch return wrong derivatives without a word; they are refused by name
-(``_WRONG_FROM_ORDER``). Differences of derivatives of a lower order stay right there.
+The rows θ are W itself unless other tensors are asked for: H is then the rectangular block ∂²L/∂θ∂W. A
+product costs 3 to 4 plain backwards (resnet10t on a CPU).
 """
 
 from collections.abc import Sequence
@@ -21,16 +15,11 @@ from torch import Tensor
 
 from wcitrain.curvature.loss import Loss, as_loss
 
-# Lowest order of derivative that is wrong, and what to do; tests/numerics/test_estimators.py measures both.
+# Operations whose derivatives PyTorch gets wrong without a word, from which order on, and what to do; both
+# are measured in tests/numerics/test_estimators.py. Differences of derivatives of a lower order are right.
 _WRONG_FROM_ORDER = {
-    "WeightNormInterfaceBackward0": (
-        2,
-        'Remove the weight norm, or use estimator="two_point", which is right for smooth networks only.',
-    ),
-    "NativeLayerNormBackward0": (
-        3,
-        'Use central differences: gradient="finite_difference" of the estimator hutchinson.',
-    ),
+    "WeightNormInterfaceBackward0": (2, "Remove the weight norm"),
+    "NativeLayerNormBackward0": (3, "Take differences of Hessian products"),
 }
 
 
@@ -39,13 +28,7 @@ def gradients_with_graph(
 ) -> list[Tensor | None]:
     """Return ∂L/∂W with its graph, for many products; None where the loss does not depend on a tensor.
 
-    Args:
-        loss: The scalar loss with its graph, which stays usable.
-        tensors: W.
-        order: Highest derivative that will be taken.
-
-    Raises:
-        ValueError: The loss contains an operation whose derivative of that order PyTorch gets wrong.
+    ValueError where the loss contains an operation whose derivative of that order PyTorch gets wrong.
     """
     total = as_loss(loss).total
     refuse_wrong_derivatives(total, order)
@@ -64,9 +47,8 @@ def refuse_wrong_derivatives(total: Tensor, order: int) -> None:
         wrong_from, remedy = _WRONG_FROM_ORDER.get(node.name(), (order + 1, ""))
         if order >= wrong_from:
             raise ValueError(
-                f"derivatives of order {order}: got {node.name()} in the graph of the loss; expected "
-                "operations that PyTorch differentiates rightly (this one is silently wrong from order "
-                f"{wrong_from} on). {remedy}"
+                f"derivatives of order {order}: got {node.name()} in the graph of the loss, silently wrong "
+                f"in PyTorch from order {wrong_from} on; expected operations that are right. {remedy}."
             )
         nodes.extend(parent for parent, _ in node.next_functions)
 
@@ -77,19 +59,10 @@ def hvp(
     vectors: Sequence[Tensor],
     *,
     rows: Sequence[Tensor] | None = None,
-    create_graph: bool = False,
 ) -> list[Tensor]:
-    """Return H v by equation (1), one tensor a row; zeros where nothing depends on the row.
+    """Return H v by equation (1), shaped like the rows; zeros where nothing depends on a row.
 
-    Args:
-        loss_or_gradients: The loss; for many vectors at one point ``gradients_with_graph(loss, tensors)``.
-        tensors: W, which the vector is shaped like.
-        vectors: v, one tensor for each of ``tensors``.
-        rows: θ, the tensors whose rows of H are wanted; by default ``tensors``.
-        create_graph: Keep the product differentiable (third derivatives).
-
-    Returns:
-        Tensors shaped like ``rows``. The graph of the loss stays usable.
+    For many vectors at one point give ``gradients_with_graph(loss, tensors)``, not the loss.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> hvp((w**3).sum(), [w], [torch.tensor([1.0, 1.0])])
@@ -97,7 +70,7 @@ def hvp(
     """
     gradients = loss_or_gradients
     if isinstance(gradients, Tensor | Loss):
-        gradients = gradients_with_graph(gradients, tensors, order=3 if create_graph else 2)
+        gradients = gradients_with_graph(gradients, tensors)
     rows = tensors if rows is None else rows
     pairs = zip(gradients, vectors, strict=True)
     # A gradient without graph is constant: its rows are zero.
@@ -105,19 +78,11 @@ def hvp(
     if not used:
         return [torch.zeros_like(row) for row in rows]
     g, v = zip(*used, strict=True)
-    products = torch.autograd.grad(
-        g, rows, v, retain_graph=True, create_graph=create_graph, materialize_grads=True
-    )
-    return list(products)
+    return list(torch.autograd.grad(g, rows, v, retain_graph=True, materialize_grads=True))
 
 
 def signs(tensors: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
-    """Return random signs −1 and +1 ("Rademacher": mean 0, variance 1) shaped like ``tensors``.
-
-    Args:
-        tensors: Whose shapes, dtypes and device are followed.
-        generator: On any device; ``seeding.generator_from(device, *key)`` makes the draw a function of a key.
-    """
+    """Return random signs −1 and +1 shaped like ``tensors``; the generator may be on any device."""
     target = tensors[0].device
     device = target if generator is None else generator.device
     num = sum(t.numel() for t in tensors)

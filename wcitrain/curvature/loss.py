@@ -18,33 +18,28 @@ trained too, as in TRADES, see ``objectives.pairing.kl_output``.
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from wcitrain.params import precise
 
 Kind = Literal["cross_entropy", "bce", "mse"]
 
 
 class Output(NamedTuple):
-    """One term of a mean loss as a function of network outputs.
+    """One term of a mean loss as a function of network outputs."""
 
-    ``logits`` [N, C] with their graph; ``kind`` as in the module's table; ``weight`` w, one number or [N].
-    """
-
-    logits: Tensor
-    kind: Kind = "cross_entropy"
-    weight: float | Tensor = 1.0
+    logits: Tensor  # [N, C] with their graph
+    kind: Kind = "cross_entropy"  # as in the module's table
+    weight: float | Tensor = 1.0  # w, one number or [N]
 
 
 class Loss(NamedTuple):
-    """A differentiable total, its named parts (detached, for the log), and the outputs it was computed from.
-
-    ``outputs`` is empty where the loss does not say: then only estimators that need just the total apply.
-    """
+    """A differentiable total, its named parts, and the outputs it was computed from."""
 
     total: Tensor
-    parts: dict[str, Tensor] = {}  # noqa: RUF012  (a NamedTuple's default, never written to)
-    outputs: tuple[Output, ...] = ()
+    parts: dict[str, Tensor] = {}  # noqa: RUF012  (for the log, detached; a default never written to)
+    outputs: tuple[Output, ...] = ()  # empty: the loss does not say, and only estimators of the total apply
 
 
 LossFn = Callable[[], Tensor | Loss]
@@ -55,16 +50,16 @@ KINDS = get_args(Kind)
 def cross_entropy(logits: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> Loss:
     """Return the mean cross-entropy of ``logits`` [N, C] with classes ``y`` [N] or soft targets [N, C].
 
-    Raises:
-        ValueError: Soft targets that do not sum to one: the loss would have another Hessian.
+    ValueError for soft targets that do not sum to one: the loss would have another Hessian.
     """
+    logits = precise(logits)
+    y = y.to(logits.dtype) if y.is_floating_point() else y
     if y.ndim == logits.ndim and bool(((y.sum(-1) - 1).abs() > 1e-3).any()):
+        low, high = float(y.sum(-1).min()), float(y.sum(-1).max())
         raise ValueError(
-            f"cross_entropy: got soft targets with sums from {float(y.sum(-1).min()):.3g} to "
-            f"{float(y.sum(-1).max()):.3g}; expected 1 in every row. Normalise them, or use "
-            "binary_cross_entropy for several labels an image."
+            f"cross_entropy: got soft targets with sums from {low:.3g} to {high:.3g}; expected 1 in every "
+            "row. Normalise them, or use binary_cross_entropy for several labels an image."
         )
-    logits = logits if logits.dtype == torch.float64 else logits.float()
     total = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     return Loss(total, {"cross_entropy": total.detach()}, (Output(logits),))
 
@@ -72,7 +67,7 @@ def cross_entropy(logits: Tensor, y: Tensor, *, label_smoothing: float = 0.0) ->
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Loss:
     """Return the mean over all N·C elements of the binary cross-entropy with targets in [0, 1]."""
     _check_two_dimensional("binary_cross_entropy", logits)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = precise(logits)
     total = F.binary_cross_entropy_with_logits(logits, targets.to(logits))
     return Loss(total, {"bce": total.detach()}, (Output(logits, "bce", 1 / logits.shape[1]),))
 
@@ -96,24 +91,14 @@ def as_loss(value: Tensor | Loss) -> Loss:
 
 
 def outputs_of(value: Outputs, where: str) -> tuple[Output, ...]:
-    """Return the outputs in ``value``; a bare tensor of logits means cross-entropy.
-
-    Raises:
-        ValueError: There are none, or one is not [N, C] or of another kind.
-    """
-    if isinstance(value, Loss):
-        outputs = value.outputs
-    elif isinstance(value, Output):
-        outputs = (value,)
-    elif isinstance(value, Tensor):
-        outputs = (Output(value),)
-    else:
-        outputs = tuple(value)
+    """Return the outputs in ``value``, at least one, each [N, C]; bare logits mean cross-entropy."""
+    if isinstance(value, Tensor):
+        value = Output(value)
+    outputs = (value,) if isinstance(value, Output) else tuple(getattr(value, "outputs", value))
     if not outputs:
         raise ValueError(
             f"{where}: got a loss that does not say which outputs it was computed from; expected one with "
-            "`outputs`. Return wcitrain.cross_entropy(model(x_adv), y) or Loss(total, {}, "
-            "(Output(logits),)), or use an estimator that needs only the loss (two_point, hutchinson)."
+            "`outputs`. Return wcitrain.cross_entropy(model(x_adv), y) or Loss(total, {}, (Output(logits),))."
         )
     for output in outputs:
         if output.logits.ndim != 2:

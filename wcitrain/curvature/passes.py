@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Step(NamedTuple):
-    """What the passes of a perturbation or a penalty found, beside the gradients they left in ``.grad``."""
+    """What the passes of a perturbation or a penalty return, beside the gradients they left in ``.grad``."""
 
     loss: Tensor
     traces: Tensor | None = None  # estimates of t_l [L]
@@ -59,15 +59,11 @@ class Passes:
         with sdpa_kernel(SDPBackend.MATH) if self.use_math_attention else nullcontext():
             loss = as_loss(self.loss_fn())
         if before != self._gradient_versions():
-            raise RuntimeError(
-                "RegularizedOptimizer: loss_fn called backward() or zero_grad() itself. Return the "
-                "differentiable loss and leave the gradients alone."
-            )
+            text = "loss_fn called backward() or zero_grad() itself. Return the loss and leave the gradients"
+            raise RuntimeError(f"RegularizedOptimizer: {text} alone.")
         total: Any = loss.total
         if not isinstance(total, Tensor) or total.ndim != 0 or (needs_graph and not total.requires_grad):
-            got = repr(total)
-            if isinstance(total, Tensor):
-                got = f"shape {tuple(total.shape)}, requires_grad={total.requires_grad}"
+            got = f"a tensor of shape {tuple(total.shape)}" if isinstance(total, Tensor) else repr(total)
             raise TypeError(
                 f"RegularizedOptimizer: loss_fn returned {got}; expected a scalar loss with its graph. "
                 "Return the mean loss and do not call backward, item or detach on it."
@@ -88,9 +84,8 @@ class Passes:
     def plain_weighed(self, weigh: Callable[[list[Tensor]], float]) -> Tensor:
         """As ``plain``, with a weight that ``weigh`` computes from the layers' gradients of this very pass.
 
-        In one process the gradients are scaled before they join what is in ``.grad``. Among several they are
-        reduced while they are computed, so the weight has to be known first: there this takes a second
-        backward pass.
+        Among several processes gradients are reduced while they are computed, so the weight must be known
+        first: that takes a second backward. In one they are scaled before they join what is in ``.grad``.
         """
         total = self.evaluate().total
         if self.accelerator is not None and self.accelerator.num_processes > 1:
@@ -111,15 +106,10 @@ class Passes:
                 p.grad = p.grad.mul_(weight) if gradient is None else gradient.add_(p.grad, alpha=weight)
         return total.detach()
 
-    def layer_gradients(
-        self, total: Tensor, *, create_graph: bool = False, retain_graph: bool | None = None
-    ) -> Sequence[Tensor | None]:
+    def layer_gradients(self, total: Tensor, **graph: Any) -> Sequence[Tensor | None]:
         """Return the gradients in the layers' tensors, on this process, without touching ``.grad``."""
-        tensors = self.layers.tensors
         with explained():
-            return torch.autograd.grad(
-                total, tensors, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
-            )
+            return torch.autograd.grad(total, self.layers.tensors, allow_unused=True, **graph)
 
     def generator(self, *names: object) -> torch.Generator:
         """Return the random numbers of this micro-batch that go by these names."""
@@ -139,8 +129,7 @@ class Passes:
 
     def gaussian(self) -> list[Tensor]:
         """Return standard normal numbers shaped like the layers' tensors."""
-        g = self.generator()
-        tensors = self.layers.tensors
+        g, tensors = self.generator(), self.layers.tensors
         return [torch.randn(t.shape, generator=g, device=t.device, dtype=t.dtype) for t in tensors]
 
     def add_norm_gradients(self, coefficients: Tensor | None, factor: float = 1.0) -> None:
@@ -185,71 +174,30 @@ class Passes:
         return [(id(p.grad), None if p.grad is None else p.grad._version) for p in self.layers.tensors]
 
 
-class _Hooks:
-    """Hands each gradient of a layer's tensor to ``collect`` while the context is open.
+@contextmanager
+def collected(layers: Layers, part: Callable[[int, Tensor], Tensor]) -> Iterator[list[Tensor | None]]:
+    """Yield a list in which the one backward pass inside puts ``part(i, gradient of tensor i)``, else None.
 
-    It is this process's own, before it is added to ``.grad`` and before any reduction over processes, so
-    neither accumulated micro-batches nor other processes' directions leak in. Reentrant checkpointing hands
-    over a gradient in several pieces.
+    The gradient is this process's own, before it is added to ``.grad`` or reduced. Reentrant checkpointing
+    hands it over in several pieces, which are added up.
     """
+    sums: list[Tensor | None] = [None] * len(layers.tensors)
 
-    def __init__(self, layers: Layers) -> None:
-        self.layers = layers
+    def add(index: int, gradient: Tensor) -> None:
+        earlier, own = sums[index], part(index, gradient.detach())
+        sums[index] = own if earlier is None else earlier + own
 
-    def collect(self, index: int, gradient: Tensor) -> None:
-        """Take (a piece of) the gradient of tensor ``index``."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        tensors = enumerate(self.layers.tensors)
-        self._handles = [t.register_hook(partial(self.collect, index)) for index, t in tensors]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
+    handles = [t.register_hook(partial(add, index)) for index, t in enumerate(layers.tensors)]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
             handle.remove()
 
 
-class Slopes(_Hooks):
-    """Collects <u_l, g_l> of the one backward pass inside ``with Slopes(layers, direction) as slopes``."""
-
-    def __init__(self, layers: Layers, direction: Sequence[Tensor]) -> None:
-        super().__init__(layers)
-        self.direction = direction
-        self._found: list[Tensor | None] = [None] * len(direction)
-
-    def collect(self, index: int, gradient: Tensor) -> None:
-        """Add the inner product."""
-        slope = self.layers.sum_parts(index, self.direction[index] * gradient.detach())
-        earlier = self._found[index]
-        self._found[index] = slope if earlier is None else earlier + slope
-
-    @property
-    def values(self) -> Tensor:
-        """The inner products [L], summed in float64; NaN for a layer that got no gradient."""
-        slopes = [
-            self.layers.sum_parts(index, self.direction[index]) * torch.nan if slope is None else slope
-            for index, slope in enumerate(self._found)
-        ]
-        return torch.cat(slopes)
-
-
-class Captured(_Hooks):
-    """Keeps the layers' gradients of the one backward pass inside ``with Captured(layers, weight)``.
-
-    ``gradients`` has one tensor each, divided by the ``weight`` the loss was multiplied by; None where there
-    is none.
-    """
-
-    def __init__(self, layers: Layers, weight: float) -> None:
-        super().__init__(layers)
-        self.weight = weight
-        self.gradients: list[Tensor | None] = [None] * len(layers.tensors)
-
-    def collect(self, index: int, gradient: Tensor) -> None:
-        """Add the gradient."""
-        earlier, own = self.gradients[index], gradient.detach() / self.weight
-        self.gradients[index] = own if earlier is None else earlier + own
+def slopes(layers: Layers, direction: Sequence[Tensor]) -> AbstractContextManager[list[Tensor | None]]:
+    """Collect ⟨u_l, g_l⟩ of the one backward pass inside, in float64, the parts of a tensor together."""
+    return collected(layers, lambda index, gradient: layers.sum_parts(index, direction[index] * gradient))
 
 
 @contextmanager

@@ -1,57 +1,47 @@
 """The exact trace of the last linear layer's Hessian: a closed form, differentiable and nearly free.
 
-Legend: N examples, C classes, D features, h_n features entering the layer [N, D], z_n = W h_n (+ b) its
-logits [N, C], p = softmax(z), q = sigmoid(z), w_n weight of an example; t = Tr(H) for H the Hessian of the
-mean loss in vec(W).
+Legend: N examples, C classes, h_n features entering the layer [N, D], z_n = W h_n (+ b) its logits [N, C],
+p = softmax(z), w_n weight of an example; t = Tr(H) for H the Hessian of the mean cross-entropy in vec(W).
 
-z is linear in W, so H = (1/N) Σ_n w_n (∂²ℓ/∂z²)_n ⊗ h_n h_nᵀ, and with the table of `loss`
+z is linear in W, so H = (1/N) Σ_n w_n (diag(p) − p pᵀ)_n ⊗ h_n h_nᵀ, whatever the targets, and
 
-    cross_entropy:   t = (1/N) Σ_n w_n ||h_n||² (1 − ||p_n||²)                                             (1)
-    bce:             t = (1/N) Σ_n w_n ||h_n||² Σ_c q_nc (1 − q_nc)                                        (2)
-    mse:             t = (1/N) Σ_n w_n ||h_n||² 2 C                                                        (3)
-
-Targets, soft or smoothed, do not enter.
-
-Cost: none beyond the forward pass that made the logits. Sums are made in float64 where the device has it.
+    t = (1/N) Σ_n w_n ||h_n||² (1 − ||p_n||²)                                                              (1)
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from wcitrain.curvature.estimator import Estimator, backward_with, weighted
-from wcitrain.curvature.loss import Loss, Output, Outputs, outputs_of
+from wcitrain.curvature.loss import Loss, Outputs, outputs_of
 from wcitrain.curvature.passes import Passes, Step
 from wcitrain.method import method
 from wcitrain.params import Layers, unwrapped, wide
+
+OTHERWISE = "Otherwise use estimator gauss_newton."
 
 
 @method
 class TopLayer(Estimator):
     """The closed form for the head's weight, exact on every batch; the head is then the only layer.
 
-    Needs a linear head and a loss that gives its outputs. Extra passes: none.
+    Needs a linear head and a loss that gives its outputs, all of them cross-entropies.
     """
 
-    label: ClassVar[str] = "top layer"
-    takes_differences: ClassVar[bool] = False
-    moves_weights: ClassVar[bool] = False
-    has_all_layers: ClassVar[bool] = False
-    probe_cost: ClassVar[int] = 1
+    label = "top layer"
+    source = "the measure of Xu & Zhang, arXiv 2410.07719"
+    cost = "no pass more"
+    has_all_layers = False
+    probe_cost = 1
 
     def layers(self, model: nn.Module, layers: str, *, split_qkv: bool = False) -> Layers:
-        """Return the head's weight as the only layer.
-
-        Raises:
-            ValueError: Other layers are asked for.
-        """
+        """Return the head's weight as the only layer; ValueError where others are asked for."""
         if layers != "weights" or split_qkv:
-            raise ValueError(
-                f"layers: got {layers!r}{' with split_qkv' * split_qkv} and estimator top_layer, whose only "
-                "layer is the head's weight; expected 'weights'. Leave it out."
-            )
+            got = f"got {layers!r}{' with split_qkv' * split_qkv} and estimator top_layer"
+            text = f"layers: {got}, whose only layer is the head's weight; expected 'weights'."
+            raise ValueError(f"{text} Leave it out.")
         name, head = find_head(model)
         return Layers({f"{name}.weight".removeprefix("."): head.weight})
 
@@ -87,66 +77,39 @@ def _evaluate(passes: Passes) -> tuple[Loss, Tensor]:
 
 
 def top_layer_trace(outputs: Outputs, features: Tensor | Sequence[Tensor]) -> Tensor:
-    """Return the exact trace [] of the last layer's Hessian: (1) to (3), summed over outputs.
+    """Return the exact trace [] of the last layer's Hessian by (1), summed over outputs, in float64.
 
-    Differentiable in everything behind ``features`` and ``outputs``, the layer's own weights included.
-    Outputs must be what the layer returned (no temperature after it): ``HeadFeatures.features_of`` finds the
-    features of given outputs and checks it.
-
-    Args:
-        outputs: A `Loss` with outputs, one or several `Output`, or bare logits [N, C] (cross-entropy).
-        features: What entered the layer, one tensor [N, D] an output.
-
-    Returns:
-        In float64 (float32 on MPS).
+    Differentiable in everything behind its arguments, the layer's own weights included. Outputs must be what
+    the layer returned (no temperature after it); ``features`` [N, D] entered the layer, one tensor an output,
+    see ``HeadFeatures``.
 
     Raises:
-        ValueError: Features that are not [N, D], or not one an output.
-
-    At W = 0, mean ||h||² (1 − 1/C):
-
-    >>> float(top_layer_trace(torch.zeros(2, 4), torch.tensor([[1.0, 2.0], [3.0, -1.0]])))
-    5.625
+        ValueError: Features that are not [N, D], or not one an output; a loss other than cross-entropy.
     """
     terms = outputs_of(outputs, "top_layer")
     features = [features] if isinstance(features, Tensor) else list(features)
-    if len(features) != len(terms):
-        raise ValueError(
-            f"top_layer: got {len(features)} tensors of features for {len(terms)} outputs; expected one "
-            "each. HeadFeatures.features_of(loss) finds them."
-        )
-    traces = [_term_trace(term, h) for term, h in zip(terms, features, strict=True)]
+    if len(features) != len(terms) or any(term.kind != "cross_entropy" for term in terms):
+        got = f"got {len(features)} tensors of features for outputs {[term.kind for term in terms]}"
+        raise ValueError(f"top_layer: {got}; expected one each, of cross-entropies. {OTHERWISE}")
+    traces = []
+    for term, h in zip(terms, features, strict=True):
+        if h.ndim != 2 or len(h) != len(term.logits):
+            got = f"got features {tuple(h.shape)} with outputs {tuple(term.logits.shape)}"
+            text = f"top_layer: {got}; expected [N, D] and [N, C]. Pass what enters the last linear layer."
+            raise ValueError(text)
+        squares = wide(h).square().sum(-1)  # ||h_n||² [N]
+        curvature = 1 - wide(term.logits).softmax(-1).square().sum(-1)
+        weight = term.weight.to(squares) if isinstance(term.weight, Tensor) else term.weight
+        traces.append((weight * squares * curvature).mean())
     return torch.stack(traces).sum()
-
-
-def _term_trace(term: Output, features: Tensor) -> Tensor:
-    """Return (1), (2) or (3) for one output."""
-    if features.ndim != 2 or len(features) != len(term.logits):
-        raise ValueError(
-            f"top_layer: got features of shape {tuple(features.shape)} with outputs of shape "
-            f"{tuple(term.logits.shape)}; expected [N, D] and [N, C]. Pass what enters the last linear layer."
-        )
-    squares = wide(features).square().sum(-1)  # ||h_n||² [N]
-    z = wide(term.logits)
-    if term.kind == "cross_entropy":
-        curvature = 1 - z.softmax(-1).square().sum(-1)
-    elif term.kind == "bce":
-        curvature = (z.sigmoid() * (-z).sigmoid()).sum(-1)
-    else:
-        curvature = torch.full_like(squares, 2 * z.shape[1])
-    weight = term.weight.to(squares) if isinstance(term.weight, Tensor) else term.weight
-    return (weight * squares * curvature).mean()
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
     """Return the name and module of the model's last linear layer.
 
     What timm's ``get_classifier()`` returns on the model or on its ``backbone``; for other models the last
-    ``nn.Linear`` in the order of registration, which need not be the last to run:
-    ``HeadFeatures.features_of`` checks that.
-
-    Raises:
-        ValueError: There is none, or the classifier is something else (a convolution, several heads).
+    ``nn.Linear`` in the order of registration, which need not be the last to run. ValueError where there is
+    none, or the classifier is something else (a convolution, several heads).
     """
     model = unwrapped(model)
     names = {module: name for name, module in model.named_modules()}
@@ -157,11 +120,9 @@ def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
     else:
         head = next((m for m in reversed(names) if isinstance(m, nn.Linear)), None)
     if not isinstance(head, nn.Linear) or head not in names:
-        got = "no nn.Linear at all" if head is None else f"a classifier of type {type(head).__name__}"
-        raise ValueError(
-            f"top_layer: got {type(model).__name__} with {got}; expected an nn.Linear head of its own, for "
-            "which the trace has a closed form. Use estimator gauss_newton for this model."
-        )
+        what = "no nn.Linear at all" if head is None else f"a classifier of type {type(head).__name__}"
+        got = f"got {type(model).__name__} with {what}"
+        raise ValueError(f"top_layer: {got}; expected an nn.Linear head of its own. {OTHERWISE}")
     return names[head], head
 
 
@@ -172,8 +133,8 @@ class HeadFeatures:
             loss = cross_entropy(model(x_adv), y)
         t = top_layer_trace(loss, head.features_of(loss))
 
-    ``features`` holds a tensor [N, D] a forward pass, with its graph, in order: run the attack outside. A
-    ``torch.compile``d model does not call hooks that were registered later: ``features_of`` raises then.
+    ``features`` holds a tensor [N, D] a forward pass, with its graph, in order. A compiled model does not
+    call the hook: ``features_of`` raises then.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -189,9 +150,7 @@ class HeadFeatures:
         self._handle.remove()
 
     def features_of(self, outputs: Outputs) -> list[Tensor]:
-        """Return the features [N, D] from which the head computed each of ``outputs``.
-
-        Found by value, the latest pass first: number and order of the passes do not matter.
+        """Return the features [N, D] from which the head computed each of ``outputs``, matched by value.
 
         Raises:
             ValueError: An output that is not what the head returned: for it the closed form would be wrong.
@@ -205,15 +164,12 @@ class HeadFeatures:
                 return features
         raise ValueError(
             f"top_layer: got outputs {tuple(logits.shape)} that none of {len(self.features)} recorded passes "
-            f"of {self.name} returned; expected the head's own outputs, unscaled, computed inside the "
-            "context by a model that is not compiled. Otherwise use estimator gauss_newton."
+            f"of {self.name} returned; expected its own, unscaled, of a model not compiled. {OTHERWISE}"
         )
 
     def _record(self, module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
         if len(args) != 1 or args[0].ndim != 2:
-            raise ValueError(
-                f"top_layer: got inputs of shapes {[tuple(x.shape) for x in args]} at {self.name}; expected "
-                "[N, D], one vector an image. For other heads use estimator gauss_newton."
-            )
+            got = f"inputs of shapes {[tuple(x.shape) for x in args]} at {self.name}"
+            raise ValueError(f"top_layer: got {got}; expected [N, D], one vector an image. {OTHERWISE}")
         self.features.append(args[0])
         self._logits.append(logits)

@@ -1,26 +1,61 @@
-"""Augmentation of one image at a time, by torchvision's transforms, as a function of the image and of a seed.
+"""What happens to a training image, as a function of the image and of a seed.
 
-    pixels  ->  crop and mirror (``loader``)  ->  policy  ->  cutout
+    pixels  ->  crop and mirror  ->  policy  ->  cutout
 
-Which operations exist and how strong they are is torchvision's; this file names them, checks the settings,
-and takes care that nothing else is touched: the operations draw from torch's global generator, which is
-seeded for one image and put back. An augmented image is therefore the same in every worker process, on every
-rank and after every resume.
-
-Legend: C channels, H and W pixels, s side of the erased square.
+Policies are torchvision's transforms. They draw from torch's global generator, which is seeded for one image
+and put back: an augmented image is the same in every worker process, on every rank and after every resume.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 from torchvision.transforms import v2
 
-from wcitrain.method import Method, PositiveCount, PositiveShare, method, refuse
+from wcitrain.method import Method, PositiveCount, PositiveShare, method, refuse, setting, show
+from wcitrain.seeding import generator_from
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Where each of N images is cropped and whether it is mirrored."""
+
+    shift: Tensor  # int64 [N, 2]: top and left of the crop in the padded image
+    mirror: Tensor  # bool [N]
+    padding: int  # zeros on every side
+
+    @classmethod
+    def draw(cls, num: int, padding: int, flip: bool, *where: object) -> "Crops":
+        """Draw shifts, uniform on 0 .. 2 ``padding``, and fair mirrors from a seed that names ``where``."""
+        shifts, coins = generator_from("cpu", *where, "shift"), generator_from("cpu", *where, "mirror")
+        shift = torch.randint(0, 2 * padding + 1, (num, 2), generator=shifts)
+        return cls(shift, (torch.rand(num, generator=coins) < 0.5) & flip, padding)
+
+    def __getitem__(self, rows: Tensor | list[int]) -> "Crops":
+        return Crops(self.shift[rows], self.mirror[rows], self.padding)
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Return every image of ``pixels`` [N, C, H, W] padded, cropped back to its size and mirrored.
+
+        One gather, no loop over images:
+
+            out[b, c, i, j] = padded[b, c, top_b + i, left_b + (W-1-j if mirror_b else j)]                 (1)
+        """
+        (n, c, h, w), device = pixels.shape, pixels.device
+        shift, mirror = self.shift.to(device), self.mirror.to(device)
+        i, j = torch.arange(h, device=device), torch.arange(w, device=device)
+        top = shift[:, :1] + i  # [N, H]
+        left = shift[:, 1:] + torch.where(mirror[:, None], j.flip(0), j)  # [N, W]
+        image = torch.arange(n, device=device)[:, None, None, None]
+        channel = torch.arange(c, device=device)[:, None, None]
+        padded = functional.pad(pixels, [self.padding] * 4)
+        return padded[image, channel, top[:, None, :, None], left[:, None, None, :]]  # (1)
 
 
 @method
@@ -39,38 +74,31 @@ class Augmentation(Method):
       probability 1/2 an erased rectangle of 2 to 33 % of the image. It resembles the augmentation of Li &
       Spratling (2301.09879) for adversarial training in kind and strength, out of torchvision's parts; it is
       not theirs. Its shift replaces ``crop_padding``.
-
-    Raises:
-        ValueError: A value outside its range, or one that would have no effect.
     """
 
-    policy: Literal["none", "cutout", "autoaugment", "randaugment", "trivialaugment", "idbh"] = Field(
-        default="none", description="Kind of augmentation."
+    policy: Literal["none", "cutout", "autoaugment", "randaugment", "trivialaugment", "idbh"] = setting(
+        "none", "Kind of augmentation."
     )
-    magnitude: Annotated[int, Field(ge=0, le=30)] | None = Field(
-        default=None, description="Strength of randaugment, 0 to 30; null: 9."
+    magnitude: Annotated[int, Field(ge=0, le=30)] | None = setting(None, "Strength of randaugment; null: 9.")
+    num_ops: PositiveCount | None = setting(None, "Operations of randaugment; null: 2.")
+    cutout_size: PositiveCount | None = setting(
+        None, "Side of the black square after any policy, in pixels; null: none."
     )
-    num_ops: PositiveCount | None = Field(default=None, description="Operations of randaugment; null: 2.")
-    cutout_size: PositiveCount | None = Field(
-        default=None, description="Side of the black square after any policy, in pixels; null: none."
-    )
-    probability: PositiveShare = Field(
-        default=1.0, description="Probability that policy and square act on an image, in (0, 1]."
-    )
+    probability: PositiveShare = setting(1.0, "Share of images on which policy and square act, in (0, 1].")
     label: ClassVar[str] = "{policy}"
 
     def __post_init__(self) -> None:
-        for key in ("magnitude", "num_ops"):
-            if self.policy != "randaugment" and (value := getattr(self, key)) is not None:
-                refuse(key, f"got {value} with policy {self.policy}; expected null: only randaugment has it.")
+        unused: dict[str, int | None] = {"magnitude": None, "num_ops": None}
+        if self.policy == "randaugment":
+            unused = {}
+        elif not self.is_active:
+            unused |= {"cutout_size": None, "probability": 1}
+        for key, default in unused.items():
+            if (value := getattr(self, key)) != default:
+                text = f"got {value:g} with policy {self.policy}, which does not use it; expected"
+                refuse(key, f"{text} {show(default)}. Remove it, or choose another policy.")
         if self.policy == "cutout" and self.cutout_size is None:
             refuse("cutout_size", "got null with policy cutout; expected the square's side. Set it.")
-        if self.policy == "none" and self.cutout_size is not None:
-            text = f"got {self.cutout_size} with policy none; expected null. Use policy cutout."
-            refuse("cutout_size", text)
-        if self.policy == "none" and self.probability != 1:
-            text = f"got {self.probability:g} with policy none; expected 1, as nothing happens. Remove it."
-            refuse("probability", text)
 
     @property
     def is_active(self) -> bool:
@@ -79,27 +107,15 @@ class Augmentation(Method):
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError unless images of ``shape`` (C, H, W) can be augmented."""
-        channels, height, width = shape
-        if self.is_active and channels not in (1, 3):
-            raise ValueError(
-                f"augment.policy: got {self.policy} for images of {channels} channels; expected 1 or 3."
-            )
-        if self.cutout_size is not None and self.cutout_size > min(height, width):
-            raise ValueError(
-                f"augment.cutout_size: got {self.cutout_size} for images of {height}x{width} pixels; "
-                f"expected at most {min(height, width)}. Lower it."
-            )
+        if self.is_active and shape[0] not in (1, 3):
+            text = f"got {self.policy} for images of {shape[0]} channels; expected 1 or 3."
+            raise ValueError(f"augment.policy: {text} Use policy none.")
+        if self.cutout_size is not None and self.cutout_size > (side := min(shape[1:])):
+            text = f"got {self.cutout_size} for images of {shape[1]}x{shape[2]} pixels"
+            raise ValueError(f"augment.cutout_size: {text}; expected at most {side}. Lower it.")
 
     def apply(self, pixels: Tensor, seed: int) -> Tensor:
-        """Return one augmented image; torch's, NumPy's and Python's global random states are left alone.
-
-        Args:
-            pixels: uint8 [C, H, W] on the CPU, 255 is white; not modified.
-            seed: 63-bit seed; equal seeds augment equal images equally.
-
-        Raises:
-            ValueError: The shape cannot be augmented; see ``check``.
-        """
+        """Return one augmented image, uint8 [C, H, W] of 255 levels; equal seeds augment equally."""
         if not self.is_active:
             return pixels
         with seeded(seed):
@@ -109,18 +125,14 @@ class Augmentation(Method):
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Let torch's global CPU generator draw from ``seed``, and put it back on exit; CUDA's is not touched."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA's generators too
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA's generators too
         yield
-    finally:
-        torch.set_rng_state(state)
 
 
 @lru_cache(maxsize=16)
 def _transform(augmentation: Augmentation, shape: tuple[int, ...]) -> v2.Transform:
     """Return the transform of images of one shape."""
-    augmentation.check(shape)
     magnitude = 9 if augmentation.magnitude is None else augmentation.magnitude
     shift = v2.RandomAffine(degrees=0, translate=(1 / 6, 1 / 6))
     steps: list[Any] = {
@@ -130,14 +142,9 @@ def _transform(augmentation: Augmentation, shape: tuple[int, ...]) -> v2.Transfo
         "trivialaugment": [v2.TrivialAugmentWide()],
         "idbh": [shift, v2.RandAugment(num_ops=1, magnitude=9), v2.RandomErasing(p=0.5)],
     }[augmentation.policy]
-    if augmentation.cutout_size is not None:
-        steps += _cutout(augmentation.cutout_size, *shape[1:])
+    if side := augmentation.cutout_size:  # centred anywhere: pad by half a side, erase, cut the padding
+        height, width, half = *shape[1:], side // 2
+        share = side**2 / ((height + 2 * half) * (width + 2 * half))
+        erase = v2.RandomErasing(p=1.0, scale=(share, share), ratio=(1.0, 1.0), value=0)
+        steps += [v2.Pad(half), erase, v2.CenterCrop((height, width))]
     return v2.RandomApply(steps, p=augmentation.probability)
-
-
-def _cutout(side: int, height: int, width: int) -> list[Any]:
-    """Return what erases a square with its centre anywhere: pad by half a side, erase, cut the padding."""
-    half = side // 2
-    share = side**2 / ((height + 2 * half) * (width + 2 * half))
-    erase = v2.RandomErasing(p=1.0, scale=(share, share), ratio=(1.0, 1.0), value=0)
-    return [v2.Pad(half), erase, v2.CenterCrop((height, width))]

@@ -1,99 +1,121 @@
-"""Mixing the images of a batch and their labels: mixup and CutMix, by torchvision, as a function of the seed.
+"""What happens to a training batch as a whole, as a function of the seed: label noise, then mixup or CutMix.
 
-    mixup:   x_b ← λ x_b + (1-λ) x_{b-1},              y_b ← λ y_b + (1-λ) y_{b-1}                        (1)
-    CutMix:  a box of x_b ← the same box of x_{b-1},   y_b ← λ y_b + (1-λ) y_{b-1}                        (2)
+    noise:   y_b ← y_b with probability 1-τ, else a class drawn uniformly                                 (1)
+    mixup:   x_b ← λ x_b + (1-λ) x_{b-1},              y_b ← λ y_b + (1-λ) y_{b-1}                        (2)
+    CutMix:  a box of x_b ← the same box of x_{b-1},   y_b ← λ y_b + (1-λ) y_{b-1}                        (3)
 
-with λ ~ Beta(α, α), one λ and one box for the whole batch. In CutMix λ is the share that is kept: the box is
+Noise is a function of the seed and the image (and the epoch): no state, no order, equal on every device.
+
+λ ~ Beta(α, α), one λ and one box for the whole batch. In CutMix λ is the share that is kept: the box is
 clipped at the border and λ corrected. The partner is the neighbour in the batch, which has to be shuffled.
 Mixing works on the micro-batch of one process: other numbers of processes or micro-batches mix other pairs.
 
-Legend: B batch, C classes, λ share of the image itself, α concentration.
+Legend: B batch, C classes, λ share of the image itself, α concentration, τ share of noise.
 """
 
+import math
+from typing import ClassVar
+
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
 
 from wcitrain.data.augment import seeded
-from wcitrain.method import Method, NonNegative, Share, method, refuse
+from wcitrain.method import Method, NonNegative, Share, method, refuse, setting
+from wcitrain.seeding import seed_from
+
+UNIT = 1 << 53  # hashes are compared as whole numbers below it: float64 does not exist on every device
+
+
+@method
+class LabelNoise(Method):
+    """Symmetric label noise (1); by default none.
+
+    Without ``exclude_true`` a class is drawn from all C, so that a share τ (1 - 1/C) of the labels is wrong;
+    with it from the C - 1 others, so that a share τ is, "symmetric" in the other reading of the word.
+    """
+
+    share: Share = setting(0.0, "Probability that a label is drawn anew, in [0, 1].")
+    resample: bool = setting(True, "Draw anew in every epoch; false fixes the noise.")
+    exclude_true: bool = setting(False, "Draw from the other classes only.")
+    label: ClassVar[str] = "label noise {share:g}"
+
+    def __post_init__(self) -> None:
+        if self.share == 0 and (self.exclude_true or not self.resample):
+            refuse("share", "got 0 beside other keys of label_noise; expected more than 0. Set it.")
+
+    def apply(self, y: Tensor, index: Tensor, num_classes: int, *, seed: int, epoch: int) -> Tensor:
+        """Return labels ``y``, int64 [B], of which a share is replaced by random ones, by (1).
+
+        ``index``, int64 [B], tells the images apart, as ``Batch.index``; it may be negative. That of a
+        `StreamSet` counts images of an epoch and names none: resample, and give the rank's seed.
+        """
+        draw = epoch if self.resample else None
+        is_noisy = _uniform(index, UNIT, seed, "label noise", draw) < math.ceil(self.share * UNIT)
+        drawn = _uniform(index, num_classes - self.exclude_true, seed, "label", draw)
+        return torch.where(is_noisy, (y + 1 + drawn) % num_classes if self.exclude_true else drawn, y)
+
+
+def _uniform(index: Tensor, n: int, *where: object) -> Tensor:
+    """Return a number of 0 .. n - 1 for every index, int64 like it, from a seed that names ``where``.
+
+    The finaliser of splitmix64 (Steele, Lea & Flood 2014) of index + seed: int64 products wrap around like
+    unsigned ones. Modulo favours small numbers by less than n / 2^62.
+    """
+    wrap = 1 << 64  # an unsigned constant less this is the int64 of the same bits
+    z = index * (0x9E3779B97F4A7C15 - wrap) + seed_from(*where)
+    z = (z ^ _shifted(z, 30)) * (0xBF58476D1CE4E5B9 - wrap)
+    z = (z ^ _shifted(z, 27)) * (0x94D049BB133111EB - wrap)
+    z = z ^ _shifted(z, 31)
+    return _shifted(z, 2) % n
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Shift right and fill with zeros; torch's own shift repeats the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 @method
 class Mixing(Method):
-    """How often and by what a batch is mixed: mixup (1710.09412), CutMix (1905.04899); by default neither.
+    """How often and by what a batch is mixed: mixup (1710.09412), CutMix (1905.04899); by default neither."""
 
-    Raises:
-        ValueError: A value outside its range, or settings that mix nothing.
-    """
-
-    mixup_alpha: NonNegative = Field(default=0.0, description="Concentration α of mixup; 0: off.")
-    cutmix_alpha: NonNegative = Field(default=0.0, description="Concentration α of CutMix; 0: off.")
-    probability: Share = Field(default=1.0, description="Probability that a batch is mixed, in [0, 1].")
-    switch_probability: Share = Field(
-        default=0.5, description="Probability of CutMix where both are on, in [0, 1]."
-    )
+    mixup_alpha: NonNegative = setting(0.0, "Concentration α of mixup; 0: off.")
+    cutmix_alpha: NonNegative = setting(0.0, "Concentration α of CutMix; 0: off.")
+    probability: Share = setting(1.0, "Probability that a batch is mixed, in [0, 1].")
+    switch_probability: Share = setting(0.5, "Probability of CutMix where both are on, in [0, 1].")
 
     def __post_init__(self) -> None:
-        is_set = (self.probability, self.switch_probability) != (1, 0.5)
-        if self.probability == 0 or (not self._kinds and is_set):
+        if self.probability == 0 or (not self.is_active and self.probability != 1):
             text = "got settings that mix nothing; expected an alpha and a probability above 0, or neither."
             refuse("probability", text)
-        if len(self._kinds) == 1 and self.switch_probability != 0.5:
-            text = f"got {self.switch_probability:g} with one kind of mixing; expected both alphas above 0."
-            refuse("switch_probability", text)
+        if not (self.mixup_alpha and self.cutmix_alpha) and self.switch_probability != 0.5:
+            got = f"got {self.switch_probability:g} without two kinds of mixing"
+            refuse("switch_probability", f"{got}; expected both alphas above 0.")
 
     def __str__(self) -> str:
-        return " + ".join(self._kinds) or "none"
-
-    @property
-    def _kinds(self) -> list[str]:
-        """The names of what is on."""
-        return ["mixup"] * (self.mixup_alpha > 0) + ["CutMix"] * (self.cutmix_alpha > 0)
+        kinds = ["mixup"] * (self.mixup_alpha > 0) + ["CutMix"] * (self.cutmix_alpha > 0)
+        return " + ".join(kinds) or "none"
 
     @property
     def is_active(self) -> bool:
         """Whether a batch is ever mixed."""
-        return bool(self._kinds)
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
     def apply(self, x: Tensor, y: Tensor, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Return mixed images and soft labels; torch's global random state is left alone.
+        """Return images ``x`` (float [B, *, H, W]) as they came or mixed, and their labels as float32 [B, C].
 
-        Args:
-            x: Images, floating point [B, *, H, W]; not modified.
-            y: Labels, int64 [B] in 0 .. num_classes - 1, on the device of ``x``.
-            num_classes: C.
-            seed: 63-bit seed; equal seeds mix equal batches equally, on every device.
-
-        Returns:
-            ``x`` as it came or mixed, and float32 [B, C] on its device, each row of sum 1: one-hot where
-            nothing is mixed.
-
-        Raises:
-            ValueError: ``x`` is not a batch of floating-point images, or ``y`` is not one whole number each.
+        The labels ``y``, int64 [B], become rows of sum 1, one-hot where nothing is mixed. Equal 63-bit seeds
+        mix equal batches equally, on every device; torch's global random state is left alone.
         """
-        if x.ndim != 4 or not x.is_floating_point():
-            raise ValueError(
-                f"mixing: got images {x.dtype} {list(x.shape)}; expected floating point [B, C, H, W]."
-            )
-        if y.shape != x.shape[:1] or y.is_floating_point():
-            raise ValueError(
-                f"mixing: got labels {y.dtype} {list(y.shape)} for {len(x)} images; expected whole numbers "
-                f"[{len(x)}]. Mix before anything else makes labels soft."
-            )
         if self.is_active and len(x) < 2:
             raise ValueError("mixing: got a batch of 1 image; expected a partner. Use larger micro-batches.")
         with seeded(seed):
             if self.is_active and float(torch.rand(())) < self.probability:
-                return self._choose(num_classes)(x, y)
+                use_cutmix = self.cutmix_alpha > 0
+                if use_cutmix and self.mixup_alpha > 0:
+                    use_cutmix = float(torch.rand(())) < self.switch_probability
+                if use_cutmix:
+                    return v2.CutMix(alpha=self.cutmix_alpha, num_classes=num_classes)(x, y)
+                return v2.MixUp(alpha=self.mixup_alpha, num_classes=num_classes)(x, y)
         return x, functional.one_hot(y, num_classes).float()
-
-    def _choose(self, num_classes: int) -> v2.Transform:
-        """Return mixup or CutMix."""
-        use_cutmix = self.cutmix_alpha > 0
-        if len(self._kinds) == 2:
-            use_cutmix = float(torch.rand(())) < self.switch_probability
-        if use_cutmix:
-            return v2.CutMix(alpha=self.cutmix_alpha, num_classes=num_classes)
-        return v2.MixUp(alpha=self.mixup_alpha, num_classes=num_classes)

@@ -6,26 +6,26 @@ processes and random starts depend on the batch alone, so any number of processe
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wcitrain.attacks import ThreatModel, pgd
+from wcitrain.attacks import Attack
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
 from wcitrain.evaluation.intervals import wilson_interval
 from wcitrain.measures import WCIMeasurement
-from wcitrain.params import squared_norms
+from wcitrain.params import Layers
 from wcitrain.preserve import full_precision, undisturbed
 from wcitrain.seeding import generator_from
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-
-# Examples behind one draw of the traces: several draws a batch, so that their spread is known.
-TRACE_EXAMPLES = 50
+TRACE_EXAMPLES = 50  # behind one draw of the traces: several draws a batch, so that their spread is known
+Row = tuple[Tensor, Tensor]  # of a batch: number, clean correct and loss, robust ones [5]; traces [K, 1 + L]
 
 
 @dataclass(frozen=True)
@@ -50,76 +50,50 @@ class AccuracyMeasurement:
 def measure_accuracy(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    attack: Attack,
     *,
-    threat: ThreatModel,
-    num_steps: int = 10,
-    step_size: float = 2 / 255,
-    num_restarts: int = 1,
     seed: int = 0,
     layers: Mapping[str, Tensor] | None = None,
     accelerator: "Accelerator | None" = None,
 ) -> AccuracyMeasurement:
-    """Measure a model on images, clean and under PGD.
+    """Measure a model on images, clean and under an attack.
 
     Args:
         model: Maps images in [0, 1] to logits; in float32 even where Accelerate prepared it for bfloat16.
         batches: ``(x, y, index)``, all of them on every process; process r takes each batch r, r + world, ...
-        threat, num_steps, step_size, num_restarts: Of the attack, see ``attacks.pgd``; it starts at random.
         seed: Of the random starts and of the trace estimator's signs.
         layers: Tensors whose Gauss–Newton trace is measured at the adversarial examples, one backward more.
         accelerator: Adds up over processes; None for one.
-
-    Raises:
-        ValueError: ``batches`` is empty.
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    # One a batch: [5] sums, and [K, 1 + L] trace samples with their weights.
-    rows: list[tuple[Tensor, Tensor]] = []
+    rows: list[Row] = []
     with undisturbed(model, training=False), full_precision(model):
         for number, (x, y, _) in enumerate(batches):
             if number % world == rank:
                 generator = generator_from(x.device, seed, "evaluation", number)
-                rows.append(
-                    _measure_batch(model, x, y, threat, num_steps, step_size, num_restarts, generator, layers)
-                )
+                rows.append(_measure_batch(model, x, y, attack, generator, layers))
     if accelerator is not None and world > 1:
         rows = _gather(rows, accelerator)
     if not rows:
         raise ValueError("measure_accuracy: got no images; expected at least one batch. Is the split empty?")
-    num, *total = torch.stack([sums for sums, _ in rows]).sum(0).tolist()
-    means = [value / num for value in total]
+    num, *sums = torch.stack([sums for sums, _ in rows]).sum(0).tolist()
+    clean, clean_loss, robust, robust_loss = (value / num for value in sums)
     wci = None
     if layers:
         samples = torch.cat([samples for _, samples in rows])
-        wci = WCIMeasurement.from_samples(tuple(layers), squared_norms(layers), samples[:, 1:], samples[:, 0])
-    return AccuracyMeasurement(int(num), means[0], means[1], means[2], means[3], wci)
+        wci = WCIMeasurement.from_samples(
+            tuple(layers), Layers(layers).squared_norms(), samples[:, 1:], samples[:, 0]
+        )
+    return AccuracyMeasurement(int(num), clean, clean_loss, robust, robust_loss, wci)
 
 
 def _measure_batch(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threat: ThreatModel,
-    num_steps: int,
-    step_size: float,
-    num_restarts: int,
-    generator: torch.Generator,
-    layers: Mapping[str, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """Return number, clean correct and loss, robust correct and loss [5], and trace samples [K, 1 + L]."""
-
+    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, generator: torch.Generator, layers: Any
+) -> Row:
     def losses(images: Tensor) -> Tensor:
         return F.cross_entropy(model(images).float(), y, reduction="none")
 
-    x_adv = pgd(
-        losses,
-        x,
-        threat=threat,
-        num_steps=num_steps,
-        step_size=step_size,
-        num_restarts=num_restarts,
-        generator=generator,
-    )
+    x_adv = attack.maximise(losses, x, generator)
     samples, parts = [], []
     with torch.set_grad_enabled(bool(layers)):
         for part in x_adv.split(TRACE_EXAMPLES) if layers else [x_adv]:
@@ -136,13 +110,10 @@ def _measure_batch(
     return torch.stack([value.double().cpu() for value in sums]), traces.double().cpu()
 
 
-def _gather(rows: list[tuple[Tensor, Tensor]], accelerator: "Accelerator") -> list[tuple[Tensor, Tensor]]:
-    """Collect the rows of all processes, in the order one process would have."""
+def _gather(rows: list[Row], accelerator: "Accelerator") -> list[Row]:
+    """Return the rows of all processes, in the order one process would have."""
     from accelerate.utils import gather_object
 
     first, step = accelerator.process_index, accelerator.num_processes
-    mine = [(first + k * step, sums.tolist(), samples.tolist()) for k, (sums, samples) in enumerate(rows)]
-    return [
-        (torch.tensor(sums, dtype=torch.float64), torch.tensor(samples, dtype=torch.float64))
-        for _, sums, samples in sorted(gather_object(mine))
-    ]
+    mine = [(first + k * step, row) for k, row in enumerate(rows)]
+    return [row for _, row in sorted(gather_object(mine), key=itemgetter(0))]

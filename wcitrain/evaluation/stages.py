@@ -7,19 +7,18 @@ of the highest loss.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from wcitrain.attacks import Attack, ThreatModel
-from wcitrain.attacks.ascent import ascend, input_gradient, starting_point
-from wcitrain.attacks.losses import attack_loss
-from wcitrain.evaluation.naming import GradientPlan
-from wcitrain.evaluation.state import AttackState
-from wcitrain.seeding import generator_from, seed_from
+from wcitrain.attacks import ThreatModel
+from wcitrain.evaluation.evaluation import save_arrays
+from wcitrain.evaluation.victim import Victim, is_right
+from wcitrain.seeding import seed_from
 
 
 @dataclass(frozen=True)
@@ -34,100 +33,67 @@ class Stage:
     attacks_all: bool = False
 
 
-def is_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return truth values [B]: the largest logit is the label's, and none is NaN or infinite."""
-    return (logits.max(1).indices == labels) & logits.isfinite().all(1)
+class AttackState:
+    """How far an attack on N examples is, kept in the file ``path``: after a kill it goes on from there.
 
-
-def gradient_stages(plan: GradientPlan, model: nn.Module, threat: ThreatModel, seed: int) -> list[Stage]:
-    """Return the restarts of PGD or FGSM.
-
-    The start of an example is a function of seed, restart and place alone: not of batch size, device, radius,
-    number of steps or loss: attacks start from the same points, a curve over eps has no noise of its own.
+    ``is_clean`` [N]: right without an attack. Without a path nothing is kept.
     """
-    # A loss that does not exist is refused here.
-    loss: Any = plan.loss
-    settings = Attack(threat, plan.num_steps, plan.step_size(threat), loss=loss)
 
-    def stage(restart: int) -> Stage:
-        def attack(x: Tensor, y: Tensor, places: Tensor) -> Tensor:
-            def losses(images: Tensor) -> Tensor:
-                return attack_loss(plan.loss)(model(images), y)
+    def __init__(self, is_clean: Tensor, path: Path | None) -> None:
+        self._path = path
+        self.is_robust = is_clean.clone()  # [N] right at the start and after all that was tried
+        self.todo = is_clean.clone()  # [N] what the stage under way attacks
+        self.losses = torch.full(is_clean.shape, torch.nan)  # [N] cross-entropies after the first restart
+        self.after: list[float] = []  # robust accuracy after each finished stage
+        self.batch = 0  # finished batches of the stage under way
+        self.furthest = 0.0  # longest perturbation that fooled the model, in the threat's norm
+        if path is not None and path.is_file():
+            with np.load(path, allow_pickle=False) as saved:
+                for name in ("is_robust", "todo", "losses"):
+                    setattr(self, name, torch.from_numpy(saved[name]))
+                for name in ("after", "batch", "furthest"):
+                    setattr(self, name, saved[name].tolist())
 
-            x_adv = x if plan.is_fgsm else _starts(x, threat, seed, restart, places)
-            for _ in range(plan.num_steps):
-                gradient = input_gradient(losses, x_adv)
-                x_adv = ascend(x, x_adv, gradient, threat, settings.step_size, settings.l1_share)
-            return x_adv
-
-        return Stage(f"restart {restart + 1}", attack, attacks_all=restart == 0)
-
-    return [stage(restart) for restart in range(plan.num_restarts)]
-
-
-def _starts(x: Tensor, threat: ThreatModel, seed: int, restart: int, places: Tensor) -> Tensor:
-    """Return uniform starting points, each drawn on the CPU by a generator of its own."""
-    one = torch.empty_like(x[:1], device="cpu")
-    rows = [
-        starting_point(
-            one.copy_(image), threat, "uniform", generator_from("cpu", seed, "evaluation", restart, place)
-        )
-        for image, place in zip(x.split(1), places.tolist(), strict=True)
-    ]
-    return torch.cat(rows).to(x.device)
+    def save(self) -> None:
+        """Write the file, if there is one."""
+        if self._path is not None:
+            save_arrays(self._path, {name: value for name, value in vars(self).items() if name != "_path"})
 
 
 @torch.no_grad()
 def run_stages(
-    stages: Sequence[Stage],
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    state: AttackState,
-    *,
-    threat: ThreatModel,
-    batch_size: int,
-    device: torch.device,
-    seed: int,
-    bar: "tqdm[None]",
+    stages: Sequence[Stage], victim: Victim, threat: ThreatModel, state: AttackState, title: str
 ) -> None:
     """Run what ``state`` has not seen yet, and save it after every batch.
 
     The batches of a stage are cut from what was robust at its start, in the order of the set. The global
-    random state is seeded for each batch, so that a randomised model meets the same numbers whether or not
-    the run was interrupted.
+    random state is seeded for each batch: a randomised model meets the same numbers after an interruption.
     """
-    for number, stage in enumerate(stages):
-        if number < len(state.after):
-            continue
-        if state.batch == 0:
-            state.todo = torch.ones_like(state.is_robust) if stage.attacks_all else state.is_robust.clone()
-        places = state.todo.nonzero().flatten()
-        if not len(places):
-            break
-        for batch, chosen in enumerate(places.split(batch_size)):
-            if batch < state.batch:
-                continue
-            images, labels = x[chosen].to(device), y[chosen].to(device)
-            torch.manual_seed(seed_from(seed, stage.name, batch))
-            x_adv = stage.attack(images, labels, chosen)
-            logits = model(x_adv)
-            is_fooled = ~is_right(logits, labels).cpu()
-            if stage.attacks_all:
-                state.losses[chosen] = F.cross_entropy(logits.float(), labels, reduction="none").cpu()
-            fooled = is_fooled & state.is_robust[chosen]
-            lengths = _lengths(x_adv - images, threat).cpu()[fooled]
-            state.furthest = max(state.furthest, float(lengths.max()) if len(lengths) else 0.0)
-            state.is_robust[chosen[is_fooled]] = False
-            state.batch = batch + 1
+    with tqdm(unit=" images", desc=title, disable=None) as bar:
+        for stage in stages[len(state.after) :]:
+            if state.batch == 0:
+                state.todo = state.is_robust | stage.attacks_all
+            places = state.todo.nonzero().flatten()
+            if not len(places):
+                break
+            for batch, chosen in list(enumerate(places.split(victim.batch_size)))[state.batch :]:
+                images, labels = victim.batch(chosen)
+                torch.manual_seed(seed_from(victim.seed, stage.name, batch))
+                x_adv = stage.attack(images, labels, chosen)
+                logits = victim.model(x_adv)
+                if stage.attacks_all:
+                    state.losses[chosen] = F.cross_entropy(logits.float(), labels, reduction="none").cpu()
+                is_fooled = ~is_right(logits, labels).cpu()
+                lengths = _lengths(x_adv - images, threat).cpu()[is_fooled & state.is_robust[chosen]]
+                state.furthest = max([state.furthest, *lengths.tolist()])
+                state.is_robust[chosen[is_fooled]] = False
+                state.batch = batch + 1
+                state.save()
+                bar.set_postfix_str(f"{stage.name}, {int(state.is_robust.sum())} robust", refresh=False)
+                bar.update(len(chosen))
+            state.after.append(float(state.is_robust.double().mean()))
+            state.batch = 0
             state.save()
-            bar.set_postfix_str(
-                f"{stage.name}, {100 * float(state.is_robust.float().mean()):.1f} % robust", refresh=False
-            )
-            bar.update(len(chosen))
-        state.after.append(float(state.is_robust.double().mean()))
-        state.batch = 0
-        state.save()
 
 
 def _lengths(delta: Tensor, threat: ThreatModel) -> Tensor:

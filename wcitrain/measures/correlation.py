@@ -2,7 +2,7 @@
 
 Legend: M models, μ [M] a measure, g [M] what it should predict (a robust gap), θ_i a hyper-parameter.
 
-    τ, ρ, r     Kendall's τ_b, Spearman's ρ and Pearson's r of (μ, g) over all models                      (1)
+    τ, r     Kendall's τ_b and Pearson's r of (μ, g) over all models                                       (1)
     ψ_i = mean over groups that agree in every θ_j, j ≠ i, of
           mean over their pairs with different θ_i of sign(μ − μ') sign(g − g'),        Ψ = mean_i ψ_i     (2)
     K_S = I( sign Δμ ; sign Δg | θ_S, θ_S' ) / H( sign Δg | θ_S, θ_S' ),     K = min over |S| <= 2 of K_S  (3)
@@ -30,12 +30,10 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-MAX_CONDITIONED = 2
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic with its 95 % interval; NaN where it has none (a constant, too few models)."""
+    """A statistic with its 95 % interval; NaN where there is none (a constant, too few models)."""
 
     value: float
     low: float = math.nan
@@ -51,27 +49,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Correlation:
-    """How one measure goes with one target; see the equations of the module.
+    """How one measure goes with one target."""
 
-    Args:
-        kendall, spearman, pearson: (1).
-        granulated: Ψ of (2); NaN without an axis that has pairs.
-        by_axis: ψ_i of (2), for the axes that have pairs.
-        within: Mean over runs of Kendall's τ among a run's checkpoints; NaN where no run has three of them.
-        information: K of (3).
-        information_chance: 95 % quantile of K for a shuffled measure.
-        num_models, num_runs: Models with a finite measure and target, and the runs they come from.
-    """
-
-    kendall: Estimate
-    spearman: Estimate
+    kendall: Estimate  # (1)
     pearson: Estimate
-    granulated: Estimate
-    by_axis: Mapping[str, float]
-    within: Estimate
-    information: float
-    information_chance: float
-    num_models: int
+    granulated: Estimate  # Ψ of (2); NaN without an axis that has pairs
+    information: float  # K of (3)
+    information_chance: float  # 95 % quantile of K for a shuffled measure
+    num_models: int  # with a finite measure and target
     num_runs: int
 
 
@@ -87,20 +72,18 @@ def correlate(
     """Correlate a measure with a target over models.
 
     Args:
-        measure: μ [M]; models where it or the target is not finite are left out.
-        target: g [M].
+        measure, target: μ and g [M]; models where one of them is not finite are left out.
         runs: The run each model comes from [M], any hashable; models of one run are its checkpoints.
         axes: θ_i [M] for each hyper-parameter i by name, any hashable. Seeds do not belong here.
         num_bootstrap: Draws of the bootstrap, and a fifth as many shuffles; 0 leaves intervals out.
-        seed: Of both.
 
     Raises:
         ValueError: Columns of different lengths, or fewer than three models with finite numbers.
 
     >>> axes = {"lr": [1, 1, 2, 2]}
     >>> result = correlate([1, 2, 3, 4], [2, 3, 5, 9], runs="abcd", axes=axes, num_bootstrap=0)
-    >>> result.kendall.value, result.by_axis
-    (1.0, {'lr': 1.0})
+    >>> result.kendall.value, result.granulated.value
+    (1.0, 1.0)
     """
     lengths = {len(column) for column in (measure, target, runs, *axes.values())}
     if len(lengths) > 1:
@@ -110,64 +93,40 @@ def correlate(
     if keep.sum() < 3:
         raise ValueError(f"correlate: got {keep.sum()} models with finite numbers; expected at least 3.")
     mu, g = mu[keep], g[keep]
-    run = _codes([r for r, k in zip(runs, keep, strict=True) if k])
-    columns = {
-        name: _codes([v for v, k in zip(values, keep, strict=True) if k]) for name, values in axes.items()
-    }
-    columns = {name: column for name, column in columns.items() if column.max() > 0}
-    generator = np.random.default_rng(seed)
-    num_runs = int(run.max()) + 1
+    run = _codes(runs, keep)
+    coded = {name: _codes(values, keep) for name, values in axes.items()}
+    columns = {name: column for name, column in coded.items() if column.max() > 0}  # that differ
+    generator, num_runs = np.random.default_rng(seed), int(run.max()) + 1
     drawn = generator.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=num_bootstrap)
     # c [1 + B, M]: how often each model was drawn.
     counts = np.concatenate([np.ones((1, len(mu))), drawn[:, run]])
 
-    sx, sy = _signs(mu), _signs(g)
-    pairs = {name: found for name in columns if len((found := _axis_pairs(name, columns, run))[0])}
-    psi = {name: _granulated(sx * sy, counts, *found) for name, found in pairs.items()}
-    members = [run == r for r in range(num_runs)]
-    taus = np.array([_tau(sx[m][:, m], sy[m][:, m], counts[:, m]) for m in members if m.sum() >= 3])
-    weights = np.array([counts[:, m].max(1) for m in members if m.sum() >= 3])
-
+    sx, sy = (np.sign(x[:, None] - x[None, :]) for x in (mu, g))  # [M, M]
+    granulated = (_granulated(sx * sy, counts, *_axis_pairs(name, columns)) for name in columns)
+    psi = [values for values in granulated if len(values)]
+    members = [np.flatnonzero(run == r) for r in range(num_runs)]
     conditions = _conditions(columns, len(mu))
-    information = _information(mu, g, run, conditions)
-    shuffled = [
-        _information(_shuffled(mu, members, generator), g, run, conditions) for _ in range(num_bootstrap // 5)
-    ]
+    others = (_shuffled(mu, members, generator) for _ in range(num_bootstrap // 5))
+    shuffled = [_information(other, g, run, conditions) for other in others]
     return Correlation(
         kendall=_estimate(_tau(sx, sy, counts)),
-        spearman=_estimate(_pearson(_ranks(mu, counts), _ranks(g, counts), counts)),
-        pearson=_estimate(
-            _pearson(np.broadcast_to(mu, counts.shape), np.broadcast_to(g, counts.shape), counts)
-        ),
-        granulated=_estimate(_mean(np.array(list(psi.values())))) if psi else Estimate(math.nan),
-        by_axis={name: float(values[0]) for name, values in psi.items()},
-        within=_estimate(_mean(taus, weights)) if len(taus) else Estimate(math.nan),
-        information=information,
+        pearson=_estimate(_pearson(mu, g, counts)),
+        granulated=_estimate(_mean(psi)) if psi else Estimate(math.nan),
+        information=_information(mu, g, run, conditions),
         information_chance=float(np.percentile(shuffled, 95)) if shuffled else math.nan,
         num_models=len(mu),
         num_runs=num_runs,
     )
 
 
-def conditional_information(mu: Floats, g: Floats, run: Ints, columns: Mapping[str, Ints]) -> float:
-    """Return K of (3) over pairs of different runs; NaN where the target's signs have no entropy.
-
-    Args:
-        mu, g: [M].
-        run: Number of each model's run [M].
-        columns: θ_i as numbers [M], by name.
-    """
-    return _information(mu, g, run, _conditions(columns, len(mu)))
-
-
 def _conditions(columns: Mapping[str, Ints], num: int) -> list[Ints]:
     """Return for every set S of (3) which of its values each ordered pair of models has [M, M]."""
     conditions = []
-    for size in range(MAX_CONDITIONED + 1):
-        for names in itertools.combinations(columns, size):
+    for size in range(3):
+        for chosen in itertools.combinations(columns.values(), size):
             cell = np.zeros((num, num), dtype=np.int64)
-            for name in names:
-                column, values = columns[name], int(columns[name].max()) + 1
+            for column in chosen:
+                values = int(column.max()) + 1
                 cell = (cell * values + column[:, None]) * values + column[None, :]
             conditions.append(np.unique(cell, return_inverse=True)[1].reshape(num, num))
     return conditions
@@ -175,7 +134,7 @@ def _conditions(columns: Mapping[str, Ints], num: int) -> list[Ints]:
 
 def _information(mu: Floats, g: Floats, run: Ints, conditions: Sequence[Ints]) -> float:
     """Return K of (3). Both orders of a pair count, so the order of the models does not matter."""
-    signs_mu, signs_g = _signs(mu), _signs(g)
+    signs_mu, signs_g = (np.sign(x[:, None] - x[None, :]) for x in (mu, g))
     keep = (run[:, None] != run[None, :]) & (signs_g != 0)
     code = 2 * (signs_mu[keep].astype(np.int64) + 1) + (signs_g[keep] > 0)
     if not len(code):
@@ -190,46 +149,39 @@ def _information(mu: Floats, g: Floats, run: Ints, conditions: Sequence[Ints]) -
     return max(0.0, min(shares)) if shares else math.nan
 
 
-def _shuffled(mu: Floats, members: Sequence[npt.NDArray[np.bool_]], generator: np.random.Generator) -> Floats:
+def _shuffled(mu: Floats, members: Sequence[Ints], generator: np.random.Generator) -> Floats:
     """Return μ with the runs' blocks of values in another order: checkpoints of a run stay together."""
-    places = [np.flatnonzero(m) for m in members]
-    order = generator.permutation(len(places))
     result = np.empty_like(mu)
-    result[np.concatenate(places)] = mu[np.concatenate([places[r] for r in order])]
+    order = generator.permutation(len(members))
+    result[np.concatenate(members)] = mu[np.concatenate([members[r] for r in order])]
     return result
 
 
-def _axis_pairs(axis: str, columns: Mapping[str, Ints], run: Ints) -> tuple[Ints, Ints, Ints]:
+def _axis_pairs(axis: str, columns: Mapping[str, Ints]) -> tuple[Ints, Ints, Ints]:
     """Return the pairs of models that differ in one axis alone: first, second, number of their group."""
-    group = np.zeros(len(run), dtype=np.int64)
+    group = np.zeros_like(columns[axis])
     for name, column in columns.items():
         if name != axis:
             group = group * (int(column.max()) + 1) + column
-    first, second = np.triu_indices(len(run), 1)
+    first, second = np.triu_indices(len(group), 1)
     keep = (group[first] == group[second]) & (columns[axis][first] != columns[axis][second])
     return first[keep], second[keep], np.unique(group[first[keep]], return_inverse=True)[1]
 
 
 def _granulated(product: Floats, counts: Floats, first: Ints, second: Ints, group: Ints) -> Floats:
-    """Return ψ of (2) for rows of counts [B], a pair weighing as often as it was drawn; NaN for none."""
+    """Return ψ of (2) for rows of counts [B], a pair weighing as often as it was drawn; [0] without pairs."""
+    if not len(group):
+        return np.empty(0)
     weights = counts[:, first] * counts[:, second]  # [B, pairs]
     members = np.eye(int(group.max()) + 1)[group]  # [pairs, groups]
-    return _mean((weights * product[first, second] @ members).T, (weights @ members).T, is_sum=True)
+    sums, totals = (weights * product[first, second] @ members).T, (weights @ members).T  # [groups, B]
+    return _mean(list(_quotient(sums, totals)))
 
 
-def _mean(values: Floats, weights: Floats | None = None, *, is_sum: bool = False) -> Floats:
-    """Return the mean over the first dimension of what is finite and was drawn, NaN where nothing was.
-
-    With ``is_sum`` the values are sums over ``weights``: their quotients are averaged, each counting once.
-    """
-    weights = np.ones_like(values) if weights is None else weights
-    there = np.isfinite(values) & (weights > 0)
-    if is_sum:
-        values = np.divide(values, weights, out=np.zeros_like(values), where=there)
-        weights = there.astype(np.float64)
-    total = np.where(there, weights, 0.0).sum(0)
-    sums = np.where(there, values * weights, 0.0).sum(0)
-    return np.divide(sums, total, out=np.full_like(total, math.nan), where=total > 0)
+def _mean(rows: Sequence[Floats]) -> Floats:
+    """Return the mean of rows over what is finite, NaN where nothing is."""
+    is_finite = np.isfinite(rows)
+    return _quotient(np.where(is_finite, rows, 0.0).sum(0), is_finite.sum(0).astype(np.float64))
 
 
 def _tau(sx: Floats, sy: Floats, counts: Floats) -> Floats:
@@ -238,45 +190,33 @@ def _tau(sx: Floats, sy: Floats, counts: Floats) -> Floats:
     def over_pairs(matrix: Floats) -> Floats:
         return ((counts @ matrix) * counts).sum(1)
 
-    return _quotient(over_pairs(sx * sy), over_pairs(np.abs(sx)) * over_pairs(np.abs(sy)))
+    squared = over_pairs(np.abs(sx)) * over_pairs(np.abs(sy))
+    return np.clip(_quotient(over_pairs(sx * sy), np.sqrt(squared)), -1, 1)
 
 
 def _pearson(x: Floats, y: Floats, counts: Floats) -> Floats:
-    """Return Pearson's r of x and y [B, M] for every row of counts [B]; NaN for a constant."""
+    """Return Pearson's r of x and y, [M] or [B, M], for every row of counts [B]; NaN for a constant."""
     total = counts.sum(1, keepdims=True)
     x = x - (counts * x).sum(1, keepdims=True) / total
     y = y - (counts * y).sum(1, keepdims=True) / total
-    scale = [np.abs(np.where(counts > 0, column, 0.0)).max(1, keepdims=True) for column in (x, y)]
-    x, y = (column / np.where(size > 0, size, 1.0) for column, size in zip((x, y), scale, strict=True))
-    return _quotient((counts * x * y).sum(1), (counts * x * x).sum(1) * (counts * y * y).sum(1))
+    for column in (x, y):
+        size = np.abs(np.where(counts > 0, column, 0.0)).max(1, keepdims=True)
+        column /= np.where(size > 0, size, 1.0)
+    squared = (counts * x * x).sum(1) * (counts * y * y).sum(1)
+    return np.clip(_quotient((counts * x * y).sum(1), np.sqrt(squared)), -1, 1)
 
 
-def _quotient(numerator: Floats, squared: Floats) -> Floats:
-    """Return numerator / sqrt(squared) within [-1, 1]; NaN where the latter is zero up to rounding."""
-    tiny = 1e-20
-    result = np.full_like(numerator, math.nan)
-    np.divide(numerator, np.sqrt(squared), out=result, where=squared > tiny)
-    return np.clip(result, -1, 1)
-
-
-def _ranks(x: Floats, counts: Floats) -> Floats:
-    """Return the ranks [B, M] of the models in each drawn sample, ties averaged."""
-    below = (x[:, None] < x[None, :]).astype(np.float64)
-    level = (x[:, None] == x[None, :]).astype(np.float64)
-    return counts @ below + (counts @ level + 1) / 2
-
-
-def _signs(x: Floats) -> Floats:
-    """Return sign(x_i − x_j) [M, M]."""
-    return np.sign(x[:, None] - x[None, :])
+def _quotient(numerator: Floats, denominator: Floats) -> Floats:
+    """Return the quotient, NaN where the denominator is zero up to rounding."""
+    undefined = np.full_like(numerator, math.nan)
+    return np.divide(numerator, denominator, out=undefined, where=denominator > 1e-10)
 
 
 def _estimate(values: Floats) -> Estimate:
     """Return the first value with the percentile interval of the others, if at least 20 are numbers."""
     value, drawn = float(values[0]), values[1:][np.isfinite(values[1:])]
-    if math.isnan(value) or len(drawn) < 20:
-        return Estimate(value)
-    return Estimate(value, *np.percentile(drawn, [2.5, 97.5]).tolist())
+    has_interval = not math.isnan(value) and len(drawn) >= 20
+    return Estimate(value, *np.percentile(drawn, [2.5, 97.5]).tolist()) if has_interval else Estimate(value)
 
 
 def _entropy(counts: Any) -> float:
@@ -286,10 +226,11 @@ def _entropy(counts: Any) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _codes(values: Sequence[Any]) -> Ints:
-    """Return values as numbers 0, 1, ... in order of first appearance."""
+def _codes(values: Sequence[Any], keep: npt.NDArray[np.bool_]) -> Ints:
+    """Return the values to keep as numbers 0, 1, ... in order of first appearance."""
     known: dict[Any, int] = {}
-    return np.array([known.setdefault(value, len(known)) for value in values], dtype=np.int64)
+    kept = itertools.compress(values, keep)
+    return np.array([known.setdefault(value, len(known)) for value in kept], dtype=np.int64)
 
 
 def _short(value: float) -> str:

@@ -24,7 +24,7 @@ class Examples:
             if batch is None:
                 self._left = 0
                 break
-            x, y = self._pair(batch)
+            x, y = _pair(batch)
             keep = int(min(len(x), self._left))
             self._left -= keep
             self._x.append(x[:keep])
@@ -44,23 +44,11 @@ class Examples:
         """Return the first example without taking it."""
         return self._x[0][:1], self._y[0][:1]
 
-    @staticmethod
-    def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-        """Return images and labels of a batch."""
-        pair = batch[:2] if isinstance(batch, tuple | list) else ()
-        if (
-            len(pair) < 2
-            or not all(isinstance(item, Tensor) for item in pair)
-            or len(pair[0]) != len(pair[1])
-        ):
-            got = f"a {type(batch).__name__}"
-            got += (
-                f" of {', '.join(type(item).__name__ for item in batch)}"
-                if isinstance(batch, tuple | list)
-                else ""
-            )
-            raise ValueError(
-                f"data: got {got} as a batch; expected (x, y, ...), two tensors of the same length first. "
-                "Wrap the loader in a generator that yields them."
-            )
-        return pair[0], pair[1]
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return images and labels of a batch."""
+    x, y, *_ = [*batch, None, None] if isinstance(batch, tuple | list) else (None, None)
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or len(x) != len(y):
+        rule = "expected (x, y, ...), two tensors of the same length first. Wrap the loader in a generator."
+        raise ValueError(f"data: got a {type(batch).__name__} as a batch; {rule}")
+    return x, y

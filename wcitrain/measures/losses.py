@@ -1,99 +1,162 @@
-"""The losses themselves, and how far test is from train: what the other measures are to predict."""
+"""Losses and margins of the outputs, on clean or adversarial examples, and how far test is from train.
+
+Legend: z [C] logits, γ margin of an example, q quantile of the margins, A_l the linear map of layer l.
+
+    γ(x, y) = z_y − max_{j ≠ y} z_j        (> 0: classified rightly)                                       (1)
+    normalised margin = q(γ) / Π_l ‖A_l‖_σ                                                                 (2)
+
+Margins alone grow with the scale of the weights; (2) divides it out, by the product of `norms.SpectralNorms`.
+The bound of Bartlett et al. also has a factor from the distance to initialisation.
+"""
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
-from torch import nn
+import torch
+from pydantic import Field
+from torch import Tensor, nn
 
-from wcitrain.attacks import ThreatModel
-from wcitrain.measures.adversarial import attack_text, attacked, held, losses_of, mean_and_error, measuring
-from wcitrain.measures.measurement import Measurement
-from wcitrain.params import unwrapped
+from wcitrain.measures.means import Chunks, losses_of, mean_and_error
+from wcitrain.measures.norms import SpectralNorms
+from wcitrain.measures.problem import Measure, Measurement, Problem, Taken, attack_text
+from wcitrain.method import InnerShare, method
 
 
-def robust_loss(
-    model: nn.Module,
-    data: Iterable[Any],
-    threat: ThreatModel | None,
-    *,
-    num_examples: int | None = None,
-    num_steps: int = 10,
-    step_size: float | None = None,
-    num_restarts: int = 1,
-    chunk_size: int = 100,
-    seed: int = 0,
-) -> Measurement:
-    """Measure the mean cross-entropy under PGD, its error over examples; ``parts``: ``accuracy`` in [0, 1].
+@method
+class RobustLoss(Measure):
+    """Mean cross-entropy under the problem's attack; without one the clean loss.
 
-    Args:
-        model: Gives logits [N, C] for images in [0, 1].
-        data: Iterable of (x, y, ...), y classes [N].
-        threat: The adversary; None measures the clean loss.
-        num_examples: How many, by default all.
-        num_steps, num_restarts: Of PGD, from random starts; the last iterate counts, of several the worst.
-        step_size: In the threat's norm; by default 2.5 eps / num_steps.
-        chunk_size: Examples attacked at once; decides, with ``seed``, their starting points.
-        seed: Of the starts.
-
-    Raises:
-        ValueError: No examples, images outside [0, 1] under attack, an argument out of range.
-
-    >>> import torch
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    >>> x, y = torch.rand(8, 1, 2, 2), torch.arange(8) % 3
-    >>> threat = ThreatModel("linf", 0.1)
-    >>> robust_loss(model, [(x, y)], threat).value > robust_loss(model, [(x, y)], None).value
-    True
+    The standard error is over examples. ``parts``: ``accuracy`` in [0, 1].
     """
-    model = unwrapped(model)
-    with measuring(model):
-        chunks = held(model, data, num_examples, chunk_size)
-        chunks = attacked(
-            model,
-            chunks,
-            threat,
-            num_steps=num_steps,
-            step_size=step_size,
-            num_restarts=num_restarts,
-            seed=seed,
-        )
-        losses = losses_of(model, chunks)
-        correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in chunks)
-    value, stderr = mean_and_error(losses)
-    settings = attack_text(threat, num_steps, num_restarts)
-    return Measurement(
-        "robust_loss", value, stderr, len(losses), settings, {"accuracy": correct / len(losses)}
-    )
+
+    name = "robust_loss"
+    source = "Madry et al., arXiv 1706.06083, eq. 2.1"
+    cost = "1 attack, 2 forward passes"
+
+    def take(self, problem: Problem) -> Taken:
+        """Return the losses at the adversarial images."""
+        return _losses(problem, problem.adversarial(), problem.attack_text)
 
 
-def robust_gap(
-    model: nn.Module, train: Iterable[Any], test: Iterable[Any], threat: ThreatModel | None, **settings: Any
-) -> Measurement:
-    """Measure the robust generalisation gap: robust loss on test minus robust loss on train.
+@method
+class CleanLoss(Measure):
+    """Mean cross-entropy of the clean images, whatever the attack.
 
-    ``parts``: ``accuracy_gap`` = robust accuracy on train minus that on test, and both losses and accuracies.
-    The errors of the two sets are independent and add up in squares.
-
-    Args:
-        model, threat: See ``robust_loss``.
-        train, test: Iterables of (x, y, ...); training images without augmentation.
-        settings: Further arguments of ``robust_loss``, the same for both sets.
+    The standard error is over examples. ``parts``: ``accuracy`` in [0, 1].
     """
-    on_train = robust_loss(model, train, threat, **settings)
-    on_test = robust_loss(model, test, threat, **settings)
-    parts = {
-        "train_loss": on_train.value,
-        "test_loss": on_test.value,
-        "train_accuracy": on_train.parts["accuracy"],
-        "test_accuracy": on_test.parts["accuracy"],
-        "accuracy_gap": on_train.parts["accuracy"] - on_test.parts["accuracy"],
-    }
-    return Measurement(
-        "robust_gap",
-        on_test.value - on_train.value,
-        math.hypot(on_train.stderr, on_test.stderr),
-        on_train.num_examples + on_test.num_examples,
-        on_train.settings,
-        parts,
+
+    name = "clean_loss"
+    source = "definition"
+    cost = "2 forward passes"
+
+    def take(self, problem: Problem) -> Taken:
+        """Return the losses at the images themselves."""
+        return _losses(problem, problem.clean(), attack_text(None))
+
+
+def _losses(problem: Problem, chunks: Chunks, settings: str) -> Taken:
+    """Return losses [N] and accuracy at images."""
+    losses = losses_of(problem.model, chunks)
+    correct = sum(int((problem.model(x).argmax(1) == y).sum()) for x, y in chunks)
+    return losses, settings, {"accuracy": correct / len(losses)}
+
+
+@method
+class RobustGap(Measure):
+    """Robust generalisation gap: robust loss on test images minus that on the problem's own.
+
+    The errors of the two sets are independent and add up in squares. ``parts``: ``accuracy_gap`` = robust
+    accuracy on train minus that on test, and both losses and accuracies. Take training images without
+    augmentation.
+    """
+
+    name = "robust_gap"
+    source = "definition; Rice, Wong & Kolter, arXiv 2002.11569"
+    cost = "1 attack, 2 forward passes; as much again for the test images"
+    needs_test = True
+
+    def measure(self, problem: Problem) -> Measurement:
+        """Return the difference."""
+        train, test = (RobustLoss().measure(one) for one in (problem, problem.test()))
+        parts = {
+            "train_loss": train.value,
+            "test_loss": test.value,
+            "train_accuracy": train.parts["accuracy"],
+            "test_accuracy": test.parts["accuracy"],
+            "accuracy_gap": train.parts["accuracy"] - test.parts["accuracy"],
+        }
+        value, stderr = test.value - train.value, math.hypot(train.stderr, test.stderr)
+        num = train.num_examples + test.num_examples
+        return Measurement(self.name, value, stderr, num, train.settings, parts)
+
+
+@method
+class Margins(Measure):
+    """Quantile of the margins of the outputs: the right class over the best other one.
+
+    ``parts``: ``mean``, ``mean_stderr``, ``median``, ``min``, ``accuracy``. The standard error is half the
+    distance between the quantiles one binomial standard error, sqrt(q (1 − q) / N), to either side: of the
+    examples as a sample.
+    """
+
+    quantile: InnerShare = Field(
+        default=0.1, description="q; the tenth percentile is what bounds use in place of the minimum."
     )
+    name = "margins"
+    source = "definition; the percentile as in Jiang et al., arXiv 1912.02178"
+    cost = "1 attack, 1 forward pass"
+
+    def take(self, problem: Problem) -> Taken:
+        """Return the quantile of (1)."""
+        values = output_margins(problem.model, problem.adversarial())
+        q, num = self.quantile, len(values)
+        spread = math.sqrt(q * (1 - q) / num)
+        places = [min(max(share, 0.0), 1.0) for share in (q - spread, q, q + spread, 0.5)]
+        low, value, high, median = (float(torch.quantile(values, place)) for place in places)
+        mean, error = mean_and_error(values)
+        accuracy = float((values > 0).double().mean())
+        parts = {"mean": mean, "mean_stderr": error, "median": median, "min": float(values.min())}
+        stderr = (high - low) / 2 if num > 1 else math.nan
+        settings = f"{100 * q:g} % quantile, {problem.attack_text}"
+        return (value, stderr, num), settings, parts | {"accuracy": accuracy}
+
+
+@method
+class NormalisedMargin(Margins):
+    """Quantile of the margins over the product of the layers' spectral norms.
+
+    ``parts``: ``margin``, ``log_spectral_product`` = Σ ln ‖A_l‖_σ (the product itself may overflow),
+    ``log_complexity`` = 2 Σ ln ‖A_l‖_σ − 2 ln margin, NaN where the margin is not positive. The standard
+    error is that of the margin.
+    """
+
+    name = "normalised_margin"
+    source = "Bartlett, Foster & Telgarsky, arXiv 1706.08498"
+    cost = "1 attack, 1 forward pass, and those of spectral_norms"
+
+    def measure(self, problem: Problem) -> Measurement:
+        """Return (2)."""
+        margin = Margins(self.quantile).measure(problem)
+        log_product = SpectralNorms().measure(problem).value / 2
+        scale = math.exp(-log_product) if log_product < 700 else 0.0
+        parts = {
+            "margin": margin.value,
+            "log_spectral_product": log_product,
+            "log_complexity": 2 * log_product - 2 * math.log(margin.value) if margin.value > 0 else math.nan,
+        }
+        value = margin.value * scale, margin.stderr * scale
+        return Measurement(self.name, *value, margin.num_examples, margin.settings, parts)
+
+
+def output_margins(model: nn.Module, chunks: Chunks) -> Tensor:
+    """Return the margins (1) of all examples [N], float64 on the CPU, no graph."""
+    values = []
+    with torch.no_grad():
+        for x, y in chunks:
+            z = model(x).double()
+            if z.ndim != 2 or z.shape[1] < 2 or y.ndim != 1 or int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
+                got = f"outputs {tuple(z.shape)} and labels {tuple(y.shape)} up to {int(y.max())}"
+                raise ValueError(f"margins: got {got}; expected [B, C], C >= 2, and classes [B] below C.")
+            right = z.gather(1, y[:, None]).squeeze(1)
+            others = z.scatter(1, y[:, None], -math.inf).amax(1)
+            values.append((right - others).cpu())
+    return torch.cat(values)

@@ -12,167 +12,156 @@ by a hook; not its kernel as a matrix (a lower number), nor the circular map of 
 exact by FFT, but for stride one and periodic images only). Lanczos on A_lᵀ A_l finds it to about 1e-4.
 
 Normalisation is not folded into convolutions, as the code of Dziugaite et al. (2020) does: which layer it
-follows is not visible from outside. So (1) and (4) change when a convolution before a BatchNorm is rescaled,
-which changes no output. (2) does not: BatchNorm in eval mode is a diagonal map and counts as one more layer,
-with norm max |γ| / sqrt(v + ε). (3) uses its affine map. For a chain of layers and 1-Lipschitz activations
-exp((2) / 2) bounds the network's Lipschitz constant; skip connections would add up. The input normalisation
-of ``models.Classifier`` is part of no norm.
+follows is not visible from outside. So (1) and (4) change when a convolution before a BatchNorm is rescaled.
+(2) does not: BatchNorm in eval mode is a diagonal map and counts as one more layer. (3) uses its affine map.
+For a chain of layers and 1-Lipschitz activations exp((2) / 2) bounds the network's Lipschitz constant.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Annotated
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from wcitrain.measures.adversarial import measuring
-from wcitrain.measures.measurement import Measurement
+from wcitrain.measures.problem import Measure, Problem, Taken
+from wcitrain.method import Text, method
 from wcitrain.models import Classifier
-from wcitrain.params import Layers, select_layers, unwrapped
+from wcitrain.params import Layers, select_layers
 
-RELATIVE_ERROR = 1e-4  # of the eigenvalue ‖A‖², where Lanczos stops
-DENSE = 64  # inputs or outputs up to which a map is written out as a matrix
+Counted = Annotated[Text, Field(description="What counts, see params.select_layers.")]
 
 
-def frobenius_norms(model: nn.Module, *, layers: str = "weights") -> Measurement:
-    """Return Σ_l ‖W_l‖_F² of (1); parts: ``log_product``, and every layer's ‖W_l‖_F² under its name.
+@method
+class FrobeniusNorms(Measure):
+    """Sum Σ_l ‖W_l‖_F² of the layers' squared Frobenius norms.
 
-    Args:
-        model: Any module.
-        layers: What counts, see ``params.select_layers``.
-
-    >>> frobenius_norms(nn.Linear(2, 3)).parts.keys()
-    dict_keys(['log_product', 'weight'])
+    ``parts``: ``log_product``, and every layer's ‖W_l‖_F² under its name.
     """
-    with measuring(unwrapped(model)):
-        chosen = select_layers(model, layers)
-    squares = chosen.squared_norms().tolist()
-    parts = {"log_product": _log_sum(squares), **dict(zip(chosen, squares, strict=True))}
-    return Measurement("frobenius_norms", sum(squares), settings=f"{len(squares)} layers", parts=parts)
+
+    layers: Counted = "weights"
+    name = "frobenius_norms"
+    source = "Jiang et al., arXiv 1912.02178"
+    cost = "none"
+
+    def take(self, problem: Problem) -> Taken:
+        """Return (1)."""
+        chosen = select_layers(problem.model, self.layers)
+        squares = chosen.squared_norms().tolist()
+        parts = {"log_product": _log_sum(squares), **dict(zip(chosen, squares, strict=True))}
+        return (sum(squares), math.nan, 0), f"{len(squares)} layers", parts
 
 
-def spectral_norms(model: nn.Module, *, image_shape: Sequence[int] | None = None) -> Measurement:
-    """Return Σ_l ln ‖A_l‖_σ² of (2); parts: every layer's norm ‖A_l‖_σ, BatchNorm layers included.
+@method
+class SpectralNorms(Measure):
+    """Sum Σ_l ln ‖A_l‖_σ² over layers of their spectral norms, convolutions as the maps they are.
 
-    Cost: some 20 to 100 forward and backward passes through each convolution alone, one image.
-
-    Args:
-        model: Any module; convolutions count as maps, other weights of dimension >= 2 as [d_0, rest].
-        image_shape: [C, H, W] of an image; needed for convolutions only.
-
-    Raises:
-        ValueError: A convolution and no ``image_shape``; or one that is never called with such an image.
-
-    >>> print(spectral_norms(nn.Linear(3, 3, bias=False).requires_grad_(False)).parts.keys())
-    dict_keys(['weight'])
+    Other weights of dimension >= 2 count as matrices [d_0, rest]. ``parts``: every layer's norm ‖A_l‖_σ,
+    BatchNorm layers included.
     """
-    model = unwrapped(model)
-    with measuring(model):
-        norms = dict(_spectral(model, image_shape))
-    total = 2 * _log_sum(norms.values())
-    return Measurement("spectral_norms", total, settings=f"{len(norms)} layers, sum of ln σ²", parts=norms)
+
+    name = "spectral_norms"
+    source = "Bartlett, Foster & Telgarsky, arXiv 1706.08498"
+    cost = "20 to 100 forward and backward passes through each convolution, one image"
+
+    def take(self, problem: Problem) -> Taken:
+        """Return (2). A convolution that no image reaches is refused."""
+        norms = dict(_spectral(problem))
+        value = 2 * _log_sum(norms.values())
+        return (value, math.nan, 0), f"{len(norms)} layers, sum of ln σ²", norms
 
 
-def path_norm(model: nn.Module, *, image_shape: Sequence[int] | None = None) -> Measurement:
-    """Return ln of the squared path norm (3): the sum over all input-output paths of their squared weights.
+@method
+class PathNorm(Measure):
+    """Logarithm of the squared path norm: of the sum over all input-output paths of their squared weights.
 
     Every weight and bias is squared, BatchNorm is its affine map with both numbers squared, and ones go in:
-    where the activations leave positive numbers alone (ReLU) and pooling averages, that is the sum over paths
-    (Neyshabur et al. 2015). Of a ``Classifier`` it is the backbone's, ones in place of the normalised image.
-    In float64, on a copy.
-
-    Args:
-        model: A network whose only normalisation is BatchNorm.
-        image_shape: [C, H, W] of an image; needed.
-
-    Raises:
-        ValueError: No ``image_shape``; another normalisation than BatchNorm, for which paths have no weights.
+    with ReLU and average pooling that is the sum over paths. Of a ``Classifier`` it is the backbone's. In
+    float64, on a copy. ``parts``: ``sum``.
     """
-    model = unwrapped(model)
-    model = model.backbone if isinstance(model, Classifier) else model
-    if image_shape is None:
-        raise ValueError("path_norm: got no image_shape; expected [C, H, W]. Pass what your images have.")
-    strange = sorted({type(m).__name__ for m in model.modules() if _is_other_norm(m)})
-    if strange:
-        raise ValueError(
-            f"path_norm: got a model with {', '.join(strange)}; expected BatchNorm or none: others are not "
-            "affine in eval mode. Leave this measure out."
-        )
-    with measuring(model), torch.no_grad():
+
+    name = "path_norm"
+    source = "Neyshabur et al., arXiv 1506.02617"
+    cost = "1 forward pass of one image"
+
+    def take(self, problem: Problem) -> Taken:
+        """Return (3). A normalisation other than BatchNorm, whose paths have no weights, is refused."""
+        model = problem.model.backbone if isinstance(problem.model, Classifier) else problem.model
+        if strange := sorted({type(m).__name__ for m in model.modules() if _is_other_norm(m)}):
+            rule = "expected BatchNorm or none: others are not affine in eval mode. Leave this measure out."
+            raise ValueError(f"path_norm: got a model with {', '.join(strange)}; {rule}")
         squared = copy.deepcopy(model).double()
-        own = {id(p) for m in squared.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
-        for p in squared.parameters():
-            if id(p) not in own:
-                p.square_()
-        for module in squared.modules():
-            if isinstance(module, _BatchNorm):
+        with torch.no_grad():
+            normalisations = [m for m in squared.modules() if isinstance(m, _BatchNorm)]
+            own = {id(p) for module in normalisations for p in module.parameters()}
+            for p in squared.parameters():
+                if id(p) not in own:
+                    p.square_()
+            for module in normalisations:
                 _square_batchnorm(module)
-        device = next(squared.parameters()).device
-        total = float(squared(torch.ones(1, *image_shape, dtype=torch.float64, device=device)).sum())
-    return Measurement(
-        "path_norm", _log(total), settings="ln of the sum of squared paths", parts={"sum": total}
-    )
+            total = float(squared(torch.ones_like(problem.clean()[0][0][:1], dtype=torch.float64)).sum())
+        return (_log_sum([total]), math.nan, 0), "ln of the sum of squared paths", {"sum": total}
 
 
-def distance_from_initialisation(
-    model: nn.Module, *, initial: Mapping[str, Tensor] | None, layers: str = "weights"
-) -> Measurement:
-    """Return sqrt(Σ_l ‖W_l − W_l⁰‖_F²) of (4); parts: ``relative`` to ‖W⁰‖, each layer's squared distance.
+@method
+class DistanceFromInitialisation(Measure):
+    """Distance sqrt(Σ_l ‖W_l − W_l⁰‖_F²) of the weights from those before training.
 
-    Args:
-        model: The trained network.
-        initial: Its state dict before training, under the same names (or the backbone's alone).
-        layers: What counts, see ``params.select_layers``.
-
-    Raises:
-        ValueError: No initial weights, or a layer is missing from them or has another shape there.
+    ``parts``: ``relative`` to ‖W⁰‖, each layer's squared distance.
     """
-    with measuring(unwrapped(model)):
-        chosen = select_layers(model, layers)
-    before = initial_weights(chosen, initial, "distance_from_initialisation")
-    differences = [t.detach() - w0 for t, w0 in zip(chosen.tensors, before, strict=True)]
-    squares = chosen.squares(differences)
-    value = math.sqrt(float(squares.sum()))
-    start = math.sqrt(float(chosen.squares(before).sum()))
-    parts = {
-        "relative": value / start if start else math.inf,
-        **dict(zip(chosen, squares.tolist(), strict=True)),
-    }
-    return Measurement("distance_from_initialisation", value, settings=f"{len(chosen)} layers", parts=parts)
+
+    layers: Counted = "weights"
+    needs_initial = True
+    name = "distance_from_initialisation"
+    source = "Jiang et al., arXiv 1912.02178"
+    cost = "none"
+
+    def take(self, problem: Problem) -> Taken:
+        """Return (4)."""
+        chosen = select_layers(problem.model, self.layers)
+        before = initial_weights(chosen, problem.initial, self.name)
+        squares = chosen.squares([t.detach() - w0 for t, w0 in zip(chosen.tensors, before, strict=True)])
+        value = math.sqrt(float(squares.sum()))
+        start = math.sqrt(float(chosen.squares(before).sum()))
+        parts = {"relative": value / start if start else math.inf}
+        parts |= dict(zip(chosen, squares.tolist(), strict=True))
+        return (value, math.nan, 0), f"{len(chosen)} layers", parts
 
 
 def initial_weights(layers: Layers, initial: Mapping[str, Tensor] | None, where: str) -> list[Tensor]:
-    """Return the initial weights of the layers' tensors, on their device and in their dtype.
+    """Return the layers' tensors out of a state dict from before training, or one of the backbone alone.
 
-    Raises:
-        ValueError: See ``distance_from_initialisation``.
+    They come on the device and in the dtype of the layers. No state dict, and one without a layer in its
+    shape, are refused.
     """
     known = {name.removeprefix("module."): t for name, t in (initial or {}).items()}
-    found = [known.get(name, known.get(name.removeprefix("backbone."))) for name in layers.names]
-    pairs = zip(layers.names, layers.tensors, found, strict=True)
-    wrong = [name for name, now, then in pairs if then is None or then.shape != now.shape]
+    before, wrong = [], []
+    for name, now in zip(layers.names, layers.tensors, strict=True):
+        then = known.get(name, known.get(name.removeprefix("backbone.")))
+        if then is None or then.shape != now.shape:
+            wrong.append(name)
+        else:
+            before.append(then.to(now))
     if initial is None or wrong:
-        got = (
-            "no initial weights" if initial is None else f"none of the right shape for {', '.join(wrong[:3])}"
-        )
+        misfit = f"none of the right shape for {', '.join(wrong[:3])}"
+        got = "no initial weights" if initial is None else misfit
         raise ValueError(f"{where}: got {got}; expected the state dict of this model before training.")
-    return [then.to(now) for now, then in zip(layers.tensors, found, strict=True) if then is not None]
+    return before
 
 
-def _spectral(model: nn.Module, image_shape: Sequence[int] | None) -> Iterator[tuple[str, float]]:
+def _spectral(problem: Problem) -> Iterator[tuple[str, float]]:
     """Yield the name and the spectral norm of every layer."""
-    modules = dict(model.named_modules())
+    modules = dict(problem.model.named_modules())
     maps = {f"{name}.weight".lstrip("."): m for name, m in modules.items() if isinstance(m, _ConvNd)}
-    shapes = _input_shapes(model, maps, image_shape) if maps else {}
-    for name, weight in select_layers(model, "weights").items():
+    shapes = _input_shapes(problem, maps) if maps else {}
+    for name, weight in select_layers(problem.model, "weights").items():
         if name in maps:
             yield name, max(_map_norm(maps[name], shape, weight) for shape in shapes[name])
         else:
@@ -182,47 +171,24 @@ def _spectral(model: nn.Module, image_shape: Sequence[int] | None) -> Iterator[t
             yield name, float(_affine(module)[0].abs().max())
 
 
-def _input_shapes(
-    model: nn.Module, maps: Mapping[str, nn.Module], image_shape: Sequence[int] | None
-) -> dict[str, set[torch.Size]]:
+def _input_shapes(problem: Problem, maps: Mapping[str, nn.Module]) -> dict[str, set[torch.Size]]:
     """Return the shapes of the inputs that every convolution gets when one image goes through the model."""
-    if image_shape is None:
-        raise ValueError(
-            f"spectral_norms: got no image_shape for a model with {len(maps)} convolutions; expected [C, H, "
-            "W]: their norm depends on it. Pass image_shape=(3, 32, 32) or what your images have."
-        )
     shapes: dict[str, set[torch.Size]] = {name: set() for name in maps}
-    first = next(model.parameters())
-    with (
-        _hooks([m.register_forward_pre_hook(_recorder(shapes[name])) for name, m in maps.items()]),
-        torch.no_grad(),
-    ):
-        model(torch.zeros(1, *image_shape, device=first.device, dtype=first.dtype))
-    unused = [name for name, found in shapes.items() if not found]
-    if unused:
-        raise ValueError(
-            f"spectral_norms: got {', '.join(unused[:3])}, which no image reaches; expected every "
-            "convolution to be used. Remove them, or measure the part of the model that is."
-        )
+    first = next(problem.model.parameters())
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in maps.items():
+            hook = module.register_forward_pre_hook(lambda _, x, own=shapes[name]: own.add(x[0].shape))
+            hooks.callback(hook.remove)
+        problem.model(torch.zeros_like(problem.clean()[0][0][:1], dtype=first.dtype))
+    if unused := [name for name, reached in shapes.items() if not reached]:
+        got = f"got {', '.join(unused[:3])}, which no image reaches"
+        raise ValueError(f"spectral_norms: {got}; expected every convolution to be used. Remove them.")
     return shapes
-
-
-def _recorder(shapes: set[torch.Size]) -> Callable[[nn.Module, Any], None]:
-    return lambda module, args: shapes.add(args[0].shape)
-
-
-@contextmanager
-def _hooks(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
-    """Remove the hooks on exit."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _map_norm(module: nn.Module, shape: torch.Size, weight: Tensor) -> float:
     """Return the spectral norm of the linear part of ``module``: Lanczos on AᵀA from one fixed start."""
+    from scipy.sparse.linalg import LinearOperator, eigsh  # slow to import
 
     def gram(v: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(v).reshape(shape).to(weight).requires_grad_()
@@ -232,19 +198,19 @@ def _map_norm(module: nn.Module, shape: torch.Size, weight: Tensor) -> float:
             return torch.autograd.grad(out, x, linear)[0].flatten().double().cpu().numpy()
 
     size = shape.numel()
-    if size <= DENSE:
+    if size <= 64:  # few enough inputs to write the map out as a matrix
         matrix = np.stack([gram(row) for row in np.eye(size)])
         return math.sqrt(float(np.linalg.eigvalsh((matrix + matrix.T) / 2)[-1]))
     start = np.random.default_rng(0).standard_normal(size)
     operator = LinearOperator((size, size), matvec=gram, dtype=np.float64)
-    top = eigsh(operator, k=1, which="LA", v0=start, tol=RELATIVE_ERROR, return_eigenvectors=False)
+    top = eigsh(operator, k=1, which="LA", v0=start, tol=1e-4, return_eigenvectors=False)
     return math.sqrt(max(float(top[0]), 0.0))
 
 
 def _affine(module: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Return scale and shift [C] of BatchNorm in eval mode, float64."""
-    assert module.running_var is not None
-    assert module.running_mean is not None
+    if module.running_var is None or module.running_mean is None:
+        raise ValueError("path_norm: got BatchNorm without running statistics; expected them. Track them.")
     scale = (module.running_var.double() + module.eps).rsqrt()
     if module.weight is not None:
         scale = scale * module.weight.detach().double()
@@ -254,12 +220,9 @@ def _affine(module: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 def _square_batchnorm(module: _BatchNorm) -> None:
     """Let BatchNorm in eval mode apply the squares of its scale and shift."""
-    if module.running_var is None or module.running_mean is None:
-        raise ValueError("path_norm: got BatchNorm without running statistics; expected them. Track them.")
     scale, shift = _affine(module)
     module.weight, module.bias = nn.Parameter(scale.square()), nn.Parameter(shift.square())
-    module.running_mean.zero_()
-    module.running_var.fill_(1)
+    module.running_mean, module.running_var = torch.zeros_like(scale), torch.ones_like(scale)
     module.eps = 0.0
 
 
@@ -271,10 +234,6 @@ def _is_other_norm(module: nn.Module) -> bool:
     return is_leaf and "norm" in type(module).__name__.lower() and not isinstance(module, _BatchNorm)
 
 
-def _log(value: float) -> float:
-    """Return ln(value), −inf at zero."""
-    return math.log(value) if value > 0 else -math.inf if value == 0 else math.nan
-
-
 def _log_sum(values: Iterable[float]) -> float:
-    return sum(map(_log, values))
+    """Return Σ ln of values, −inf with a zero."""
+    return sum(math.log(x) if x > 0 else -math.inf if x == 0 else math.nan for x in values)

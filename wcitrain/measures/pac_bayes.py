@@ -15,17 +15,15 @@ E_Q R̂ ≈ R̂ + ½ Σ_l s_l t_l. The variances that minimise this are
 
     surrogate  =  min_{β in B}  R̂  +  WCI / √β  +  [ ln(1/δ) + ln|B| ] / β  +  β / (8N)                   (3)
 
-Why it is a surrogate and not a certificate. (a) Cross-entropy is not bounded by one, as (1) asks. (b) The
-Taylor remainder is dropped, and so is the linear term, whose mean is zero. (c) s_l* depends on the training
-data through W_l and t_l, but the prior of (1) must not: the term that would pay for it (a hyperprior or a
-union bound over a grid of every s_l) is not included. (d) R̂ and t_l are taken at fixed adversarial examples,
-found by an attack that need not be the worst. (e) Where WCI or R̂ are estimated on fewer than N examples,
-that error is reported beside the value, not added to it. It is good for comparing models trained on the same
-data, and for seeing which β, hence which λ = 1/√β, the index asks for.
+Why it is a surrogate and not a certificate: cross-entropy is not bounded by one, as (1) asks; the Taylor
+remainder is dropped, and the linear term, whose mean is zero; s_l* depends on the training data through W_l
+and t_l, which the prior of (1) must not, and no hyperprior or union over a grid of s_l pays for it; R̂ and t_l
+are taken at fixed adversarial examples of an attack that need not be the worst; where WCI or R̂ are estimated
+on fewer than N examples, that error is reported beside the value. It is good for comparing models trained on
+the same data, and for seeing which β, hence which λ = 1/√β, the index asks for.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,101 +32,53 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PACBayesBound:
-    """Equation (3): a surrogate, for the reasons in the module's docstring.
-
-    Args:
-        value: Stands for E_Q R, the mean risk over perturbed weights, in the unit of the loss.
-        beta: The minimiser on the grid.
-        terms: ``risk`` R̂, ``curvature`` WCI/√β, ``confidence`` [ln(1/δ) + ln|B|]/β, ``complexity`` β/(8N);
-            they sum to value.
-        delta: δ of all β together.
-        num_betas: |B|.
-        stderr: Of ``value`` as far as it comes from WCI's, at the chosen β; None when WCI came without one.
-    """
+    """The minimum (3), a surrogate for the mean risk over perturbed weights, in the unit of the loss."""
 
     value: float
-    beta: float
-    terms: dict[str, float]
-    delta: float
-    num_betas: int
-    stderr: float | None = None
+    beta: float  # the minimiser on the grid
+    terms: dict[str, float]  # of (3) by name; they sum to the value
+    delta: float  # δ of all β together
+    stderr: float | None = None  # as far as it comes from WCI's
 
     def __str__(self) -> str:
         """One line for the log, with the word surrogate in it."""
         error = "" if self.stderr is None else f" ± {self.stderr:.2g}"
         parts = " + ".join(f"{name} {term:.4g}" for name, term in self.terms.items())
-        return (
-            f"PAC-Bayes surrogate {self.value:.4g}{error} = {parts} (beta {self.beta:.4g}, delta "
-            f"{self.delta:g})"
-        )
+        at = f"beta {self.beta:.4g}, delta {self.delta:g}"
+        return f"PAC-Bayes surrogate {self.value:.4g}{error} = {parts} ({at})"
 
 
 def default_betas(num_examples: int) -> list[float]:
     """Return the powers of two from 1 to 64 N: a grid that depends on N alone, never on the data.
 
-    Below 1 the confidence term exceeds ln(1/δ); at 64 N the complexity term is eight, beyond any useful value
-    of a loss. With the confidence term small the best β is (4 N WCI)^(2/3), so the grid reaches it for WCI up
-    to 128 √N. Its size grows like log₂ N, and the union bound costs ln|B| / β. Neighbours are a factor of two
-    apart, so inside the grid the best of them is at most (√2 + 1/√2)/2 = 1.061 times worse than the best β of
-    all; that is the worst case, without risk and curvature.
+    The best β, about (4 N WCI)^(2/3), is inside for WCI up to 128 √N, and there the best of the grid is at
+    most (√2 + 1/√2)/2 = 1.061 times worse.
     """
     return [2.0**k for k in range(int(math.log2(64 * num_examples)) + 1)]
 
 
 def pac_bayes_bound(
-    risk: float,
-    wci: float,
-    num_examples: int,
-    *,
-    delta: float = 0.05,
-    betas: Sequence[float] | None = None,
-    wci_stderr: float | None = None,
+    risk: float, wci: float, num_examples: int, *, delta: float = 0.05, wci_stderr: float | None = None
 ) -> PACBayesBound:
-    """Return the PAC-Bayes surrogate (3) at the best β of a grid, the union over the grid paid for.
+    """Return the PAC-Bayes surrogate (3) at the best β of `default_betas`, the union over the grid paid for.
 
     Args:
         risk: R̂, mean robust loss on the training set, >= 0.
         wci: The index of the same loss on the training set, >= 0.
         num_examples: N, size of the training set (not the number that was measured on).
         delta: δ in (0, 1).
-        betas: B, > 0, chosen without looking at the data; by default ``default_betas(num_examples)``.
-        wci_stderr: Standard error of ``wci``; propagated as wci_stderr/√β, exact to first order since the
-            chosen β is a minimum.
-
-    Raises:
-        ValueError: A number out of range.
+        wci_stderr: Standard error of ``wci``; divided by √β, exact to first order at a minimum.
 
     >>> bound = pac_bayes_bound(1.2, 160.0, 50_000, wci_stderr=5.0)
     >>> bound.beta, round(bound.value, 3), round(bound.stderr, 3)
     (131072.0, 1.97, 0.014)
     """
-    _require("risk", risk, math.isfinite(risk) and risk >= 0, "a finite number >= 0", "Pass the mean loss.")
-    _require(
-        "wci",
-        wci,
-        math.isfinite(wci) and wci >= 0,
-        "a finite number >= 0",
-        "A bias-corrected estimate can fall below zero: measure with more examples.",
-    )
-    _require(
-        "num_examples", num_examples, num_examples >= 1, "at least 1", "Pass the size of the training set."
-    )
-    _require("delta", delta, 0 < delta < 1, "a probability in (0, 1)", "0.05 is usual.")
-    grid = default_betas(num_examples) if betas is None else sorted(set(betas))
-    _require(
-        "betas",
-        betas,
-        len(grid) > 0 and all(math.isfinite(b) and b > 0 for b in grid),
-        "at least one, all finite and > 0",
-        "Leave it out for the default grid.",
-    )
-    _require(
-        "wci_stderr",
-        wci_stderr,
-        wci_stderr is None or wci_stderr >= 0,
-        ">= 0 or None",
-        "Pass a standard error.",
-    )
+    _require("num_examples", num_examples, num_examples >= 1, "at least 1. Pass the size of the training set")
+    _require("risk", risk, 0 <= risk < math.inf, "a finite number >= 0. Pass the mean loss")
+    advice = "An estimate without bias can fall below zero: measure with more examples"
+    _require("wci", wci, 0 <= wci < math.inf, f"a finite number >= 0. {advice}")
+    _require("delta", delta, 0 < delta < 1, "a probability in (0, 1). 0.05 is usual")
+    grid = default_betas(num_examples)
 
     def terms(beta: float) -> dict[str, float]:
         return {
@@ -140,34 +90,21 @@ def pac_bayes_bound(
 
     best = min(grid, key=lambda beta: sum(terms(beta).values()))
     stderr = None if wci_stderr is None else wci_stderr / math.sqrt(best)
-    return PACBayesBound(sum(terms(best).values()), best, terms(best), delta, len(grid), stderr)
+    return PACBayesBound(sum(terms(best).values()), best, terms(best), delta, stderr)
 
 
 def posterior_sigma(a: Tensor | float, t: Tensor | float, beta: float) -> Tensor:
     """Return the optimal posterior's standard deviation (2), σ_l* = (a_l / (β t_l))^(1/4), in float64.
 
-    How far each weight of layer l may move before the loss rises noticeably. Infinite where t_l <= 0: to
-    second order nothing limits that layer.
-
-    Args:
-        a, t: ``a_l = ||W_l||_F²`` and ``t_l = Tr(H_l)``, any shape, the same.
-        beta: Inverse temperature > 0; for a penalty λ·WCI it is 1/λ².
-
-    Raises:
-        ValueError: beta is not a positive number.
+    How far each weight of layer l may move before the loss rises noticeably; infinite where t_l <= 0. For a
+    penalty λ·WCI the inverse temperature ``beta`` is 1/λ².
     """
-    _require(
-        "beta",
-        beta,
-        math.isfinite(beta) and beta > 0,
-        "a finite number > 0",
-        "For a penalty λ·WCI it is 1/λ².",
-    )
+    _require("beta", beta, 0 < beta < math.inf, "a finite number > 0. For a penalty λ·WCI it is 1/λ²")
     a, t = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(t, dtype=torch.float64)
     return torch.where(t > 0, a / (beta * t), torch.inf) ** 0.25
 
 
-def _require(name: str, value: object, holds: bool, rule: str, advice: str) -> None:
+def _require(name: str, value: object, holds: bool, rule: str) -> None:
     """Raise the error of an argument out of range."""
     if not holds:
-        raise ValueError(f"pac_bayes.{name}: got {value!r}; expected {rule}. {advice}")
+        raise ValueError(f"pac_bayes.{name}: got {value!r}; expected {rule}.")

@@ -3,16 +3,14 @@
 Legend: B batch, δ perturbation [B, *dims], m replays of each batch.
 """
 
-from dataclasses import replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
-from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from wcitrain.attacks import L1Share, Threat, ThreatModel, project, steepest_step
 from wcitrain.curvature.loss import Loss
-from wcitrain.method import PositiveCount, Share, StepSize, method
+from wcitrain.method import PositiveCount, Share, StepSize, method, setting
 from wcitrain.objectives.objective import Objective
 
 
@@ -24,7 +22,7 @@ class Carrying(Objective):
 
 @method
 class FreeAT(Carrying):
-    """Free adversarial training (Shafahi et al. 2019, arXiv 1904.12843, algorithm 1).
+    """Free adversarial training: the backward pass of the weights moves the perturbation too.
 
     Each batch is used for m optimizer steps; one δ per place in the batch is carried from step to step:
 
@@ -33,43 +31,26 @@ class FreeAT(Carrying):
 
     As in the authors' code: g_δ is zero where the box cuts x + δ off; δ is kept in the ball, not in the box;
     it starts at zero, and again when the shape of the batch changes, and moves on whatever images come next.
-    Train m times fewer epochs. ``perturb`` returns a leaf that requires gradients, and the loop reports back:
+    Train m times fewer epochs. ``perturb`` returns a leaf that requires gradients, and the loop reports back
+    (``objective(model, x, y)`` by itself, as soon as the backward pass reaches the images):
 
-        for _ in range(objective.num_replays):
-            x_adv = objective.perturb(model, x, y)
-            objective.loss(model, x, x_adv, y).total.backward()
-            objective.after_backward(x, x_adv)
+        x_adv = objective.perturb(model, x, y)
+        objective.loss(model, x, x_adv, y).total.backward()
+        objective.after_backward(x, x_adv)
 
-    ``objective(model, x, y)`` reports back by itself as soon as the backward pass reaches the images. Under a
-    weight perturbation g_δ is the gradient the weights are stepped on, taken at W + u; a curvature penalty,
-    whose passes reach the images too, is not for this objective (recipes refuse it). Cost of the loss: (1, 1)
-    passes, of the attack none. Gauss–Newton: exact.
-
-    δ is part of the state to save: ``state_dict``; each process has its own. Equality compares settings; an
-    equal objective, also one made by ``dataclasses.replace``, has a δ of its own.
-
-    Example:
-        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-        >>> x, y = torch.rand(8, 1, 4, 4), torch.randint(0, 3, (8,))
-        >>> objective = FreeAT(ThreatModel("linf", 0.1))
-        >>> objective(model, x, y).total.backward()
-        >>> objective.num_replays, round(float(objective.state_dict()["delta"].abs().max()), 4)
-        (8, 0.1)
+    Under a weight perturbation g_δ is taken at W + u; a curvature penalty, whose passes reach the images too,
+    is refused by recipes. Gauss–Newton: exact. ``state_dict`` has δ, each process its own; equality compares
+    settings.
     """
 
     threat: Threat = ThreatModel()
-    num_replays: PositiveCount = Field(
-        default=8, description="Optimizer steps with each batch: 8 for CIFAR-10, 4 for ImageNet in the paper."
-    )
-    step_size: StepSize | None = Field(
-        default=None, description="Length of an attack step in [0, 1] pixel units; null: threat.eps."
-    )
-    label_smoothing: Share = Field(
-        default=0.0, description="Share of the target spread over all classes, in [0, 1], in loss and attack."
-    )
+    num_replays: PositiveCount = setting(8, "Steps with each batch: 8 for CIFAR-10, 4 for ImageNet.")
+    step_size: StepSize | None = setting(None, "Length of an attack step in pixel units; null: eps.")
+    label_smoothing: Share = setting(0.0, "Share of the target spread over all classes.")
     l1_share: L1Share = 0.05
-    label: ClassVar[str] = "free AT m={num_replays}"
-
+    label = "free AT m={num_replays}"
+    source = "Shafahi et al., arXiv 1904.12843, algorithm 1"
+    cost = "1 forward and 1 backward pass, none of an attack"
     is_single_step = True
     attacks_in_backward = True
 
@@ -82,11 +63,7 @@ class FreeAT(Carrying):
 
     @torch.no_grad()
     def after_backward(self, x: Tensor, x_adv: Tensor) -> None:
-        """Move δ by (2) along ``x_adv.grad``, which is cleared.
-
-        Raises:
-            RuntimeError: No gradient has arrived at ``x_adv``: δ would stay where it is.
-        """
+        """Move δ by (2) along ``x_adv.grad``, which is cleared; RuntimeError where none has arrived."""
         if x_adv.grad is None:
             raise RuntimeError("FreeAT.after_backward: got x_adv without .grad. Call loss.backward() before.")
         delta = self._delta(x)
@@ -107,10 +84,13 @@ class FreeAT(Carrying):
         """Return the objective with radius and step times ``factor``; it shares δ. 1 returns this one."""
         if factor == 1:
             return self
-        step = None if self.step_size is None else self.step_size * factor or None  # no step: no radius
-        made = replace(self, threat=self.threat.scaled(factor), step_size=step)
+        made = super().scaled(factor)
         object.__setattr__(made, "_state", self._state)
         return made
+
+    def _lengths(self, factor: float) -> dict[str, object]:
+        step_size = None if self.step_size is None else self.step_size * factor or None
+        return {"threat": self.threat.scaled(factor), "step_size": step_size}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of δ as ``delta``; empty before the first step."""

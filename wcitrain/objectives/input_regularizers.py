@@ -1,21 +1,17 @@
 """Penalties on the loss as a function of the *input*, for any objective: its curvature (CURE) and its slope.
 
-Legend: B batch, ℓ_n cross-entropy of example n, g_n(x) = ∇_x ℓ_n(x_n), of example n's own loss: B times the
-gradient of the mean loss, so that the penalties do not depend on the batch size.
-
-Both are taken at the clean images, in the mode the model is in, in float32, and leave running statistics
-alone. They are differentiated in the weights, so the model needs second derivatives: attention is run by its
-plain formula, BatchNorm in train mode is fine, ``torch.compile`` is not.
+Legend: B batch, ℓ_n cross-entropy of example n, g_n(x) = ∇_x ℓ_n(x_n), of its own loss: B times the gradient
+of the mean loss. Both are taken at the clean images, in the mode the model is in, and differentiated in the
+weights: BatchNorm in train mode is fine, ``torch.compile`` is not.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from wcitrain.curvature.loss import Loss
-from wcitrain.method import Method, NonNegative, method
+from wcitrain.method import Method, NonNegative, method, setting
 from wcitrain.objectives.objective import Objective
 from wcitrain.objectives.terms import dot, input_gradient, norm, with_term
 from wcitrain.preserve import kept_random_state
@@ -39,23 +35,20 @@ class InputRegularizer(Method):
 
 @method
 class CURE(InputRegularizer):
-    """Curvature regularisation (Moosavi-Dezfooli et al. 2019, arXiv 1811.09716, eq. 4 and 5).
+    """Curvature regularisation: a penalty on the change of the input gradient along its sign.
 
         (1/B) Σ_n ‖ g_n(x_n + h z_n) − g_n(x_n) ‖²,    z_n = sign(g_n) / ‖sign(g_n)‖₂, detached            (1)
 
     The authors' code takes the norm, not its square (``squared=False``), of gradients of the *mean* loss (1/B
-    of ours), in eval mode (call ``model.eval()`` around the loss for that). Both gradients see the same
-    dropout masks. The paper reaches h = 1.5 in five epochs from 0, which ``scaled`` does. Cost: (2, 4)
-    passes, forward at two points and backward at both, twice.
+    of ours), in eval mode. The paper reaches h = 1.5 in five epochs from 0, which ``scaled`` does.
     """
 
-    weight: NonNegative = Field(default=4.0, description="Weight in the loss; 4 in the paper.")
-    h: NonNegative = Field(
-        default=1.5,
-        description="Length of the finite difference in [0, 1] pixel units, l2; 1.5 in the paper.",
-    )
-    squared: bool = Field(default=True, description="Square the difference, as the paper; its code does not.")
-    label: ClassVar[str] = "CURE {weight:g}"
+    weight: NonNegative = setting(4.0, "Weight in the loss; 4 in the paper.")
+    h: NonNegative = setting(1.5, "Length of the finite difference, l2, in pixel units.")
+    squared: bool = setting(True, "Square the difference, as the paper; its code does not.")
+    label = "CURE {weight:g}"
+    source = "Moosavi-Dezfooli et al., arXiv 1811.09716, eq. 4 and 5"
+    cost = "2 forward passes and 4 backward more (at both points, twice)"
     name = "cure"
     passes = (2, 4)
 
@@ -69,23 +62,22 @@ class CURE(InputRegularizer):
         return (dot(difference, difference) if self.squared else norm(difference)).mean()
 
     def scaled(self, factor: float) -> Self:
-        """Return the penalty with a step of ``factor`` times the length; 1 returns the penalty itself."""
+        """Return the penalty with a step of ``factor`` times the length."""
         return self if factor == 1 else replace(self, h=self.h * factor)
 
 
 @method
 class InputGradient(InputRegularizer):
-    """Input gradient regularisation, "double backpropagation" (Ross & Doshi-Velez 2018, arXiv 1711.09404).
+    """Input gradient regularisation, known as double backpropagation.
 
-        norm "l2":  (1/B) Σ_n ‖g_n‖₂²        norm "l1":  (1/B) Σ_n ‖g_n‖₁                                  (2)
-
-    First by Drucker & LeCun 1992. l1 is the rise of the linearised loss under linf perturbations of size one.
-    Cost: (1, 2) passes.
+    norm "l2":  (1/B) Σ_n ‖g_n‖₂²        norm "l1":  (1/B) Σ_n ‖g_n‖₁                                  (2)
     """
 
-    weight: NonNegative = Field(default=1.0, description="Weight in the loss.")
-    norm: Literal["l2", "l1"] = Field(default="l2", description="Squared l2 norm, or l1 norm.")
-    label: ClassVar[str] = "{norm} input gradient {weight:g}"
+    weight: NonNegative = setting(1.0, "Weight in the loss.")
+    norm: Literal["l2", "l1"] = setting("l2", "Squared l2 norm, or l1 norm.")
+    label = "{norm} input gradient {weight:g}"
+    source = "Drucker & LeCun 1992; Ross & Doshi-Velez, arXiv 1711.09404"
+    cost = "1 forward pass and 2 backward more"
     name = "input_gradient"
     passes = (1, 2)
 
@@ -101,15 +93,13 @@ class WithInputRegularizer(Objective):
 
         objective.loss + regularizer.weight · regularizer.penalty                                          (3)
 
-    The penalty is logged under its name, without the weight. Gauss–Newton: the ``outputs`` are those of the
-    objective, so an index computed from them is that of the objective without the penalty. With ``FreeAT``
-    inside, its ``after_backward`` and state are reached through this object.
+    The penalty is logged without the weight, and not among the ``outputs`` that Gauss–Newton sees.
     """
 
     objective: Objective
     regularizer: InputRegularizer
 
-    label: ClassVar[str] = "{objective} + {regularizer}"
+    label = "{objective} + {regularizer}"
     needs_double_backward = True
 
     def __post_init__(self) -> None:
@@ -144,12 +134,8 @@ class WithInputRegularizer(Objective):
         more_forward, more_backward = self.regularizer.passes
         return forward + more_forward, backward + more_backward
 
-    def scaled(self, factor: float) -> Self:
-        """Return the objective scaled plus the penalty scaled; 1 returns the objective itself."""
-        if factor == 1:
-            return self
-        inside, regularizer = self.objective.scaled(factor), self.regularizer.scaled(factor)
-        return replace(self, objective=inside, regularizer=regularizer)
+    def _lengths(self, factor: float) -> dict[str, object]:
+        return {"objective": self.objective.scaled(factor), "regularizer": self.regularizer.scaled(factor)}
 
     def _with_penalty(self, loss: Loss, model: nn.Module, x: Tensor, y: Tensor) -> Loss:
         penalty = self.regularizer.penalty(model, x, y)

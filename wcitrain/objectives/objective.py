@@ -3,15 +3,9 @@
 Legend: B batch, C classes, x images [B, *dims] in [0, 1], x_adv adversarial images, y class indices [B] or
 soft targets [B, C] that sum to one (mixup, CutMix), f_w the model.
 
-An objective has two methods. ``perturb`` runs the attack once and leaves no trace on the model; ``loss`` is a
-function of the weights at *fixed* adversarial examples, so it can be evaluated again at perturbed weights:
-its Hessian is the one the Weight-Curvature Index speaks of. An objective in one's own training loop:
-
-    loss = objective(model, x, y)        # perturb, then loss
-    loss.total.backward()
-
-Passes are counted in batches of B images. A backward pass through the model counts once, whether it goes to
-the weights or to the input; an input gradient that is itself differentiated in the weights counts twice.
+``perturb`` runs the attack once and leaves no trace on the model; ``loss`` is a function of the weights at
+*fixed* adversarial examples: its Hessian is the one the index speaks of. ``objective(model, x, y)`` is both.
+Passes are counted in batches of B images; an input gradient that is differentiated again counts twice.
 """
 
 from contextlib import AbstractContextManager
@@ -22,12 +16,9 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from wcitrain.attacks import Attack, L1Share, LossName, NumRestarts, Start, Threat, ThreatModel
-from wcitrain.curvature.loss import Loss
-from wcitrain.method import Method, PositiveCount, Share, StepSize, method, refuse
-from wcitrain.objectives.terms import class_loss
+from wcitrain.curvature.loss import Loss, cross_entropy
+from wcitrain.method import Method, PositiveCount, Share, StepSize, method, refuse, setting
 from wcitrain.preserve import undisturbed
-
-# ---- settings that several objectives have -----------------------------------------------------------------
 
 NumSteps = Annotated[PositiveCount, Field(description="Attack steps for each batch.")]
 RandomStart = Annotated[bool, Field(description="Start from a random point of the ball.")]
@@ -50,6 +41,7 @@ class Objective(Method):
     needs_rotation_head: bool = False  # the model must have a second head, see ``RotationAT``
     attacks_in_backward: bool = False  # the backward pass moves the perturbation: it must be the only one
     passes: tuple[int, int] = (1, 1)  # what ``loss_passes`` returns
+    cost: ClassVar[str] = "1 forward and 1 backward pass, and the attack's"
     label_smoothing: float
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
@@ -61,7 +53,7 @@ class Objective(Method):
 
         ``x_adv`` is held fixed (Danskin). Random numbers come from torch's global state.
         """
-        return class_loss(model(x_adv), y, self.label_smoothing)
+        return cross_entropy(model(x_adv), y, label_smoothing=self.label_smoothing)
 
     def attack_passes(self) -> tuple[int, int]:
         """Return the forward and backward passes that one ``perturb`` costs."""
@@ -73,7 +65,11 @@ class Objective(Method):
 
     def scaled(self, factor: float) -> Self:
         """Return the objective with radii and attack steps times ``factor`` in [0, 1]; 1 returns itself."""
-        return self
+        return self if factor == 1 else replace(self, **self._lengths(factor))  # type: ignore[type-var]
+
+    def _lengths(self, factor: float) -> dict[str, object]:
+        """Return the settings that are lengths in the images, times ``factor``; no step where no radius."""
+        return {}
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Loss:
         """Return the loss at freshly made adversarial images: ``perturb``, then ``loss``."""
@@ -83,6 +79,7 @@ class Objective(Method):
 class Attacked(Objective):
     """An objective with one adversary, described by ``attack``."""
 
+    threat: ThreatModel
     attack_bn: AttackMode
     start: ClassVar[Start] = "uniform"  # what a random start is
 
@@ -100,21 +97,21 @@ class Attacked(Objective):
         """Those of the attack, see ``Attack.passes``."""
         return self.attack.passes()
 
+    def _lengths(self, factor: float) -> dict[str, object]:
+        return {"threat": self.threat.scaled(factor)}
+
 
 @method
 class PGDAttacked(Attacked):
-    """The settings of an objective whose adversary is projected gradient ascent, see ``attacks.pgd``.
+    """The settings of an objective whose adversary is projected gradient ascent, see ``Attack``.
 
-    ``attack_bn="train"`` is the mode the model is trained in, with batch statistics, as in Rice et al. 2020;
-    their code lets the attack update the running ones.
+    ``attack_bn="train"`` uses batch statistics, as Rice et al. 2020, whose attack updates the running ones
+    too.
     """
 
     threat: Threat = ThreatModel()
     num_steps: NumSteps = 10
-    step_size: StepSize | None = Field(
-        default=None,
-        description="Length of an attack step in [0, 1] pixel units; null: 2.5 threat.eps / num_steps.",
-    )
+    step_size: StepSize | None = setting(None, "Length of an attack step; null: 2.5 eps / num_steps.")
     random_start: RandomStart = True
     num_restarts: NumRestarts = 1
     attack_bn: AttackMode = "eval"
@@ -134,12 +131,8 @@ class PGDAttacked(Attacked):
             self.threat, self.num_steps, step_size, start, self.num_restarts, self.attack_loss, self.l1_share
         )
 
-    def scaled(self, factor: float) -> Self:
-        """Return the objective with radius and steps times ``factor``; 1 returns the objective itself."""
-        if factor == 1:
-            return self
-        step_size = self.attack.step_size * factor or None  # no step: no radius
-        return replace(self, threat=self.threat.scaled(factor), step_size=step_size)
+    def _lengths(self, factor: float) -> dict[str, object]:
+        return super()._lengths(factor) | {"step_size": self.attack.step_size * factor or None}
 
 
 def check_start(random_start: bool, attack_loss: LossName) -> None:

@@ -4,39 +4,34 @@ Legend: B batch, r_n ∈ {0, 1, 2, 3} quarter turns of image n, R_r the rotation
 head, g the rotation head of one network.
 """
 
-from typing import ClassVar
-
 import torch
-from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from wcitrain.attacks import LabelLossName, attack_loss
-from wcitrain.attacks.losses import ce, precise
-from wcitrain.curvature.loss import Loss, Output
-from wcitrain.method import NonNegative, method
+from wcitrain.attacks import ATTACK_LOSSES, LabelLossName
+from wcitrain.attacks.losses import ce
+from wcitrain.curvature.loss import Loss, Output, cross_entropy
+from wcitrain.method import NonNegative, method, setting
 from wcitrain.objectives.objective import PGDAttacked, attack_mode
-from wcitrain.objectives.terms import class_loss, with_term
+from wcitrain.objectives.terms import with_term
+from wcitrain.params import precise
 
 
 @method
 class RotationAT(PGDAttacked):
-    """Adversarial training with self-supervision by rotations (Hendrycks et al. 2019, 1906.12340, eq. 1).
+    """Adversarial training with self-supervision by rotations.
 
         CE( f(x + δ), y ) + weight · CE( g(R_r(x + δ)), r ),   δ maximises the sum                         (1)
 
-    What differs: the authors' code turns every image all four ways, each copy with a perturbation of its own
-    (five copies of the batch a step; the rotation term enters their attack with weight 1/8 a copy). Here one
-    δ serves both terms and image n is turned r_n = n mod 4 times: two passes instead of five.
-
-    Cost of the loss: (2, 2) passes, of an attack step as much. Gauss–Newton: exact. The model must answer
-    ``model(x, head="rotation")`` with four logits an image: ``create_model(..., rotation_head=True)``.
+    The authors' code turns every image all four ways, each copy with a perturbation of its own (five passes a
+    step; in their attack the rotation term has weight 1/8 a copy). Here one δ serves both terms and image n
+    is turned n mod 4 times. Gauss–Newton: exact. The model must answer ``model(x, head="rotation")``.
     """
 
     attack_loss: LabelLossName = "ce"  # for the classes
-    weight: NonNegative = Field(
-        default=0.5, description="Weight of the rotation term in loss and attack; 0.5 in the paper."
-    )
-    label: ClassVar[str] = "AT + rotations {weight:g}"
+    weight: NonNegative = setting(0.5, "Weight of the rotation term in loss and attack.")
+    label = "AT + rotations {weight:g}"
+    source = "Hendrycks et al., arXiv 1906.12340, eq. 1"
+    cost = "2 forward and 2 backward passes, and the attack's, whose steps cost as much"
     needs_rotation_head = True
     passes = (2, 2)
 
@@ -46,7 +41,7 @@ class RotationAT(PGDAttacked):
         def both(x_adv: Tensor) -> Tensor:
             turned, turns = quarter_turns(x_adv)
             rotation = ce(rotation_logits(model, turned), turns)
-            return attack_loss(self.attack_loss)(model(x_adv), y) + self.weight * rotation
+            return ATTACK_LOSSES[self.attack_loss](model(x_adv), y) + self.weight * rotation
 
         with attack_mode(model, self.attack_bn):
             return self.attack.maximise(both, x, generator)
@@ -54,9 +49,9 @@ class RotationAT(PGDAttacked):
     def loss(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Loss:
         """Return (1) with ``x_adv`` held fixed."""
         turned, turns = quarter_turns(x_adv)
-        classes = class_loss(model(x_adv), y, self.label_smoothing)
+        classes = cross_entropy(model(x_adv), y, label_smoothing=self.label_smoothing)
         logits = precise(rotation_logits(model, turned))
-        rotation = class_loss(logits, turns).total
+        rotation = cross_entropy(logits, turns).total
         return with_term(classes, self.weight, "rotation", rotation, Output(logits, weight=self.weight))
 
     def attack_passes(self) -> tuple[int, int]:
@@ -66,11 +61,7 @@ class RotationAT(PGDAttacked):
 
 
 def quarter_turns(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return image n turned n mod 4 times by 90 degrees, and the numbers of turns [B].
-
-    Raises:
-        ValueError: Fewer than four images, so that some rotation is never seen, or images not square.
-    """
+    """Return image n turned n mod 4 times by 90 degrees, and the numbers of turns [B]."""
     if x.ndim != 4 or x.shape[-1] != x.shape[-2]:
         raise ValueError(f"RotationAT: got images {tuple(x.shape)}; expected [B, C, H, W], H = W. Crop them.")
     if len(x) < 4:

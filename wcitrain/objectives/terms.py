@@ -1,8 +1,4 @@
-"""Pieces that several losses are made of: the class loss, a weighted term, input gradients.
-
-Legend: B batch, C classes, y class indices [B] or soft targets [B, C]. Everything is computed in float32 at
-least, whatever autocast made of the logits.
-"""
+"""Pieces that several losses are made of: a weighted term, and input gradients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,18 +7,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wcitrain.attacks import ascent
-from wcitrain.attacks.losses import ce, precise
-from wcitrain.curvature.loss import Loss, Output, cross_entropy
+from wcitrain.attacks.losses import ce
+from wcitrain.curvature.loss import Loss, Output
 from wcitrain.preserve import full_precision
 
 TINY = 1e-30  # floor of a squared norm under a root; far below the square of any gradient that matters
-
-
-def class_loss(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Loss:
-    """Return the mean cross-entropy, for classes [B] or soft targets [B, C] of any floating dtype."""
-    logits = precise(logits)
-    y = y.to(logits.dtype) if y.is_floating_point() else y
-    return cross_entropy(logits, y, label_smoothing=label_smoothing)
 
 
 def with_term(loss: Loss, weight: float, name: str, term: Tensor, *outputs: Output) -> Loss:
@@ -44,9 +33,7 @@ def norm(x: Tensor) -> Tensor:
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool) -> Tensor:
     """Return ∇_x ℓ_n for every example [B, *dims], ℓ the cross-entropy: the gradient of the losses' *sum*.
 
-    In float32, with attention by its plain formula (fused kernels have no second derivatives), and in the
-    mode the model is in; running statistics are left alone. Cost: one forward and one backward pass; with
-    ``create_graph`` its derivative in the weights costs another backward.
+    In float32, with attention by its plain formula; running statistics are left alone.
     """
     with full_precision(model), statistics_left_alone(model), sdpa_kernel(SDPBackend.MATH):
         return ascent.input_gradient(lambda images: ce(model(images), y), x, create_graph=create_graph)
@@ -56,8 +43,7 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool
 def statistics_left_alone(model: nn.Module) -> Iterator[None]:
     """Let the forward passes inside update copies of the buffers (running statistics) instead of the buffers.
 
-    ``preserve.kept_buffers`` would write to the buffers afterwards, and autograd refuses to go back through a
-    graph whose saved buffers were written to.
+    Putting values back afterwards would write to them, and autograd refuses to go back through such a graph.
     """
     own = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     for module, name, buffer in own:

@@ -4,25 +4,18 @@ Legend: B batch, T threat models, C classes.
 """
 
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from wcitrain.attacks import Attack, L1Share, LossName, Norm, NumRestarts, Start, ThreatModel, msd
-from wcitrain.attacks.losses import attack_loss, ce
+from wcitrain.attacks.losses import ATTACK_LOSSES, ce
 from wcitrain.curvature.loss import Loss
-from wcitrain.method import Nested, Radius, StepSize, method, refuse
-from wcitrain.objectives.objective import (
-    AttackMode,
-    LabelSmoothing,
-    NumSteps,
-    Objective,
-    RandomStart,
-    attack_mode,
-    check_start,
-)
+from wcitrain.method import Nested, Radius, StepSize, method, refuse, setting
+from wcitrain.objectives import objective
+from wcitrain.objectives.objective import AttackMode, LabelSmoothing, NumSteps, Objective, RandomStart
 
 
 @method
@@ -31,10 +24,7 @@ class UnionThreat(ThreatModel):
 
     norm: Norm = Field(description="Norm of the image perturbation.")
     eps: Radius = Field(description="Radius of the ball in [0, 1] pixel units.")
-    step_size: StepSize | None = Field(
-        default=None,
-        description="Length of a step in this norm, in [0, 1] pixel units; null: 2.5 eps / num_steps.",
-    )
+    step_size: StepSize | None = setting(None, "Length of a step; null: 2.5 eps / num_steps.")
 
     def scaled(self, factor: float) -> Self:
         """Return the same ball with radius and step times ``factor``; 1 returns the ball itself."""
@@ -44,25 +34,23 @@ class UnionThreat(ThreatModel):
 
 @method
 class UnionAT(Objective):
-    """Robustness to the union of T balls (Tramèr & Boneh 2019, 1904.13000; Maini et al. 2020, 1909.04068).
+    """Adversarial training on the union of several balls.
 
         "max":      CE at the one of the T PGD adversaries' images where it is largest, for each example   (1)
         "average":  the mean of the CE at all T images                                                     (2)
         "msd":      CE at one adversary's image, every step the best of T steps (``attacks.msd``)          (3)
 
-    For "average", ``perturb`` returns the images of all adversaries one after the other, [T·B, *dims]. What
-    differs: Maini et al. attack l1 with 5 to 20 coordinates a step, drawn at random, and with 50 to 100
-    steps; here with a fixed share and as many steps as the others. Their CIFAR-10 radii: linf 0.03, l2 0.5,
-    l1 12. Cost of the loss: (1, 1) passes, for "average" (T, T). Gauss–Newton: exact. "msd": no restarts.
+    For "average", ``perturb`` returns the images of all adversaries one after the other, [T·B, *dims].
+    Maini et al. attack l1 with 5 to 20 coordinates a step, drawn at random, and with 50 to 100 steps; their
+    CIFAR-10 radii are linf 0.03, l2 0.5, l1 12. Gauss–Newton: exact.
     """
 
     threats: Annotated[tuple[Annotated[UnionThreat, Nested()], ...], Field(strict=False)] = Field(
         default=(UnionThreat("linf", 8 / 255), UnionThreat("l2", 0.5)),
         description="The threat models of training, at least two; threat is that of the evaluation.",
     )
-    strategy: Literal["max", "average", "msd"] = Field(
-        default="max",
-        description="The worst for each image, the mean over all, or the steepest at each step.",
+    strategy: Literal["max", "average", "msd"] = setting(
+        "max", "Worst of each image, mean, or steepest step."
     )
     num_steps: NumSteps = 10
     random_start: RandomStart = True
@@ -71,7 +59,9 @@ class UnionAT(Objective):
     label_smoothing: LabelSmoothing = 0.0
     attack_loss: LossName = "ce"
     l1_share: L1Share = 0.05
-    label: ClassVar[str] = "AT {strategy} of {norms}"
+    label = "AT {strategy} of {norms}"
+    source = "Tramèr & Boneh, arXiv 1904.13000; Maini et al., arXiv 1909.04068 (msd)"
+    cost = "1 forward and 1 backward pass, for the average one for each ball; and the attacks'"
 
     def __post_init__(self) -> None:
         if len(self.threats) < 2:
@@ -84,7 +74,7 @@ class UnionAT(Objective):
         if self.strategy == "msd" and (self.num_restarts != 1 or self.attack_loss == "kl"):
             got = f"got 'msd' with num_restarts {self.num_restarts}, attack_loss {self.attack_loss!r}"
             refuse("strategy", f"{got}; expected 1 restart and a loss of the labels. Change one of them.")
-        check_start(self.random_start, self.attack_loss)
+        objective.check_start(self.random_start, self.attack_loss)
 
     def __str__(self) -> str:
         return self.label.format(strategy=self.strategy, norms=", ".join(ball.norm for ball in self.threats))
@@ -101,19 +91,10 @@ class UnionAT(Objective):
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
         """Return the images of (1), (2) or (3); the model is left exactly as it was."""
-        attacks, loss = self.attacks, attack_loss(self.attack_loss)
-        with attack_mode(model, self.attack_bn):
+        attacks, loss = self.attacks, ATTACK_LOSSES[self.attack_loss]
+        with objective.attack_mode(model, self.attack_bn):
             if self.strategy == "msd":
-                return msd(
-                    lambda x_adv: loss(model(x_adv), y),
-                    x,
-                    threats=self.threats,
-                    step_sizes=[attack.step_size for attack in attacks],
-                    num_steps=self.num_steps,
-                    start=attacks[0].start,
-                    l1_share=self.l1_share,
-                    generator=generator,
-                )
+                return msd(lambda x_adv: loss(model(x_adv), y), x, attacks, generator)
             candidates = torch.stack([attack(model, x, y, generator) for attack in attacks])
             if self.strategy == "average":
                 return candidates.flatten(0, 1)
@@ -140,6 +121,5 @@ class UnionAT(Objective):
         times = len(self.threats) if self.strategy == "average" else 1
         return times, times
 
-    def scaled(self, factor: float) -> Self:
-        """Return the objective with all radii and steps times ``factor``; 1 returns the objective itself."""
-        return self if factor == 1 else replace(self, threats=tuple(b.scaled(factor) for b in self.threats))
+    def _lengths(self, factor: float) -> dict[str, object]:
+        return {"threats": tuple(ball.scaled(factor) for ball in self.threats)}

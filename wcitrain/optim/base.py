@@ -4,14 +4,13 @@ torch's SGD and AdamW by their plain names, else what timm builds. (timm's "sgd"
 torch and the robust-training literature call SGD.)
 """
 
-import difflib
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, JsonValue
 from torch import nn
 
-from wcitrain.method import Decay, Method, NonNegative, Positive, Text, method, refuse
+from wcitrain.method import Decay, Method, NonNegative, Positive, Text, method, nearest, refuse, setting
 
 OWN_KEYS = {"lr", "weight_decay", "momentum", "nesterov", "params", "opt"}
 PeakRate = Annotated[Positive, Field(description="Peak learning rate.")]
@@ -27,6 +26,7 @@ class BaseOptimizer(Method):
     weight_decay: float
     decay_norm_and_bias: bool
     kwargs: dict[str, Any]
+    cost = "no pass"
 
     def __post_init__(self) -> None:
         if reserved := sorted(OWN_KEYS & set(self.kwargs)):
@@ -39,10 +39,12 @@ class BaseOptimizer(Method):
         Raises:
             ValueError: Arguments that the optimizer refuses, or a second-order optimizer.
         """
-        trained = [p for p in model.parameters() if p.requires_grad]
-        decayed = [p for p in trained if self.decay_norm_and_bias or p.ndim > 1]
+        decayed: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for p in (p for p in model.parameters() if p.requires_grad):
+            (decayed if self.decay_norm_and_bias or p.ndim > 1 else rest).append(p)
         groups: list[dict[str, Any]] = [{"params": decayed}]
-        if rest := [p for p in trained if not (self.decay_norm_and_bias or p.ndim > 1)]:
+        if rest:
             groups.append({"params": rest, "weight_decay": 0.0})
         try:
             return self._make(groups, lr=self.lr, weight_decay=self.weight_decay, **self.kwargs)
@@ -55,15 +57,17 @@ class BaseOptimizer(Method):
 
 @method
 class SGD(BaseOptimizer):
-    """torch's SGD."""
+    """torch's stochastic gradient descent with momentum."""
 
     lr: PeakRate = 0.1
     weight_decay: WeightDecay = 5e-4
-    momentum: Decay = Field(default=0.9, description="Momentum, in [0, 1).")
-    nesterov: bool = Field(default=False, description="Use Nesterov's momentum.")
+    momentum: Decay = setting(0.9, "Momentum, in [0, 1).")
+    nesterov: bool = setting(False, "Use Nesterov's momentum.")
     decay_norm_and_bias: NormAndBias = True
     kwargs: Kwargs = Field(default_factory=dict)
     label: ClassVar[str] = "SGD {lr:g}"
+    source: ClassVar[str] = "torch.optim.SGD"
+    cost: ClassVar[str] = "one copy of the weights"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,13 +80,15 @@ class SGD(BaseOptimizer):
 
 @method
 class AdamW(BaseOptimizer):
-    """torch's AdamW."""
+    """torch's Adam with decoupled weight decay."""
 
     lr: PeakRate = 1e-3
     weight_decay: WeightDecay = 5e-4
     decay_norm_and_bias: NormAndBias = True
     kwargs: Kwargs = Field(default_factory=dict)
     label: ClassVar[str] = "AdamW {lr:g}"
+    source: ClassVar[str] = "Loshchilov, Hutter, arXiv 1711.05101; torch.optim.AdamW"
+    cost: ClassVar[str] = "two copies of the weights"
 
     def _make(self, groups: list[dict[str, Any]], **common: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, **common)
@@ -95,10 +101,11 @@ class TimmOptimizer(BaseOptimizer):
     name: Text = Field(description="Name for timm.optim.create_optimizer_v2.")
     lr: PeakRate = 0.1
     weight_decay: WeightDecay = 5e-4
-    momentum: Decay = Field(default=0.9, description="Momentum, in [0, 1), for the optimizers that have one.")
+    momentum: Decay = setting(0.9, "Momentum, in [0, 1), for the optimizers that have one.")
     decay_norm_and_bias: NormAndBias = True
     kwargs: Kwargs = Field(default_factory=dict)
     label: ClassVar[str] = "{name} {lr:g}"
+    source: ClassVar[str] = "timm.optim"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +113,7 @@ class TimmOptimizer(BaseOptimizer):
 
         known = [str(name) for name in list_optimizers()]
         if self.name not in known:
-            near = " or ".join(difflib.get_close_matches(self.name, known, n=3))
+            near = nearest(self.name, known)
             hint = f"Did you mean {near}?" if near else "timm.optim.list_optimizers() lists them."
             refuse("name", f"got {self.name!r}; expected sgd, adamw or a timm optimizer. {hint}")
 

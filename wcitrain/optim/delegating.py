@@ -1,8 +1,7 @@
 """An optimizer that owns nothing: everything torch keeps in an optimizer is the base optimizer's.
 
-Aliases go stale (``accelerate.prepare`` and ``load_state_dict`` replace the group list at once), so groups,
-state and defaults are properties. torch's ``Optimizer.__init__`` is not called: hooks and profiling live in
-the base, and run once.
+Aliases go stale (``accelerate.prepare`` and ``load_state_dict`` replace the group list), so groups, state and
+defaults are properties. torch's ``Optimizer.__init__`` is not called: hooks live in the base, and run once.
 """
 
 from typing import Any
@@ -12,9 +11,7 @@ from torch.optim import Optimizer
 
 def _of_the_base(name: str) -> Any:
     """Return a property that reads and sets the base optimizer's attribute ``name``."""
-    return property(
-        lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value)
-    )
+    return property(lambda self: getattr(self.base, name), lambda self, new: setattr(self.base, name, new))
 
 
 class DelegatingOptimizer(Optimizer):

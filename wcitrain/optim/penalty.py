@@ -1,22 +1,17 @@
 """Penalties φ(a_l, t_l) on squared Frobenius norms and Hessian traces, added to the loss.
 
-Legend: a_l = ||W_l||_F², t_l = Tr(H_l), λ strength. The gradient of Σ_l φ(a_l, t_l) needs only the partial
-derivatives,
+Legend: a_l = ||W_l||_F², t_l = Tr(H_l), λ strength. The gradient needs only the partial derivatives,
 
-    ∇R = Σ_l 2 (∂φ/∂a_l) W_l  +  ∇ Σ_l c_l t_l,     c_l = ∂φ/∂t_l held constant,                           (1)
+    ∇ Σ_l φ(a_l, t_l) = Σ_l 2 (∂φ/∂a_l) W_l  +  ∇ Σ_l c_l t_l,     c_l = ∂φ/∂t_l held constant,            (1)
 
-so φ is linear in the noisy trace once c_l comes from a running average: it commutes with gradient
-accumulation and with averaging over ranks, which a square root of a noisy trace does not.
+so it is linear in the noisy trace once c_l comes from a running average: it commutes with gradient
+accumulation and with averaging over ranks, which a square root of a noisy trace does not. The average counts
+as zero in ∂φ/∂a where it is negative, and with a floor in c_l (``random_directions.posterior_shape``).
 
-The WCI penalty has the gradient of its variational form λ/2 Σ_l (s_l t_l + a_l / s_l) at constant
-s_l = sqrt(a_l/t_l), the variances of the PAC-Bayes posterior. Estimates of either sign enter the average; an
-average below zero counts as zero in ∂φ/∂a and with a floor in c_l (``random_directions.posterior_shape``).
-
-Strength zero is *monitor only*: the traces are measured with the same probes, no gradient changes. How t_l
-and its gradient are estimated is the penalty's ``estimator`` (`curvature.estimators`).
+Strength zero is *monitor only*: the traces are measured with the same probes, no gradient changes.
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -25,7 +20,7 @@ from torch import Tensor
 from wcitrain.curvature.estimator import Estimator
 from wcitrain.curvature.estimators import ESTIMATORS, Auto
 from wcitrain.curvature.passes import Passes, Step
-from wcitrain.method import Choice, Method, Nested, NonNegative, method
+from wcitrain.method import Choice, Method, Nested, NonNegative, method, setting
 from wcitrain.optim.random_directions import norm_coefficients, posterior_shape
 from wcitrain.optim.schedule import ALWAYS, StrengthSchedule
 
@@ -41,21 +36,27 @@ class Penalty(Method):
 
     schedule: StrengthSchedule
     strength: float
-    estimator: Estimator | None = None  # None: no traces, no extra pass
+    estimator: Estimator | None = None  # of t_l and its gradient; None: no traces, no extra pass
+    cost = "that of its estimator"
+
+    @property
+    def norm_strength(self) -> float:
+        """What multiplies the squared norms."""
+        return 0.0
 
     @property
     def trace_strength(self) -> float:
         """What multiplies the traces' part; zero needs no gradient of it."""
-        return self.strength if self.estimator else 0.0
+        return self.strength
 
     @property
     def is_active(self) -> bool:
         """Whether it changes a gradient, or only monitors."""
-        return self.strength > 0
+        return self.norm_strength > 0 or self.trace_strength > 0
 
     def norm_coefficients(self, a: Tensor, t: Tensor | None) -> Tensor | None:
         """Return the coefficients 2 ∂φ/∂a_l of W_l [L] in (1), None for none."""
-        return None
+        return torch.full_like(a, 2 * self.norm_strength) if self.norm_strength else None
 
     def trace_coefficients(self, a: Tensor, d: Tensor, t: Tensor | None) -> tuple[Tensor, float]:
         """Return the shape of c_l [L] (positive), and the factor it is multiplied with."""
@@ -75,21 +76,17 @@ class Penalty(Method):
 
 @method
 class WCIPenalty(Penalty):
-    """λ times the Weight-Curvature Index, λ Σ_l sqrt(a_l t_l).
+    """The Weight-Curvature Index as a penalty, λ Σ_l sqrt(a_l t_l).
 
-    Example:
-        >>> from wcitrain import RegularizedOptimizer
-        >>> model = torch.nn.Linear(2, 3)
-        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> penalty = WCIPenalty(1e-4, estimator="gauss_newton")
-        >>> RegularizedOptimizer(base, model, penalty=penalty).extra_passes()
-        (0.0, 3.0)
+    Its gradient is that of λ/2 Σ_l (s_l t_l + a_l / s_l) at constant s_l = sqrt(a_l/t_l), the variances of
+    the PAC-Bayes posterior.
     """
 
     strength: Strength = 0.0
     estimator: TraceEstimator = Auto()
     schedule: Schedule = ALWAYS
-    label: ClassVar[str] = "wci penalty {strength:g}"
+    label = "wci penalty {strength:g}"
+    source = "the index of Xu & Zhang, arXiv 2410.07719; its gradient is this project's"
 
     def norm_coefficients(self, a: Tensor, t: Tensor | None) -> Tensor | None:
         """Return λ sqrt(t_l / a_l), or None where no trace is known yet."""
@@ -106,7 +103,7 @@ class WCIPenalty(Penalty):
         """Add the gradient, and say the size of the posterior it amounts to: ||u||² = λ Σ d_l s_l."""
         d = passes.layers.sizes()
         shape, strength = self.trace_coefficients(a, d, traces)
-        step = estimator.add_gradient(passes, shape, factor * strength)
+        step = super().add_gradient(passes, estimator, factor, traces, a)
         if not strength:
             return step
         size = (2 * factor * strength * (d * shape).sum() / a.sum()).sqrt()
@@ -115,50 +112,59 @@ class WCIPenalty(Penalty):
 
 @method
 class FrobeniusPenalty(Penalty):
-    """λ Σ_l ||W_l||_F²: no curvature, no pass. Its gradient 2 λ W_l is weight decay 2 λ under SGD."""
+    """The squared norms of the layers as a penalty, λ Σ_l ||W_l||_F².
 
-    strength: NonNegative = Field(default=0.0, description="λ, factor of the squared norms in the loss.")
+    Its gradient 2 λ W_l is weight decay 2 λ under SGD.
+    """
+
+    strength: NonNegative = setting(0.0, "λ, factor of the squared norms in the loss.")
     schedule: Schedule = ALWAYS
-    label: ClassVar[str] = "frobenius penalty {strength:g}"
+    label = "frobenius penalty {strength:g}"
+    source = "ridge regression; weight decay"
+    cost = "no pass more"
 
-    def norm_coefficients(self, a: Tensor, t: Tensor | None) -> Tensor | None:
-        """Return 2 λ."""
-        return torch.full_like(a, 2 * self.strength) if self.strength else None
+    @property
+    def norm_strength(self) -> float:
+        """λ."""
+        return self.strength
+
+    @property
+    def trace_strength(self) -> float:
+        """None."""
+        return 0.0
 
 
 @method
 class TracePenalty(Penalty):
-    """λ Σ_l Tr(H_l)."""
+    """The traces of the Hessian as a penalty, λ Σ_l Tr(H_l)."""
 
     strength: Strength = 0.0
     estimator: TraceEstimator = Auto()
     schedule: Schedule = ALWAYS
-    label: ClassVar[str] = "trace penalty {strength:g}"
+    label = "trace penalty {strength:g}"
+    source = "this project, as a control for the index"
 
 
 @method
 class FrobeniusTracePenalty(Penalty):
-    """λ_F Σ_l ||W_l||_F² + λ_T Σ_l Tr(H_l): the two parts apart. λ_T = 0 still measures the traces."""
+    """Squared norms and traces, each with its own weight: λ_F Σ_l ||W_l||_F² + λ_T Σ_l Tr(H_l)."""
 
-    frobenius_weight: NonNegative = Field(default=0.0, description="λ_F, factor of the squared norms.")
-    trace_weight: NonNegative = Field(default=0.0, description="λ_T, factor of the traces; 0 only monitors.")
+    frobenius_weight: NonNegative = setting(0.0, "λ_F, factor of the squared norms.")
+    trace_weight: NonNegative = setting(0.0, "λ_T, factor of the traces; 0 only monitors.")
     estimator: TraceEstimator = Auto()
     schedule: Schedule = ALWAYS
-    label: ClassVar[str] = "F+T penalty {frobenius_weight:g}, {trace_weight:g}"
+    label = "F+T penalty {frobenius_weight:g}, {trace_weight:g}"
+    source = "this project, as a control for the index"
+
+    @property
+    def norm_strength(self) -> float:
+        """λ_F."""
+        return self.frobenius_weight
 
     @property
     def trace_strength(self) -> float:
         """λ_T."""
         return self.trace_weight
-
-    @property
-    def is_active(self) -> bool:
-        """Whether either part changes a gradient."""
-        return self.frobenius_weight > 0 or self.trace_weight > 0
-
-    def norm_coefficients(self, a: Tensor, t: Tensor | None) -> Tensor | None:
-        """Return 2 λ_F."""
-        return torch.full_like(a, 2 * self.frobenius_weight) if self.frobenius_weight else None
 
 
 PENALTIES: dict[str, type[Penalty]] = {

@@ -4,17 +4,17 @@ Legend: W weights of the layers, u perturbation, g(·) gradient of the loss at f
 
 The passes are made in the order W, W + u, W − u, each only where its gradient has a weight; all but the last
 run on their own process. Running statistics move in the pass at W if there is one, else in the last.
-``ascent`` has the directions of the gradient, ``random_directions`` the others.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Annotated, ClassVar, NamedTuple
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from wcitrain.curvature.passes import Passes, Slopes, Step
+from wcitrain.curvature.passes import Passes, Step, slopes
 from wcitrain.method import Method, Nested
 from wcitrain.optim.schedule import StrengthSchedule
 from wcitrain.preserve import kept_buffers, perturbed
@@ -52,13 +52,9 @@ class WeightPerturbation(Method):
         return Combination()
 
     def gradient(self, passes: Passes, state: State, factor: float, last_pass: LastPass | None) -> Step:
-        """Leave the gradient of the rule in ``.grad``.
+        """Leave the gradient of the rule, at ``factor`` > 0 of full strength, in ``.grad``.
 
-        Args:
-            passes: Of one micro-batch.
-            state: Of the steps before.
-            factor: Share of full strength, > 0.
-            last_pass: A penalty, where it `goes_with_penalties`.
+        ``last_pass`` is a penalty, where it `goes_with_penalties`.
         """
         raise NotImplementedError
 
@@ -81,12 +77,12 @@ def moved_passes(
     *,
     keep_statistics: bool,
     needs_slopes: bool = False,
-) -> tuple[list[Step], list[Slopes]]:
-    """Add the weighed gradients at W + u and W − u; return the passes, and the slopes along u if needed."""
+) -> tuple[list[Step], list[Tensor]]:
+    """Add the weighed gradients at W + u and W − u; return the passes and, if needed, the slopes [L]."""
+    layers = passes.layers
     places = [(+1, weights.plus), (-1, weights.minus)] if weights.minus else [(+1, weights.plus)]
-    steps: list[Step] = []
-    slopes: list[Slopes] = []
-    with perturbed(passes.layers.tensors, direction) as move:
+    steps, sums = [], []
+    with perturbed(layers.tensors, direction) as move:
         for sign, weight in places:
             is_last = (sign, weight) == places[-1]
             with ExitStack() as stack:
@@ -95,10 +91,10 @@ def moved_passes(
                 if keep_statistics or not is_last:
                     stack.enter_context(kept_buffers(passes.model))
                 if needs_slopes:
-                    slopes.append(stack.enter_context(Slopes(passes.layers, direction)))
+                    sums.append(stack.enter_context(slopes(layers, direction)))
                 move(sign)
                 steps.append(last_pass() if last_pass and is_last else Step(passes.plain(weight)))
-    return steps, slopes
+    return steps, [layers.joined(s, torch.nan) for s in sums]
 
 
 def relative_size(passes: Passes, direction: list[Tensor]) -> Tensor:

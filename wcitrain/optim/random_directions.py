@@ -1,10 +1,16 @@
 """Weight perturbations in random directions: the WCI posterior, and noise of other shapes.
 
 Legend: a_l = ||W_l||_F², d_l = numel(W_l), t_l = Tr(H_l) of the loss at fixed adversarial examples,
-s_l = sqrt(a_l / t_l), λ the penalty's strength, r the relative size ||u|| / ||W||, w_j the j-th filter (row)
-of a tensor.
+s_l = sqrt(a_l / t_l), λ the penalty's strength, r the relative size ||u|| / ||W||, w_j the j-th filter (row).
 
-All but `RWP` average the gradients at W + u and W − u, for one forward and one backward pass more.
+All but `RWP` average the gradients at W + u and W − u. The pair cancels first-order noise, and its difference
+gives the traces for nothing: a Taylor expansion and E[v vᵀ] = I for u_l = σ_l v_l give
+
+    u_lᵀ (g+ − g−)_l / (2 σ_l²)  =  v_lᵀ (H v)_l + ...,       expectation t_l,                             (1)
+    ½ (g+ + g−)                  =  ∇[ L + ½ uᵀ H u ] + ...,  expectation ∇[ L + ½ Σ_l σ_l² t_l ],         (2)
+
+exactly on a quadratic loss, up to O(σ²) on a smooth one. On ReLU networks (1) is the curvature of the loss
+smoothed over the radius, not Tr(H).
 """
 
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -14,19 +20,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wcitrain.curvature.passes import Passes, Step, carry_nan
-from wcitrain.curvature.two_point import trace_from_slopes
-from wcitrain.method import Positive, PositiveShare, method, refuse
-from wcitrain.optim.perturbation import (
-    TINY,
-    Combination,
-    LastPass,
-    Schedule,
-    State,
-    WeightPerturbation,
-    moved_passes,
-    relative_size,
-)
+from wcitrain.method import Positive, PositiveShare, method, refuse, setting
+from wcitrain.optim import perturbation
+from wcitrain.optim.perturbation import TINY, Combination, LastPass, Schedule, State, WeightPerturbation
 from wcitrain.optim.schedule import ALWAYS
+from wcitrain.params import wide
 
 FLOOR = 1e-4  # σ_l² of a layer is at most 1/sqrt(FLOOR) = 100 times that of the mean layer
 FIRST_SIZE = 0.1  # relative size of perturbations that measure, before traces turn λ into a size
@@ -39,21 +37,19 @@ Floor = Annotated[PositiveShare, Field(description=FLOOR_TEXT)]
 
 
 class Posterior(NamedTuple):
-    """A layer-wise Gaussian-like posterior around the weights, all tensors [L] or scalars."""
+    """A layer-wise distribution around the weights."""
 
-    sigma: Tensor  # standard deviation of every element of layer l
-    frobenius: Tensor | None  # gradient coefficient of W_l, or None
+    sigma: Tensor  # standard deviation of every element of layer l [L]
+    frobenius: Tensor | None  # gradient coefficient of W_l [L]
     strength: Tensor  # λ, NaN where it is not defined
     relative_size: Tensor  # r = sqrt(Σ d_l σ_l² / Σ a_l)
 
 
 class Noise(WeightPerturbation):
-    """A random rule with one standard deviation a layer: `posterior` says which.
-
-    The antithetic pair cancels first-order noise, and its difference gives the traces for nothing.
-    """
+    """A random rule with one standard deviation a layer: `posterior` says which."""
 
     statistics: Statistics
+    cost: ClassVar[str] = "1 forward and 1 backward pass more; 2 forward with clean statistics"
     measures_traces: ClassVar[bool] = True
     is_gaussian: ClassVar[bool] = False  # else signs
 
@@ -71,12 +67,14 @@ class Noise(WeightPerturbation):
         posterior = self.posterior(layers.squared_norms(), layers.sizes(), state.traces, factor)
         loss = statistics_pass(passes, self.statistics)
         direction, sigma = passes.random_direction(posterior.sigma, gaussian=self.is_gaussian)
-        steps, slopes = moved_passes(
+        steps, slopes = perturbation.moved_passes(
             passes, direction, weights, None, keep_statistics=loss is not None, needs_slopes=True
         )
         mean = torch.stack([step.loss for step in steps]).mean()
         passes.add_norm_gradients(posterior.frobenius)
-        traces = trace_from_slopes(slopes[0].values, slopes[1].values, sigma) / (weights.plus * passes.share)
+        variance = wide(sigma).square()  # (1); NaN for a layer not moved or without gradient
+        traces = (slopes[0] - slopes[1]) / torch.where(variance > 0, 2 * variance, torch.nan)
+        traces = traces / (weights.plus * passes.share)
         shown = mean if loss is None else carry_nan(loss, mean)
         return Step(shown, traces, posterior.relative_size, posterior.strength)
 
@@ -89,40 +87,27 @@ class Noise(WeightPerturbation):
 class WCIPosterior(Noise):
     """Train on the loss averaged over the PAC-Bayes optimal posterior: the index as an objective.
 
-        E_u L(W + u) + (λ/2) Σ a_l / s_l  ≈  L + (λ/2) Σ (s_l t_l + a_l / s_l)  =  L + λ Σ sqrt(a_l t_l),  (1)
-        σ_l² = λ s_l,    s_l = sqrt(a_l / t_l),    λ = r² Σ a_l / Σ d_l s_l.                               (2)
+        E_u L(W + u) + (λ/2) Σ a_l / s_l  ≈  L + (λ/2) Σ (s_l t_l + a_l / s_l)  =  L + λ Σ sqrt(a_l t_l),  (3)
+        σ_l² = λ s_l,    s_l = sqrt(a_l / t_l),    λ = r² Σ a_l / Σ d_l s_l.                               (4)
 
-    The last equality of (1) holds at the optimal s_l, which is what (2) plugs in, from a running average of
-    t_l. Directions are random signs, so the relative size is r exactly. In (2) a layer whose product a_l t_l
-    is below ``floor`` times the mean over layers, or negative, counts with that floor: its variance is at
-    most 1/sqrt(floor) times that of a layer with the mean product, size and norm. A layer without any
-    estimate (no gradient so far) counts with the mean. Until some trace is positive the shares are
-    ``UniformNoise``'s, and a run by ``strength`` takes perturbations of relative size ``FIRST_SIZE``. Under
-    bfloat16 traces from perturbations smaller than about 0.05 are rounding noise: avoid long ramps.
-
-    Without the second term of (1) only the noise acts, and the weights may grow to escape it where the loss
-    is scale-invariant. Between the two ``statistics`` no difference in accuracy was seen (DESIGN.md).
-
-    Example:
-        >>> model = torch.nn.Linear(2, 3)
-        >>> from wcitrain import RegularizedOptimizer, cross_entropy
-        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> optimizer = RegularizedOptimizer(base, model, perturbation=WCIPosterior(0.5))
-        >>> loss = optimizer.step(lambda: cross_entropy(model(torch.ones(4, 2)), torch.tensor([0, 1, 2, 0])))
-        >>> round(optimizer.metrics()["relative_size"], 4)
-        0.5
+    The last equality of (3) holds at the optimal s_l, which (4) plugs in from a running average of t_l.
+    Directions are random signs, so the relative size is r exactly. A layer whose product a_l t_l is below
+    ``floor`` times the mean, or negative, counts with that floor; one without any estimate with the mean.
+    Until some trace is positive the shares are ``UniformNoise``'s, and a run by ``strength`` takes
+    perturbations of relative size 0.1. Under bfloat16 traces from perturbations below about 0.05 are rounding
+    noise: avoid long ramps. Without the second term of (3) the weights may grow to escape the noise where the
+    loss is scale-invariant.
     """
 
-    relative_size: Positive | None = Field(
-        default=None, description="r, perturbation norm over weight norm; null: 1, or by strength."
+    relative_size: Positive | None = setting(
+        None, "r, perturbation over weight norm; null: 1, or by strength."
     )
-    strength: Positive | None = Field(
-        default=None, description="λ, weight of the index in the loss, instead of relative_size."
-    )
-    frobenius: bool = Field(default=False, description="Add the second term of (1), gradient λ W_l / s_l.")
+    strength: Positive | None = setting(None, "λ, weight of the index in the loss, instead of relative_size.")
+    frobenius: bool = setting(False, "Add the penalty (λ/2) a_l / s_l, gradient λ W_l / s_l.")
     statistics: Statistics = "perturbed"
     floor: Floor = FLOOR
     schedule: Schedule = ALWAYS
+    source = "this project, on the index of Xu & Zhang, arXiv 2410.07719"
 
     def __post_init__(self) -> None:
         if self.relative_size is not None and self.strength is not None:
@@ -139,7 +124,7 @@ class WCIPosterior(Noise):
         return f"WCI {knob}{' +F' * self.frobenius}"
 
     def posterior(self, a: Tensor, d: Tensor, t: Tensor | None, factor: float) -> Posterior:
-        """Return (2)."""
+        """Return (4)."""
         s, is_known = posterior_shape(a, d, t, self.floor)
         volume = (d * s).sum().clamp_min(TINY)  # all layers zero: nothing to perturb, sigma = 0
         strength = (factor * self.size) ** 2 * a.sum() / volume
@@ -152,43 +137,42 @@ class WCIPosterior(Noise):
 
 @method
 class UniformNoise(Noise):
-    """Train on the loss averaged over noise of the same relative size in every layer.
+    """Train on the loss averaged over noise of the same relative size in every layer: the control.
 
-        σ_l² = r² a_l / d_l                                                                                (3)
-
-    The control for ``WCIPosterior``: same passes, same noise energy, other shares.
+    σ_l² = r² a_l / d_l                                                                                (5)
     """
 
     relative_size: RelativeSize = 1.0
     statistics: Statistics = "perturbed"
     schedule: Schedule = ALWAYS
-    label: ClassVar[str] = "noise r={relative_size:g}"
+    label = "noise r={relative_size:g}"
+    source = "this project, as a control"
 
     def posterior(self, a: Tensor, d: Tensor, t: Tensor | None, factor: float) -> Posterior:
-        """Return (3)."""
+        """Return (5)."""
         r = factor * self.relative_size
         return Posterior(r * (a / d).sqrt(), None, a.new_tensor(torch.nan), a.new_tensor(r))
 
 
 @method
 class NoiseStability(Noise):
-    """Noise stability optimization (Zhang, Li, Ju, arXiv 2306.08553): isotropic Gaussian noise.
+    """Noise stability optimization: train on the loss averaged over isotropic Gaussian noise.
 
-        u ~ N(0, σ² I),  step on ½ [g(W + u) + g(W − u)],  expectation ∇[L + (σ²/2) Tr(H)] + O(σ⁴).        (4)
+        u ~ N(0, σ² I),  step on ½ [g(W + u) + g(W − u)],  expectation ∇[L + (σ²/2) Tr(H)] + O(σ⁴).        (6)
 
-    One antithetic pair a step; the authors average several. All trainable tensors move, biases and
-    normalisation included.
+    One antithetic pair a step; the authors average several. All trainable tensors move.
     """
 
-    sigma: Positive = Field(default=0.01, description="σ, standard deviation of every weight, in its units.")
+    sigma: Positive = setting(0.01, "σ, standard deviation of every weight, in its units.")
     statistics: Statistics = "perturbed"
     schedule: Schedule = ALWAYS
-    label: ClassVar[str] = "NSO σ={sigma:g}"
-    default_layers: ClassVar[str] = "all"
-    is_gaussian: ClassVar[bool] = True
+    label = "NSO σ={sigma:g}"
+    source = "Zhang, Li & Ju, arXiv 2306.08553"
+    default_layers = "all"
+    is_gaussian = True
 
     def posterior(self, a: Tensor, d: Tensor, t: Tensor | None, factor: float) -> Posterior:
-        """Return (4); the relative size is its root mean square."""
+        """Return (6); the relative size is its root mean square."""
         sigma = factor * self.sigma
         size = sigma * (d.sum() / a.sum().clamp_min(TINY)).sqrt()
         return Posterior(torch.full_like(a, sigma), None, a.new_tensor(torch.nan), size)
@@ -196,22 +180,22 @@ class NoiseStability(Noise):
 
 @method
 class RWP(WeightPerturbation):
-    """Random weight perturbation relative to every filter (Bisla et al. 2022, LPF-SGD; Li et al. 2024, RWP).
+    """Random weight perturbation: Gaussian noise in proportion to the norm of every filter.
 
-        u_j = σ ||w_j|| ξ,  ξ ~ N(0, I),    step on (1 − α) g(W) + α g(W + u).                             (5)
+        u_j = σ ||w_j|| ξ,  ξ ~ N(0, I),    step on (1 − α) g(W) + α g(W + u).                             (7)
 
-    w_j are the rows of a tensor's first dimension (filters; a vector is one filter), so ||u_j|| is about
-    σ sqrt(numel) ||w_j||. α = 1 is LPF-SGD with one sample and costs nothing; α < 1 is RWP's mixed loss (its
-    authors take the two gradients on different halves of a batch, here both see the same images). Running
-    statistics move at W where there is a pass at W.
+    A vector is one filter. α = 1 is LPF-SGD with one sample; α < 1 is RWP's mixed loss (its authors take the
+    two gradients on different halves of a batch). Running statistics move at W where there is a pass at W.
     """
 
-    sigma: Positive = Field(default=0.01, description="σ, standard deviation over the filter's norm.")
-    mixing: PositiveShare = Field(default=0.5, description="α, share of the perturbed gradient, in (0, 1].")
-    statistics: Statistics = Field(default="perturbed", description=f"{STATISTICS} Only where mixing is 1.")
+    sigma: Positive = setting(0.01, "σ, standard deviation over the filter's norm.")
+    mixing: PositiveShare = setting(0.5, "α, share of the perturbed gradient, in (0, 1].")
+    statistics: Statistics = setting("perturbed", f"{STATISTICS} Only where mixing is 1.")
     schedule: Schedule = ALWAYS
-    label: ClassVar[str] = "RWP σ={sigma:g} α={mixing:g}"
-    default_layers: ClassVar[str] = "all"
+    label = "RWP σ={sigma:g} α={mixing:g}"
+    source = "Bisla et al. 2022 (LPF-SGD), arXiv 2201.08025; Li et al. 2024 (RWP), arXiv 2404.00357"
+    cost = "1 forward and 1 backward pass more where it mixes, else none (1 forward for clean statistics)"
+    default_layers = "all"
 
     def __post_init__(self) -> None:
         if self.mixing < 1 and self.statistics == "clean":
@@ -223,7 +207,7 @@ class RWP(WeightPerturbation):
         return Combination(1 - self.mixing, self.mixing)
 
     def gradient(self, passes: Passes, state: State, factor: float, last_pass: LastPass | None) -> Step:
-        """Draw u by (5) and mix."""
+        """Draw u by (7) and mix."""
         weights = self.combination(factor)
         loss: Tensor | None
         if weights.here:
@@ -231,12 +215,11 @@ class RWP(WeightPerturbation):
                 loss = passes.plain(weights.here)
         else:
             loss = statistics_pass(passes, self.statistics)
-        direction = [
-            n * (factor * self.sigma) * filter_norms(t)
-            for n, t in zip(passes.gaussian(), passes.layers.tensors, strict=True)
-        ]
-        size = relative_size(passes, direction)
-        steps, _ = moved_passes(passes, direction, weights, last_pass, keep_statistics=loss is not None)
+        pairs = zip(passes.gaussian(), passes.layers.tensors, strict=True)
+        direction = [xi * (factor * self.sigma) * filter_norms(t) for xi, t in pairs]
+        size = perturbation.relative_size(passes, direction)
+        keep, moved = loss is not None, perturbation.moved_passes
+        steps, _ = moved(passes, direction, weights, last_pass, keep_statistics=keep)
         shown = steps[0].loss if loss is None else carry_nan(loss, steps[0].loss)
         return steps[0]._replace(loss=shown, relative_size=size)
 
@@ -276,10 +259,7 @@ def filter_norms(t: Tensor) -> Tensor:
 
 
 def posterior_shape(a: Tensor, d: Tensor, t: Tensor | None, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
-    """Return ``s_l = sqrt(a_l / t_l)`` [L], a floor on ``a_l t_l``, and whether any trace is positive.
-
-    Where none is, the shape is ``a_l / d_l``: right as shares, meaningless as an absolute value.
-    """
+    """Return ``s_l = sqrt(a_l / t_l)`` [L], a floor on ``a_l t_l``, else ``a_l / d_l``; if any t_l > 0."""
     uniform = a / d
     if t is None:
         return uniform, torch.zeros((), dtype=torch.bool, device=a.device)

@@ -1,9 +1,8 @@
 """The wrapper's own numbers: running averages of the layers' traces and what they were made of.
 
 They live in the base optimizer's first group under ``KEY``, so they survive every checkpoint path. An average
-over n estimates is Σ_k decay^(n−k) (1 − decay) t_k, divided by the same sum of ones, which removes its
-start-up bias. An estimate that is not finite (layer off the graph, zero weights) leaves its layer's average
-alone.
+is Σ_k decay^(n−k) (1 − decay) t_k over the same sum of ones, which removes its start-up bias. An estimate
+that is not finite leaves its layer's average alone.
 """
 
 import math
@@ -32,17 +31,12 @@ def fresh(layers: Layers) -> dict[str, Any]:
 
 
 def loaded(saved: dict[str, Any], layers: Layers) -> dict[str, Any]:
-    """Return a saved record with its tensors where the layers are.
-
-    Raises:
-        ValueError: It belongs to another choice of layers.
-    """
+    """Return a saved record with its tensors where the layers are; ValueError for other layers."""
     if saved["layers"] != list(layers):
         other = sorted(set(saved["layers"]) ^ set(layers))[:6]
-        raise ValueError(
-            f"load_state_dict: got running averages of {len(saved['layers'])} layers; expected this model's "
-            f"{len(layers)}. They differ in {', '.join(other) or 'order'}. Was the choice of layers changed?"
-        )
+        text = f"got averages of {len(saved['layers'])} layers; expected this model's {len(layers)}"
+        advice = f"They differ in {', '.join(other) or 'order'}. Was the choice of layers changed?"
+        raise ValueError(f"load_state_dict: {text}. {advice}")
     like = layers.squared_norms()
     record = {k: v.to(like).clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
     if "memory" in saved:
@@ -67,19 +61,18 @@ def fold(record: dict[str, Any], estimate: Tensor, decay: float) -> None:
 
 
 def metrics(record: dict[str, Any], layers: Layers) -> dict[str, float]:
-    """Return what is known of the layers, as floats.
-
-    ``relative_size`` and ``lambda`` of the latest step. For every layer ``frobenius/<layer>`` (a_l), and once
-    measured ``curvature/trace/<layer>`` (running average of t_l) and ``wci/<layer>`` = sqrt(a_l max(t_l, 0));
-    their sum ``wci/total``; ``curvature/negative``, the share of single-step estimates below zero.
-    """
+    """Return what ``RegularizedOptimizer.metrics`` says."""
     a, traces = layers.squared_norms(), averages(record)
-    values = {f"frobenius/{name}": v for name, v in zip(layers, a.tolist(), strict=True)}
+    by_layer = {"frobenius": a}
     if traces is not None:
-        wci = (a * traces.nan_to_num().clamp_min(0)).sqrt()
-        values |= {f"curvature/trace/{name}": v for name, v in zip(layers, traces.tolist(), strict=True)}
-        values |= {f"wci/{name}": v for name, v in zip(layers, wci.tolist(), strict=True)}
-        values["wci/total"] = float(wci.sum())
+        by_layer |= {"curvature/trace": traces, "wci": (a * traces.nan_to_num().clamp_min(0)).sqrt()}
+    values = {
+        f"{kind}/{name}": value
+        for kind, numbers in by_layer.items()
+        for name, value in zip(layers, numbers.tolist(), strict=True)
+    }
+    if traces is not None:
+        values["wci/total"] = float(by_layer["wci"].sum())
         share = record["num_negative"].sum() / record["num_estimates"].sum().clamp_min(1)
         values["curvature/negative"] = float(share)
     latest = {name: float(record[name]) for name in ("relative_size", "lambda") if name in record}

@@ -4,19 +4,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from wcitrain.curvature.differentiability import is_compiled
 from wcitrain.curvature.estimators import Auto, name_of
 from wcitrain.method import refuse
 from wcitrain.optim.penalty import Penalty
 from wcitrain.optim.perturbation import WeightPerturbation
-from wcitrain.params import Layers
+from wcitrain.params import Layers, is_compiled
 
 
 def default_layers(perturbation: WeightPerturbation | None, penalty: Penalty | None) -> str:
     """Return which tensors are layers where the user does not say, see ``params.select_layers``.
 
-    Raises:
-        ValueError: A rule for all tensors beside a penalty, which is defined on weight matrices.
+    ValueError for a rule for all tensors beside a penalty, which is defined on weight matrices.
     """
     if perturbation is None or perturbation.default_layers == "weights":
         return "weights"
@@ -27,13 +25,10 @@ def default_layers(perturbation: WeightPerturbation | None, penalty: Penalty | N
 
 
 def refuse_what_does_not_compose(perturbation: WeightPerturbation | None, penalty: Penalty | None) -> None:
-    """Raise where a perturbation and a penalty would not be one well-defined objective.
+    """Raise ValueError where a perturbation and a penalty would not be one well-defined objective.
 
-    A norm penalty goes with everything. A curvature penalty is evaluated at W + u, so it needs a rule that
-    takes the gradient there and nowhere else, and an estimator that moves no weights itself.
-
-    Raises:
-        ValueError: With the reason.
+    A curvature penalty is evaluated at W + u, so it needs a rule that takes the gradient there and nowhere
+    else, and an estimator that moves no weights itself.
     """
     if perturbation is None or penalty is None or penalty.estimator is None:
         return
@@ -53,7 +48,7 @@ def refuse_what_does_not_compose(perturbation: WeightPerturbation | None, penalt
 def refuse_low_precision(layers: Layers, penalty: Penalty | None) -> None:
     """Raise ValueError where a penalty would take differences of gradients in low-precision weights."""
     low = [name for name, p in layers.items() if p.dtype.itemsize < 4]
-    if low and penalty is not None and penalty.estimator is not None and penalty.estimator.takes_differences:
+    if low and penalty is not None and penalty.estimator is not None and penalty.estimator.moves_weights:
         raise ValueError(
             f"penalty: got {layers[low[0]].dtype} weights in {low[0]}; expected float32 or float64: "
             "differences of low-precision gradients are noise. Keep float32 weights, or use WCIPosterior."
@@ -81,27 +76,19 @@ def check_attachable(
     """Raise ValueError for what `RegularizedOptimizer.attach` cannot do right."""
     kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
     parts = accelerator.gradient_accumulation_steps
+    needs_float32 = penalty is not None and penalty.estimator is not None
     if precision not in ("no", "bf16"):  # fp16's scaler skips and rescales steps
         problem = f"got mixed_precision={precision!r}; expected 'no' or 'bf16'. Use bf16."
     elif kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         problem = f"got distributed type {kind}; expected one process or DistributedDataParallel."
     elif getattr(model, "static_graph", False):
         problem = "got a DDP model with static_graph=True; expected False: extra passes change the graph."
-    elif (
-        precision == "bf16"
-        and penalty is not None
-        and penalty.estimator is not None
-        and any(is_compiled(m) for m in model.modules())
-    ):
-        problem = (
-            "got a compiled bf16 model and a curvature penalty, which needs float32 passes that the compiled "
-            "graph cannot switch to. Use precision 'no', drop compile, or use WCIPosterior."
-        )
+    elif precision == "bf16" and needs_float32 and any(is_compiled(m) for m in model.modules()):
+        problem = "got a compiled bf16 model and a curvature penalty, whose passes are float32; expected one "
+        problem += "of the two. Use precision 'no', drop compile, or use WCIPosterior."
     elif num_micro_batches not in (1, parts):
-        problem = (
-            f"got an optimizer with num_micro_batches={num_micro_batches} and an accelerator with "
-            f"gradient_accumulation_steps={parts}; expected the same. Set the latter only."
-        )
+        problem = f"got an optimizer with num_micro_batches={num_micro_batches} and an accelerator with "
+        problem += f"gradient_accumulation_steps={parts}; expected the same. Set the latter only."
     else:
         return
     raise ValueError(f"attach: {problem}")

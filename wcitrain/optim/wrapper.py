@@ -1,25 +1,16 @@
 """The optimizer wrapper: all regularisation happens in ``backward``, all stepping in ``step``.
 
-Legend: W layer weights, u perturbation, g gradient of the loss at fixed adversarial examples, t_l = Tr(H_l).
+One call of ``backward(loss_fn)`` adds the gradients of the regularised objective to ``.grad``: g(W); under a
+weight perturbation g(W + u), ½ [g(W + u) + g(W − u)], ...; with a penalty in addition ∇ Σ c_l t_l + 2 ∂φ/∂a
+W, beside a perturbation with the curvature at W + u; `refusals` says which two go together.
 
-One call of ``backward(loss_fn)`` adds the gradients of the regularised objective to ``.grad`` (so
-micro-batches accumulate and the user clips between ``backward`` and ``step``):
-
-| rule active at this step   | what is added to `.grad`                    | passes (forward, backward) |
-|----------------------------|---------------------------------------------|----------------------------|
-| none                       | g(W)                                        | 1, 1                       |
-| a weight perturbation      | g(W + u), ½ [g(W + u) + g(W − u)], ...      | by rule                    |
-| a penalty with curvature   | g(W) + ∇ Σ c_l t_l + 2 ∂φ/∂a W              | by estimator               |
-| a penalty on norms alone   | g(W) + 2 λ_F W                              | 1, 1                       |
-
-Beside a perturbation the curvature of a penalty is that at W + u; `refusals` says which two go together.
-
-Contracts: the wrapper owns no parameter group and no state of the base optimizer. With every strength at zero
-it *is* the base optimizer, bit for bit. Perturbed weights come back by copy from a clone, also on exceptions.
-The passes of one call see the same random numbers (dropout) and running statistics move once: in the pass at
-W where there is one, else in the last.
+The wrapper owns no parameter group and no state of the base optimizer. With every strength at zero it *is*
+the base optimizer, bit for bit. Perturbed weights come back by copy from a clone, also on exceptions. The
+passes of one call see the same random numbers (dropout); running statistics move once.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -41,31 +32,28 @@ from wcitrain.optim.perturbation import State, WeightPerturbation
 class RegularizedOptimizer(DelegatingOptimizer):
     """Any torch optimizer, with a weight perturbation and/or a penalty in the gradient it steps on.
 
-    In one's own loop ``loss_fn`` returns the differentiable loss at fixed ``x_adv``. It is called several
-    times and calls neither ``backward`` nor ``zero_grad``::
+    >>> from wcitrain import WCIPosterior, cross_entropy
+    >>> model, x_adv, y = nn.Linear(2, 3), torch.rand(4, 2), torch.tensor([0, 1, 2, 0])
+    >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> optimizer = RegularizedOptimizer(base, model, perturbation=WCIPosterior(1.0))
+    >>> loss = optimizer.step(lambda: cross_entropy(model(x_adv), y))  # at fixed adversarial images
+    >>> optimizer.extra_passes()
+    (1.0, 1.0)
 
-        base = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer = RegularizedOptimizer(base, model, perturbation=WCIPosterior(1.0))
-        loss = optimizer.step(lambda: cross_entropy(model(x_adv), y))
-
-    With accumulation, clipping or Accelerate: ``backward(loss_fn)`` once a micro-batch, then ``step()`` and
-    ``zero_grad()``.
+    The function is called several times and calls neither ``backward`` nor ``zero_grad``. With accumulation,
+    clipping or Accelerate: ``backward(loss_fn)`` once a micro-batch, then ``step()`` and ``zero_grad()``.
 
     Args:
         base: The optimizer that steps and keeps groups and state; schedulers may be given either.
         model: The module whose layers are perturbed and whose buffers are protected in the extra passes.
-        perturbation: A rule of ``ascent`` (SAM, AWP, ...) or ``random_directions`` (WCIPosterior, ...).
-        penalty: A rule of ``penalty``.
-        layers, split_qkv: Which tensors are layers, see ``params.select_layers``; None: what the rule is
-            published for. With the estimator ``top_layer`` the head alone.
-        trace_decay: Decay of the running average of t_l, in [0, 1); its start-up bias is corrected.
+        layers, split_qkv: See ``params.select_layers``; None: what the rule is published for.
+        trace_decay: Decay of the running average of t_l, in [0, 1).
         num_micro_batches: ``backward`` calls per ``step``; each contributes 1/num_micro_batches.
         steps_per_epoch: Optimizer steps of an epoch, which the rules' schedules count; 1: they count steps.
         seed: Of the random directions: they depend on (seed, step, micro-batch, rank) and nothing else.
 
     Raises:
         ValueError: A perturbation and a penalty that do not compose; no layers; a number out of its range.
-        TypeError: ``base`` is not an optimizer.
     """
 
     def __init__(
@@ -95,9 +83,8 @@ class RegularizedOptimizer(DelegatingOptimizer):
         estimator = (penalty and penalty.estimator) or Auto()
         self.layers = estimator.layers(model, layers, split_qkv=split_qkv).only(optimized)
         if not self.layers:
-            raise ValueError(
-                "layers: none of the selected tensors is in the optimizer. Is it the same model?"
-            )
+            text = "layers: none of the selected tensors is in the optimizer. Is it the same model?"
+            raise ValueError(text)
         refusals.refuse_low_precision(self.layers, penalty)
         self._accelerator: Accelerator | None = None
         self._micro_step = 0  # backward calls since the last step
@@ -111,12 +98,9 @@ class RegularizedOptimizer(DelegatingOptimizer):
     def backward(self, loss_fn: LossFn) -> Tensor:
         """Add the gradients of the regularised objective at one micro-batch to ``.grad``.
 
-        Args:
-            loss_fn: Returns the scalar mean loss with its graph, or a `Loss` that carries its outputs too
-                (``wcitrain.cross_entropy``, every objective's loss), which gauss_newton and top_layer need.
-
-        Returns:
-            The loss at W, detached; where no pass is made at W, the mean of those at the perturbed weights.
+        ``loss_fn`` returns the scalar mean loss with its graph, or a `Loss` that carries its outputs too,
+        which gauss_newton and top_layer need. Returns the loss at W, detached; where no pass is made at W,
+        the mean of those at the perturbed weights.
 
         Raises:
             TypeError: ``loss_fn`` does not return a scalar tensor with a graph.
@@ -131,25 +115,20 @@ class RegularizedOptimizer(DelegatingOptimizer):
         if penalty_factor and self._choice is None:
             self.choose_estimator(loss_fn)
         passes, penalized = self._passes(loss_fn), None
-        self._is_busy = True
-        try:
+        with self._busy():
             if penalty and penalty_factor and self._choice:
                 known = penalty_factor, self.traces(), self.layers.squared_norms()
                 penalized = partial(penalty.add_gradient, passes, self._choice.estimator, *known)
-            if perturbation and factor:
-                with passes.undone_on_error():
+            acts = perturbation and factor
+            with passes.undone_on_error() if acts or penalized else nullcontext():
+                if perturbation and acts:
                     state = State(self.traces(), self._record.get("memory"))
                     step = perturbation.gradient(passes, state, factor, penalized)
-            elif penalized:
-                with passes.undone_on_error():
-                    step = penalized()
-            else:
-                step = Step(passes.plain())
+                else:
+                    step = penalized() if penalized else Step(passes.plain())
             if penalty and penalty_factor:
                 coefficients = penalty.norm_coefficients(self.layers.squared_norms(), self.traces())
                 passes.add_norm_gradients(coefficients, penalty_factor)
-        finally:
-            self._is_busy = False
         if step.traces is not None:
             self._pending.append(step.traces)
         if step.memory is not None:
@@ -171,10 +150,9 @@ class RegularizedOptimizer(DelegatingOptimizer):
         """
         if closure is not None:
             if self._accelerator is not None or self.num_micro_batches > 1:
-                got = (
-                    "RegularizedOptimizer.step: got a closure under Accelerate or with several micro-batches"
-                )
-                raise RuntimeError(f"{got}; expected none. Call backward(loss_fn) in each, then step().")
+                got = "got a closure under Accelerate or with several micro-batches; expected none"
+                text = f"RegularizedOptimizer.step: {got}. Call backward(loss_fn) in each, then step()."
+                raise RuntimeError(text)
             self.zero_grad()
             loss = self.backward(closure)
             self.step()
@@ -200,21 +178,20 @@ class RegularizedOptimizer(DelegatingOptimizer):
     def choose_estimator(self, loss_fn: LossFn) -> Choice | None:
         """Decide by a dry run on one batch how traces are estimated, if at all; else ``backward`` does so.
 
-        Raises:
-            ValueError: The estimator is impossible with this model or loss, here or on another process.
+        ValueError where the estimator is impossible with this model or loss, here or on another process.
         """
         if self.penalty is None or self.penalty.estimator is None:
             return None
         refusal = choice = None
         wanted, passes = self.penalty.estimator, self._passes(loss_fn)
         needs_gradient, may_move_weights = self.penalty.trace_strength > 0, self.perturbation is None
-        self._is_busy = True
         try:
-            choice = choose(wanted, passes, needs_gradient=needs_gradient, may_move_weights=may_move_weights)
+            with self._busy():
+                choice = choose(
+                    wanted, passes, needs_gradient=needs_gradient, may_move_weights=may_move_weights
+                )
         except ValueError as error:
             refusal = ValueError(f"penalty.{error}")
-        finally:
-            self._is_busy = False
         if self._world > 1:
             names = gather_object([choice and name_of(choice.estimator)])
             if refusal is None and len(set(names)) > 1:
@@ -232,8 +209,9 @@ class RegularizedOptimizer(DelegatingOptimizer):
     def metrics(self) -> dict[str, float]:
         """Return what there is to log, as floats (synchronises with the device).
 
-        ``relative_size`` (||u|| / ||W||) of the latest perturbation or penalty, the ``lambda`` it amounts to,
-        and what ``record.metrics`` knows of the layers.
+        ``relative_size`` (||u|| / ||W||) and ``lambda``, the latest; a layer's ``frobenius/`` (a_l) and, once
+        measured, ``curvature/trace/`` (average of t_l) and ``wci/`` = sqrt(a_l max(t_l, 0)), their sum
+        ``wci/total``; ``curvature/negative``, the share of single-step estimates below zero.
         """
         return record.metrics(self._record, self.layers)
 
@@ -278,6 +256,15 @@ class RegularizedOptimizer(DelegatingOptimizer):
     def _forget_micro_batches(self) -> None:
         self._pending, self._memory_sum, self._micro_step = [], None, 0
 
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Evaluate ``loss_fn`` inside, which must not call the optimizer."""
+        self._is_busy = True
+        try:
+            yield
+        finally:
+            self._is_busy = False
+
     def _refuse_inside_loss_fn(self, name: str, advice: str) -> None:
         """Raise RuntimeError where ``loss_fn``, called at perturbed weights, calls method ``name``."""
         if self._is_busy:
@@ -286,11 +273,8 @@ class RegularizedOptimizer(DelegatingOptimizer):
     def attach(self, accelerator: Accelerator, model: nn.Module) -> "RegularizedOptimizer":
         """Let all passes but the last run without reducing gradients, and penalties in float32.
 
-        Call it on the wrapper itself, not on what ``prepare`` made of it, with the prepared model.
-
-        Raises:
-            ValueError: fp16, a static DDP graph, sharded or DeepSpeed models, a compiled bfloat16 model with
-                a curvature penalty, or another number of micro-batches than Accelerate's.
+        Call it on the wrapper itself, not on what ``prepare`` made of it, with the prepared model. ValueError
+        for what `refusals.check_attachable` lists: fp16, sharded models, ...
         """
         refusals.check_attachable(accelerator, model, self.penalty, self.num_micro_batches)
         self._accelerator, self.model, self._choice = accelerator, model, None
@@ -305,11 +289,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned, or the bare base optimizer's, which has no running averages.
-
-        Raises:
-            ValueError: The saved running averages are for other layers.
-        """
+        """Load what ``state_dict`` returned, or the bare base optimizer's, which has no running averages."""
         saved = state_dict["param_groups"][0].get(record.KEY)
         own = record.fresh(self.layers) if saved is None else record.loaded(saved, self.layers)
         self.base.load_state_dict(state_dict)

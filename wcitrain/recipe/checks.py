@@ -3,28 +3,23 @@
 What concerns one method or section alone is in its class.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from wcitrain.learning_rate import Piecewise
 from wcitrain.method import SettingError, fields_of, fraction_text, show
 from wcitrain.optim.refusals import default_layers, refuse_what_does_not_compose
-from wcitrain.recipe.errors import Problem
 from wcitrain.recipe.fields import RecipeFields
 
+Problem = tuple[tuple[str, ...], str]  # dotted keys, the one to blame first; "got ...; expected ... ."
 
-def contradictions(recipe: RecipeFields) -> Iterator[Problem]:
-    """Yield every set of settings that cannot all be meant."""
-    yield from radius_of_an_attack(recipe)
-    yield from steps_of_an_attack(recipe)
-    yield from attack_in_the_backward_pass(recipe)
-    yield from guard_of_single_steps(recipe)
-    yield from compiled_models_differentiate_once(recipe)
-    yield from perturbation_beside_penalty(recipe)
-    yield from wrapper_without_a_rule(recipe)
-    yield from starts_before_the_end(recipe)
-    yield from patience_between_measurements(recipe)
-    yield from equal_micro_batches(recipe)
+
+class ContradictionError(ValueError):
+    """Settings of different sections that are fine alone and wrong together."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(f"{keys[0]}: {text}" for keys, text in problems))
+        self.problems = problems
 
 
 # ---- attack ------------------------------------------------------------------------------------------------
@@ -60,8 +55,8 @@ def steps_of_an_attack(recipe: RecipeFields) -> Iterator[Problem]:
             yield keys, f"{got} at most twice {radius}: a longer step leaves the ball from any point. {hint}"
         # The relative slack is for rounding: 4 * (2/255) may fall short of 8/255 by its last bit.
         if num_steps is not None and step * num_steps < eps * (1 - 1e-9):
-            text = f"{got} at least {radius} over num_steps = {num_steps}."
-            yield keys, f"{text} Take more or longer steps, or set it to null."
+            advice = "Take more or longer steps, or set it to null."
+            yield keys, f"{got} at least {radius} over num_steps = {num_steps}. {advice}"
 
 
 def attack_in_the_backward_pass(recipe: RecipeFields) -> Iterator[Problem]:
@@ -80,16 +75,13 @@ def attack_in_the_backward_pass(recipe: RecipeFields) -> Iterator[Problem]:
         yield ("train.accumulate", "objective.name"), f"{text} Lower train.batch_size instead."
 
 
-def guard_of_single_steps(recipe: RecipeFields) -> Iterator[Problem]:
-    """Only training with one attack step overfits catastrophically."""
-    if recipe.train.overfitting_guard == "stop" and not recipe.objective.is_single_step:
-        text = f"got stop with objective {recipe.objective}, which has no single step to guard;"
+def what_the_objective_does_not_do(recipe: RecipeFields) -> Iterator[Problem]:
+    """Only one attack step overfits catastrophically; what differentiates a gradient cannot be compiled."""
+    objective, regularizer = recipe.objective, recipe.input_regularizer
+    if recipe.train.overfitting_guard == "stop" and not objective.is_single_step:
+        text = f"got stop with objective {objective}, which has no single step to guard;"
         yield ("train.overfitting_guard", "objective.name"), f"{text} expected the default, warn. Remove it."
-
-
-def compiled_models_differentiate_once(recipe: RecipeFields) -> Iterator[Problem]:
-    """A loss that differentiates an input gradient cannot be compiled."""
-    twice = recipe.input_regularizer or (recipe.objective if recipe.objective.needs_double_backward else None)
+    twice = regularizer or (objective if objective.needs_double_backward else None)
     if recipe.train.compile and twice:
         text = f"got true with {twice}, which differentiates a gradient; expected false. Change one of them."
         yield ("train.compile", "objective.name", "input_regularizer.name"), text
@@ -163,3 +155,21 @@ def equal_micro_batches(recipe: RecipeFields) -> Iterator[Problem]:
     if size % parts:
         text = f"got {parts}; expected a divisor of train.batch_size = {size}. Change one of them."
         yield ("train.accumulate", "train.batch_size"), text
+
+
+RULES: tuple[Callable[[RecipeFields], Iterator[Problem]], ...] = (
+    radius_of_an_attack,
+    steps_of_an_attack,
+    attack_in_the_backward_pass,
+    what_the_objective_does_not_do,
+    perturbation_beside_penalty,
+    wrapper_without_a_rule,
+    starts_before_the_end,
+    patience_between_measurements,
+    equal_micro_batches,
+)
+
+
+def contradictions(recipe: RecipeFields) -> list[Problem]:
+    """Return every set of settings that cannot all be meant."""
+    return [problem for rule in RULES for problem in rule(recipe)]

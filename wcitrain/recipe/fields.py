@@ -7,15 +7,14 @@ from pydantic import AfterValidator
 
 from wcitrain.attacks import ThreatModel
 from wcitrain.averaging import AVERAGES, Averaging
-from wcitrain.data.augment import Augmentation
-from wcitrain.data.mixing import Mixing
+from wcitrain.data import Augmentation, Data, Extra, LabelNoise, Mixing
 from wcitrain.learning_rate import SCHEDULES, Piecewise, Schedule
-from wcitrain.method import Choice, Count, Nested, Text, fields_of
+from wcitrain.method import Choice, Count, Nested, Text, fields_of, setting
 from wcitrain.objectives import INPUT_REGULARIZERS, OBJECTIVES, PGDAT, InputRegularizer, Objective
 from wcitrain.optim import PENALTIES, PERTURBATIONS, Penalty, WeightPerturbation
 from wcitrain.optim.base import OPTIMIZERS, SGD, BaseOptimizer, TimmOptimizer
 from wcitrain.recipe import sections
-from wcitrain.recipe.sections import Section, setting
+from wcitrain.recipe.sections import Section
 from wcitrain.stopping import EarlyStopping
 
 
@@ -26,46 +25,38 @@ def _check_folder_name(value: str) -> str:
     return value
 
 
+Regularizer = Annotated[InputRegularizer | None, Choice(INPUT_REGULARIZERS, can_be_none=True)]
+Perturbation = Annotated[WeightPerturbation | None, Choice(PERTURBATIONS, can_be_none=True)]
+PenaltyOrNone = Annotated[Penalty | None, Choice(PENALTIES, can_be_none=True)]
+Optimizer = Annotated[BaseOptimizer, Choice(OPTIMIZERS, fallback=TimmOptimizer)]
+Average = Annotated[Averaging | None, Choice(AVERAGES, can_be_none=True)]
+Stopping = Annotated[EarlyStopping, Nested()]
+
+
 class RecipeFields(Section):
     """All settings of a run, each checked by itself."""
 
     name: Annotated[str, AfterValidator(_check_folder_name)] = setting("run", "Name of run and folder.")
     seed: Count = setting(0, "Seed of weights, batches, attacks and probes.")
     output: Text = setting("runs", "Folder that holds the run folders.")
-    data: sections.Data = setting(sections.Data, "Which images are read.")
-    augment: Annotated[Augmentation, Nested()] = setting(
-        Augmentation(), "What happens to a training image after crop and flip."
-    )
+    data: Annotated[Data, Nested()] = setting(Data(), "Which images are read.")
+    augment: Annotated[Augmentation, Nested()] = setting(Augmentation(), "Augmentation after crop and flip.")
     mixing: Annotated[Mixing, Nested()] = setting(Mixing(), "How the images of a batch are mixed.")
-    extra: sections.Extra = setting(sections.Extra, "Generated or unlabelled training images.")
-    label_noise: sections.LabelNoise = setting(sections.LabelNoise, "Random training labels.")
+    extra: Annotated[Extra, Nested()] = setting(Extra(), "Generated or unlabelled training images.")
+    label_noise: Annotated[LabelNoise, Nested()] = setting(LabelNoise(), "Random training labels.")
     model: sections.Model = setting(sections.Model, "The timm backbone.")
-    threat: Annotated[ThreatModel, Nested()] = setting(
-        ThreatModel(), "What the adversary may do, in training and evaluation."
-    )
+    threat: Annotated[ThreatModel, Nested()] = setting(ThreatModel(), "What the adversary may do.")
     objective: Annotated[Objective, Choice(OBJECTIVES, without=("threat",))] = setting(
         PGDAT(), "The loss that is minimised."
     )
-    input_regularizer: Annotated[InputRegularizer | None, Choice(INPUT_REGULARIZERS, can_be_none=True)] = (
-        setting(None, "What is asked of the input gradient.")
-    )
-    perturbation: Annotated[WeightPerturbation | None, Choice(PERTURBATIONS, can_be_none=True)] = setting(
-        None, "How weights are moved for the gradient."
-    )
-    penalty: Annotated[Penalty | None, Choice(PENALTIES, can_be_none=True)] = setting(
-        None, "What is added to the loss."
-    )
+    input_regularizer: Regularizer = setting(None, "What is asked of the input gradient.")
+    perturbation: Perturbation = setting(None, "How weights are moved for the gradient.")
+    penalty: PenaltyOrNone = setting(None, "What is added to the loss.")
     wrapper: sections.Wrapper = setting(sections.Wrapper, "Where perturbation and penalty act.")
-    optimizer: Annotated[BaseOptimizer, Choice(OPTIMIZERS, fallback=TimmOptimizer)] = setting(
-        SGD(), "The base optimizer."
-    )
+    optimizer: Optimizer = setting(SGD(), "The base optimizer.")
     schedule: Annotated[Schedule, Choice(SCHEDULES)] = setting(Piecewise(), "The learning rate over time.")
-    averaging: Annotated[Averaging | None, Choice(AVERAGES, can_be_none=True)] = setting(
-        None, "The average of the weights that is evaluated."
-    )
-    early_stopping: Annotated[EarlyStopping, Nested()] = setting(
-        EarlyStopping(), "When training ends before its last epoch."
-    )
+    averaging: Average = setting(None, "The average of the weights that is evaluated.")
+    early_stopping: Stopping = setting(EarlyStopping(), "When training ends before its last epoch.")
     train: sections.Train = setting(sections.Train, "The training loop.")
     evaluation: sections.Evaluation = setting(sections.Evaluation, "What is measured.")
     measures: sections.Measures = setting(sections.Measures, "What else is measured while training.")
@@ -90,7 +81,7 @@ class RecipeFields(Section):
             (self.augment, self.augment.is_active),
             (self.mixing, self.mixing.is_active),
             (self.extra, self.extra.path),
-            (f"label noise {self.label_noise.share:g}", self.label_noise.share),
+            (self.label_noise, self.label_noise.share),
             (f"label smoothing {smoothing:g}", smoothing),
             (self.averaging, self.averaging),
             (self.early_stopping, self.early_stopping.patience),

@@ -1,13 +1,15 @@
 """Read YAML into plain data that remembers where each key was written, as ``file:line``, for errors."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import yaml
 
 Key = tuple[str, ...]  # ("train", "epochs") stands for train.epochs
+COMMAND_LINE = "command line"  # the place of a setting that no file holds
 # What PyYAML raises; the last three for a tag that does not fit its value, such as !!bool foo.
 NOT_YAML = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError)
 
@@ -16,17 +18,13 @@ class RecipeError(ValueError):
     """A recipe that cannot be run; the message lists every problem found, a line each."""
 
 
-def stop(problems: Sequence[str], last: str) -> NoReturn:
-    """Raise for a problem that ends the reading, after those found before it."""
-    raise RecipeError("\n".join([*problems, last]))
-
-
-class Layer(NamedTuple):
-    """Nested plain data and, for each key, where it was written; ``places[()]`` stands for the whole."""
+@dataclass(frozen=True)
+class Layer:
+    """Nested plain data, where each key was written (``places[()]``: the whole), and what is wrong."""
 
     data: dict[str, Any]
-    places: dict[Key, str]
-    is_override: bool = False  # from the command line
+    places: dict[Key, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
     def place(self, key: Key) -> str:
         """Return where ``key`` was written, or the nearest mapping around it."""
@@ -84,14 +82,13 @@ def read_yaml(text: str) -> Any:
     Raises:
         ValueError: The text is no YAML, or has a key twice.
     """
-    problems: list[str] = []
     try:
-        data = _parse(text, (), lambda node: f"line {node.start_mark.line + 1}", {}, problems)
+        layer = _parse(text, (), "line {}".format)
     except NOT_YAML as error:
         raise ValueError(f"got {text[:60]!r}; expected YAML ({_reason(error)}).") from error
-    if problems:
-        stop((), "; ".join(problems))
-    return data
+    if layer.problems:
+        raise RecipeError("; ".join(layer.problems))
+    return layer.data
 
 
 def to_yaml_text(data: Mapping[str, Any]) -> str:
@@ -99,78 +96,79 @@ def to_yaml_text(data: Mapping[str, Any]) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def read_override(override: str, problems: list[str]) -> Layer | None:
-    """Read one setting such as ``"train.epochs=3"``; None, and a problem, where it cannot be read."""
+def read_override(override: str) -> Layer:
+    """Read one setting such as ``"train.epochs=3"``; one that cannot be read is a problem."""
     name, equals, text = override.partition("=")
     key = tuple(part.strip() for part in name.split("."))
     if not equals or not all(key):
-        problems.append(f"command line: got {override!r}; expected section.key=value. Write seed=3.")
-        return None
-    places: dict[Key, str] = {key[:end]: "command line" for end in range(1, len(key) + 1)}
+        text = f"command line: got {override!r}; expected section.key=value. Write seed=3."
+        return Layer({}, problems=[text])
     try:
-        value = _parse(text, key, lambda _: "command line", places, problems)
+        layer = _parse(text, key, lambda line: COMMAND_LINE)
     except NOT_YAML as error:
         rule = f"a YAML value ({_reason(error)}). Put quotes around it."
-        problems.append(f"command line: {name}: got {text!r}; expected {rule}")
-        return None
+        return Layer({}, problems=[f"command line: {name}: got {text!r}; expected {rule}"])
+    value: Any = layer.data
     for part in reversed(key):
         value = {part: value}
-    return Layer(value, places)
+    around = {key[:end]: COMMAND_LINE for end in range(1, len(key) + 1)}
+    return Layer(value, around | layer.places, layer.problems)
 
 
-def read_file(path: Path, asked_by: str, problems: list[str]) -> Layer:
-    """Read one file; ``asked_by`` opens the error when there is no such file."""
+def read_file(path: Path, asked_by: str = "") -> Layer:
+    """Read one file; ``asked_by`` opens the error when there is no such file.
+
+    Raises:
+        RecipeError: It is missing, unreadable or not a YAML mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        stop(problems, f"{asked_by}got '{path}' ({reason}); expected a readable YAML file. Check the path.")
-    places: dict[Key, str] = {(): str(path)}
+        got = f"'{path}' ({getattr(error, 'strerror', None) or 'not UTF-8 text'})"
+        raise RecipeError(f"{asked_by}got {got}; expected a readable YAML file. Check the path.") from error
     try:
-        data = _parse(text, (), lambda node: f"{path}:{node.start_mark.line + 1}", places, problems)
+        layer = _parse(text, (), f"{path}:{{}}".format)
     except NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         got = f"got text that is not YAML ({_reason(error)})"
-        stop(problems, f"{place}: {got}; expected key: value lines. Correct that line.")
-    if not isinstance(data, dict | None):
-        stop(
-            problems, f"{path}: got a {type(data).__name__}; expected sections such as train: {{epochs: 3}}."
-        )
-    return Layer(data or {}, places)
+        raise RecipeError(f"{place}: {got}; expected key: value lines. Correct that line.") from error
+    if not isinstance(layer.data, dict | None):
+        got = f"got a {type(layer.data).__name__}"
+        raise RecipeError(f"{path}: {got}; expected sections such as train: {{epochs: 3}}.")
+    return Layer(layer.data or {}, {(): str(path)} | layer.places, layer.problems)
 
 
-def _parse(
-    text: str, key: Key, place: Callable[[yaml.Node], str], places: dict[Key, str], problems: list[str]
-) -> Any:
-    """Return the data in ``text``; enter the place of every key below ``key`` and report duplicate keys."""
+def _parse(text: str, key: Key, place: Callable[[int], str]) -> Layer:
+    """Return the data in ``text``, with the place of every key below ``key``; duplicates are problems."""
+    places: dict[Key, str] = {}
+    problems: list[str] = []
 
     def walk(node: yaml.Node, key: Key, around: tuple[yaml.Node, ...]) -> None:
         if any(node is outer for outer in around):
             raise ValueError("an anchor that contains itself")
+        items: list[tuple[str, yaml.Node, yaml.Node]] = []
         if isinstance(node, yaml.SequenceNode):
-            for number, item in enumerate(node.value):
-                places[*key, str(number)] = place(item)
-                walk(item, (*key, str(number)), (*around, node))
+            items = [(str(number), item, item) for number, item in enumerate(node.value)]
+        elif isinstance(node, yaml.MappingNode):  # the constructor complains of a list as a key
+            items = [(k.value, k, item) for k, item in node.value if isinstance(k, yaml.ScalarNode)]
         first: dict[str, str] = {}
-        for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue  # a list as a key: the constructor says so
-            child, here = (*key, key_node.value), place(key_node)
-            if key_node.value in first:
-                got = f"{'.'.join(child)}: got the key a second time (first: {first[key_node.value]})"
+        for name, written, item in items:
+            child, here = (*key, name), place(written.start_mark.line + 1)
+            if name in first:
+                got = f"{'.'.join(child)}: got the key a second time (first: {first[name]})"
                 problems.append(f"{here}: {got}; expected each key once. Delete one of the two.")
-            first.setdefault(key_node.value, here)
+            first.setdefault(name, here)
             places[child] = here
-            walk(value_node, child, (*around, node))
+            walk(item, child, (*around, node))
 
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
-            return None
+            return Layer(None)  # type: ignore[arg-type]
         walk(node, key, ())
-        return loader.construct_document(node)
+        return Layer(loader.construct_document(node), places, problems)
     finally:
         loader.dispose()
 

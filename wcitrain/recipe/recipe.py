@@ -14,28 +14,23 @@ from pydantic import model_validator
 
 from wcitrain.method import fields_of
 from wcitrain.optim import FrobeniusPenalty
-from wcitrain.recipe.checks import contradictions
-from wcitrain.recipe.errors import ContradictionError, build
+from wcitrain.recipe.checks import ContradictionError, contradictions
+from wcitrain.recipe.errors import build
 from wcitrain.recipe.fields import RecipeFields
-from wcitrain.recipe.layers import kinds_of, lay_files, read_overrides
+from wcitrain.recipe.layers import read_files, read_overrides
 from wcitrain.recipe.reading import Layer, to_yaml_text
 
 
 def load_recipe(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> "Recipe":
     """Read a recipe from files laid on one another, lowest first, and settings from the command line.
 
-    Args:
-        path: A YAML file, or several: ``["bases/cifar10.yaml", "methods/wci.yaml"]``. An empty one is the
-            default recipe.
-        overrides: Settings such as ``"train.epochs=3"`` or ``"model.kwargs.layers=[1, 1]"``; values are YAML.
+        load_recipe(["bases/cifar10.yaml", "methods/wci.yaml"], ["train.epochs=3"])
 
     Raises:
         RecipeError: The files or settings are wrong; the message has a line for each problem.
     """
-    paths = [path] if isinstance(path, str | Path) else list(path)
-    problems: list[str] = []
-    layers = lay_files([Path(one) for one in paths], problems)
-    return build(Recipe, [*layers, read_overrides(overrides, problems, KINDS)], problems, KINDS)
+    paths = [path] if isinstance(path, str | Path) else path
+    return build(Recipe, [*read_files([Path(one) for one in paths]), read_overrides(overrides)])
 
 
 def recipe_from_dict(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> "Recipe":
@@ -43,8 +38,7 @@ def recipe_from_dict(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> 
 
     The keys ``base`` and ``by_base`` are for files only.
     """
-    problems: list[str] = []
-    return build(Recipe, [Layer(dict(data), {}), read_overrides(overrides, problems, KINDS)], problems, KINDS)
+    return build(Recipe, [Layer(dict(data)), read_overrides(overrides)])
 
 
 class Recipe(RecipeFields):
@@ -59,7 +53,7 @@ class Recipe(RecipeFields):
             raise ContradictionError([(("objective.threat", "threat"), f"{text} Set threat.")])
         if "threat" in fields_of(type(self.objective)):
             self.__dict__["objective"] = replace(self.objective, threat=self.threat)  # type: ignore[type-var]
-        if problems := list(contradictions(self)):
+        if problems := contradictions(self):
             raise ContradictionError(problems)
         penalty, decay = self.penalty, self.optimizer.weight_decay
         if isinstance(penalty, FrobeniusPenalty) and penalty.strength > 0 and decay > 0:
@@ -71,6 +65,3 @@ class Recipe(RecipeFields):
     def to_yaml(self) -> str:
         """Return the resolved recipe, every default written out; loading the text gives an equal recipe."""
         return to_yaml_text(self.model_dump(mode="json"))
-
-
-KINDS = kinds_of(Recipe)

@@ -9,45 +9,61 @@ Nothing here trains, measures or selects; figures use matplotlib's objects and c
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from wcitrain.report.axes import DPI
-from wcitrain.report.figures import curves, tradeoff, wci_layers
-from wcitrain.report.page import report_page
 from wcitrain.report.runs import Run, group_rows, load_run
 from wcitrain.report.table import results_table
 
-__all__ = ["Run", "load_run", "results_table", "write_report"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def write_report(runs: Sequence[Run], out: str | Path, *, at: str = "last") -> list[Path]:
-    """Write table.md, report.html, curves.png and, with numbers for them, tradeoff.png and wci_layers.png.
+def write_report(
+    runs: Sequence[Run],
+    out: str | Path,
+    *,
+    at: str = "last",
+    images: "Callable[[Run], Figure] | None" = None,
+) -> list[Path]:
+    """Write ``table.md``, ``report.html`` and each figure of the page as a PNG; return their paths.
 
-    report.html is one page with everything in it. tradeoff.png needs two groups with test accuracies,
-    wci_layers.png the layer-wise WCI. These five names are overwritten in ``out``; nothing else is touched,
-    and a figure left over from an earlier report is warned about. ``at`` is the table's epoch, last or best.
+    A figure without numbers for it is left out. Files of these names are overwritten in ``out``; nothing else
+    is touched, and a figure left over from an earlier report is warned about.
+
+    Args:
+        runs: At least one.
+        out: Folder.
+        at: Epoch of the table, ``"last"`` or ``"best"``.
+        images: Draws a run's images under attack (``strip``); where it raises, the page says why.
 
     Raises:
         ValueError: No runs, a run twice, or ``out`` is a file.
     """
+    import matplotlib
+
+    from wcitrain.report.drawing import SETTINGS
+    from wcitrain.report.page import render, report_sections
+
     out = Path(out)
     if out.exists() and not out.is_dir():
-        raise ValueError(
-            f"write_report: got out={out}, which is a file; expected a folder. Choose another path."
-        )
-    rows = group_rows(runs)
-    figures = {"curves.png": curves(rows), "tradeoff.png": tradeoff(rows), "wci_layers.png": wci_layers(rows)}
-    out.mkdir(parents=True, exist_ok=True)
+        text = f"got out={out}, which is a file; expected a folder. Choose another path."
+        raise ValueError(f"write_report: {text}")
+    table, rows = results_table(runs, at=at), group_rows(runs)
     written = [out / "table.md", out / "report.html"]
-    written[0].write_text(results_table(runs, at=at), "utf-8")
-    written[1].write_text(report_page(rows, at=at), "utf-8")
-    for name, figure in figures.items():
-        if figure is not None:
-            figure.savefig(out / name, dpi=DPI)
-            written.append(out / name)
-        elif (out / name).exists():
-            warnings.warn(
-                f"{out / name} is from an earlier report: these runs lack the numbers for it", stacklevel=2
-            )
+    with matplotlib.rc_context(SETTINGS):
+        sections = report_sections(rows, at, images)
+        page = render(rows, sections)
+        out.mkdir(parents=True, exist_ok=True)
+        written[0].write_text(table, "utf-8")
+        written[1].write_text(page, "utf-8")
+        for name, figure in [item for section in sections for item in section.figures.items()]:
+            path = out / f"{name}.png"
+            if figure is not None:
+                figure.savefig(path)
+                written.append(path)
+            elif path.exists():
+                text = f"{path} is from an earlier report: these runs lack the numbers for it"
+                warnings.warn(text, stacklevel=2)
     return written

@@ -1,203 +1,136 @@
-"""Charts as inline SVG: lines against epochs, dots by name, heat maps.
+"""The figures of the report: curves, what the methods do, the index by layer.
 
-A chart is a <figure> with its title as caption and real text; its label for screen readers says the values.
+Each takes rows and returns a figure, or None where the runs lack the numbers for it.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib.figure import Figure
 
-from wcitrain.report.svg import (
-    BOTTOM,
-    CHARACTER,
-    HEIGHT,
-    LEFT,
-    MAX_LABEL,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Entry,
-    Scale,
-    Series,
-    coordinate,
-    figure,
-    marker,
-    path,
-    plain,
-    scale,
-    series_group,
-    summary,
-    text_at,
-    tick_text,
-    ticks,
-)
+from wcitrain.report import drawing
+from wcitrain.report.drawing import Line, Panel, grid, legend, look, panels_figure, scaled, styled
+from wcitrain.report.runs import Row, Run, number
 
-ROW_HEIGHT, CELL_HEIGHT = 20, 14
-MAX_MARKERS = 10  # along a line
-LEVELS = 48  # colours of a heat map
+MAX_LAYER_ROWS = 6  # methods in the figures of layers
+STDERR = ("_stderr", "/stderr")
+CURVES = {  # title: (unit, keys: the first solid, the second dashed)
+    "Clean accuracy": ("%", ("val/clean_accuracy", "train/clean_accuracy")),
+    "Robust accuracy": ("%", ("val/robust_accuracy", "train/robust_accuracy")),
+    "Robust loss": ("cross-entropy in nats", ("val/robust_loss", "train/robust_loss")),
+    "Robust generalisation gap": ("% points, train − validation", ("robust_gap",)),
+    "Weight-Curvature Index": ("sum over layers", ("wci/total",)),
+}
+Layers = list[tuple[Row, list[float], dict[str, np.ndarray]]]  # with epochs, and each layer's index at them
 
 
-def line_chart(
-    title: str,
-    series: Sequence[Series],
-    legend: Sequence[Entry],
-    *,
-    unit: str = "",
-    x_label: str = "epoch",
-    text: Callable[[float], str] = plain,
-    is_log: bool = False,
-    has_zero: bool = False,
-    note: str = "",
-) -> str:
-    """Return lines in their bands; a single point has a whisker. ``has_zero`` draws the line at zero."""
-    bottom, end = HEIGHT - BOTTOM, WIDTH - RIGHT
-    y = scale([v for s in series for v in (*s.y, *s.low, *s.high)] + [0.0] * has_zero, bottom, TOP, is_log)
-    places = [v for s in series for v in s.x]
-    first, last = min(places), max(places)
-    around = 0 if last > first else 1
-    x = Scale(first - around, last + around, LEFT + 8, end)
-    body = []
-    for tick in y.ticks():
-        body.append(path("grid", f"M{LEFT},{coordinate(y(tick))}H{end}"))
-        body.append(text_at(LEFT - 6, y(tick) + 4, tick_text(tick), anchor="end"))
-    are_whole = all(float(place).is_integer() for place in places)
-    for tick in ticks(first, last) if last > first else [first]:
-        if not are_whole or float(tick).is_integer():
-            body.append(text_at(x(tick), bottom + 17, tick_text(tick)))
-    body.append(text_at(end, HEIGHT - 4, x_label, anchor="end"))
-    body.append(path("axis", f"M{LEFT},{bottom}H{end}"))
-    if has_zero:
-        body.append(path("zero", f"M{LEFT},{coordinate(y(0))}H{end}"))
-    said = []
-    for s in series:
-        points = [(x(a), y(b)) for a, b in zip(s.x, s.y, strict=True)]
-        lows, highs = [y(v) for v in s.low], [y(v) for v in s.high]
-        inner = ""
-        if len(points) == 1 and lows:
-            inner += path(
-                "whisker", f"M{coordinate(points[0][0])},{coordinate(lows[0])}V{coordinate(highs[0])}"
-            )
-        elif lows != highs:
-            outline = [(a, low) for (a, _), low in zip(points, lows, strict=True)]
-            outline += [(a, high) for (a, _), high in zip(points[::-1], highs[::-1], strict=True)]
-            inner += path(
-                "band", "M" + "L".join(f"{coordinate(a)},{coordinate(b)}" for a, b in outline) + "z"
-            )
-        inner += '<polyline class="line" points="POINTS"/>'
-        marked = points[:: -max(1, math.ceil(len(points) / MAX_MARKERS))]  # from the last one back
-        inner += path("dot", "".join(marker(legend[s.entry].marker, a, b) for a, b in marked))
-        at = [f"{x_label} {plain(v)}" for v in s.x]
-        body.append(series_group(s, legend, points, inner, at, [text(v) for v in s.y]))
-        said.append(f"{s.title(legend)} {text(s.y[-1])} at {at[-1]}")
-    return figure(title, unit, WIDTH, HEIGHT, summary(title, unit, said), body, note)
+def curves(rows: Sequence[Row]) -> Figure | None:
+    """Draw accuracies, loss, gap and index against the epoch: mean over seeds in their range.
+
+    The index of a single run is drawn in a band of its standard error.
+    """
+    note = "solid: validation, dashed: train; bands: min to max over seeds, one run: ± standard error"
+    return _curves(rows, "Training curves by epoch", CURVES, note)
 
 
-def dot_chart(
-    title: str,
-    names: Sequence[str],
-    series: Sequence[Series],
-    legend: Sequence[Entry],
-    *,
-    unit: str = "",
-    text: Callable[[float], str] = plain,
-    is_log: bool = False,
-    from_zero: bool = False,
-    note: str = "",
-) -> str:
-    """Return one line a name, on it a dot with whiskers for each series; ``Series.x`` are places of names."""
-    left, end = _name_width(names), WIDTH - RIGHT
-    height = ROW_HEIGHT * (1.0 if len(series) <= 2 * len(names) else 1.3)
-    bottom = TOP + height * len(names)
-    x = scale([v for s in series for v in (*s.y, *s.low, *s.high)], left + 4, end - 6, is_log, from_zero)
-    body = []
-    for tick in x.ticks():
-        body.append(path("grid", f"M{coordinate(x(tick))},{TOP}V{coordinate(bottom)}"))
-        body.append(text_at(x(tick), bottom + 16, tick_text(tick)))
-    for i, name in enumerate(names):
-        body.append(text_at(left - 6, TOP + height * (i + 0.5) + 4, name, "name", "end"))
-        body.append(path("grid", f"M{coordinate(left)},{coordinate(TOP + height * (i + 1))}H{end}"))
-    said = []
-    sharing = [sum(i in s.x for s in series) for i in range(len(names))]
-    drawn = [0] * len(names)
-    for s in series:
-        points, whiskers = [], ""
-        for j, (i, value) in enumerate(zip(map(int, s.x), s.y, strict=True)):
-            # None hides another.
-            middle = TOP + height * (i + 0.5 + 0.6 * ((drawn[i] + 0.5) / sharing[i] - 0.5))
-            drawn[i] += 1
-            points.append((x(value), middle))
-            if len(s.low) and s.low[j] < s.high[j]:  # false for NaN
-                whiskers += f"M{coordinate(x(s.low[j]))},{coordinate(middle)}H{coordinate(x(s.high[j]))}"
-        inner = path("whisker", whiskers) if whiskers else ""
-        inner += '<polyline class="none" points="POINTS"/>'
-        inner += path("dot", "".join(marker(legend[s.entry].marker, a, b, 3.8) for a, b in points))
-        at, values = [names[int(i)] for i in s.x], [text(v) for v in s.y]
-        body.append(series_group(s, legend, points, inner, at, values))
-        said += [
-            f"{name} {s.name or s.title(legend)} {value}" for name, value in zip(at, values, strict=True)
-        ]
-    return figure(title, unit, WIDTH, bottom + 24, summary(title, unit, said), body, note)
+def training_measures(rows: Sequence[Row]) -> Figure | None:
+    """Draw what was measured during training, the metrics ``measures/...``, against the epoch."""
+    keys = dict.fromkeys(key for row in rows for run in row.runs for entry in run.metrics for key in entry)
+    names = [key for key in keys if key.startswith("measures/") and not key.endswith(STDERR)]
+    panels = {key.removeprefix("measures/").replace("_", " "): ("", (key,)) for key in names}
+    return _curves(rows, "Measures during training", panels)
 
 
-def heat_map(
-    title: str,
-    names: Sequence[str],
-    epochs: Sequence[int],
-    values: np.ndarray,
-    low: float,
-    high: float,
-    is_log: bool,
-) -> str:
-    """Return ``values`` [names, epochs] as colours from dark ``low`` to bright ``high``; empty: missing."""
-    left, end = _name_width(names), WIDTH - RIGHT
-    width = (end - left) / len(epochs)
-    bottom = TOP + CELL_HEIGHT * len(names)
-    cells: dict[int, str] = {}  # one path a colour
-    for (i, j), value in np.ndenumerate(values):
-        if math.isfinite(value):
-            level = _level(value, low, high, is_log)
-            corner = f"M{coordinate(left + j * width)},{TOP + CELL_HEIGHT * i}"
-            cells[level] = cells.get(level, "") + f"{corner}h{width:.2f}v{CELL_HEIGHT}h-{width:.2f}z"
-    body = [
-        f'<path class="cell" fill="{_colour(level)}" d="{squares}"/>'
-        for level, squares in sorted(cells.items())
-    ]
-    for i, name in enumerate(names):
-        body.append(text_at(left - 6, TOP + CELL_HEIGHT * (i + 0.5) + 4, name, "name small", "end"))
-    for j in range(0, len(epochs), max(1, math.ceil(30 / width))):
-        body.append(text_at(left + (j + 0.5) * width, bottom + 16, str(epochs[j])))
-    body.append(text_at(end, bottom + 32, "epoch", anchor="end"))
-    label = (
-        f"{title}: {len(names)} layers, epochs {epochs[0]} to {epochs[-1]}, values {plain(low)} to "
-        f"{plain(high)}"
-    )
-    return figure(title, "", WIDTH, bottom + 38, label, body)
+def _curves(
+    rows: Sequence[Row], title: str, asked: Mapping[str, tuple[str, tuple[str, ...]]], note: str = ""
+) -> Figure | None:
+    panels = []
+    for name, (unit, keys) in asked.items():
+        is_share, lines = unit.startswith("%"), []
+        for row in rows:
+            for key, mark, dash in zip(keys, ("", "_"), ("-", "--"), strict=False):  # "_": not in the legend
+                x, *values = band(row.runs, key)
+                mean, low, high = (((100 if is_share else 1) * v).tolist() for v in values)
+                width = 1.8 if row.is_finished else 1.0
+                lines += [Line(mark + row.label, row.index, x, mean, low, high, dash, width)] * bool(x)
+        if lines:
+            panels.append(Panel(name, "epoch", unit, lines, may_be_log=not is_share))
+    return panels_figure(title, panels, note) if panels else None
 
 
-def colour_key(low: float, high: float, is_log: bool) -> str:
-    """Return the scale of the heat maps: a strip between its ends."""
-    stops = ", ".join(_colour(level) for level in range(0, LEVELS, 4))
-    strip = f'<span class="strip" style="background:linear-gradient(90deg, {stops})"></span>'
-    kind = "logarithmic" if is_log else "linear"
-    ends = f"<span>{plain(low)}</span>{strip}<span>{plain(high)}</span>"
-    return f'<p class="key">{ends}<span>({kind})</span></p>\n'
+def band(runs: Sequence[Run], key: str) -> tuple[list[float], np.ndarray, np.ndarray, np.ndarray]:
+    """Return the epochs where every run has a finite ``key``, the mean there, and its range.
+
+    That is min to max over runs, for one run ± the standard error, where it is known.
+    """
+    known = [{m["epoch"]: m for m in run.metrics if math.isfinite(number(m, key))} for run in runs]
+    epochs = sorted(set.intersection(*map(set, known)))
+    values = np.array([[number(entries[epoch], key) for epoch in epochs] for entries in known])  # [runs, E]
+    mean, low, high = values.mean(0), values.min(0), values.max(0)
+    if len(runs) == 1:
+        errors = [[number(known[0][epoch], key + ending) for epoch in epochs] for ending in STDERR]
+        error = np.nan_to_num(np.array(errors), posinf=0.0).max(0, initial=0.0)
+        low, high = mean - error, mean + error
+    return epochs, mean, low, high
 
 
-def _name_width(names: Sequence[str]) -> float:
-    return 12 + CHARACTER * min(MAX_LABEL, max(len(name) for name in names))
+def overview(rows: Sequence[Row]) -> Figure | None:
+    """Draw test accuracies, gap and index at the last epoch, a line a method in the order of the runs."""
+    rows = [row for row in rows if row.is_finished]
+    if len(rows) < 2:
+        return None
+    asked = {"clean": "clean test accuracy (%)", "robust": "robust test accuracy (%)"}
+    asked |= {"gap": "gap, train − test (points)", "wci": "Weight-Curvature Index"}
+    figure, axes = grid("What the methods do, last epoch", 4, 4, (2.5, 0.7 + 0.3 * len(rows)))
+    for ax, (kind, title) in zip(axes, asked.items(), strict=True):
+        styled(ax, xlabel=title)
+        for place, row in enumerate(rows):
+            if values := row.values(kind):
+                mean, (low, high) = sum(values) / len(values), row.bounds(kind)
+                x, low, high = (v * (1 if kind == "wci" else 100) for v in (mean, low, high))
+                ax.errorbar([x], [place], xerr=[[x - low], [high - x]], **look(row.index))
+        ax.set_yticks(
+            range(len(rows)), [drawing.short(row.label, 32) if ax is axes[0] else "" for row in rows]
+        )
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+    note = "mean over seeds; bars: min to max, one run: 95 % interval, index ± error"
+    figure.supxlabel(note, fontsize=9, color=drawing.SOFT)
+    return figure
 
 
-def _level(value: float, low: float, high: float, is_log: bool) -> int:
-    if high <= low:
-        return LEVELS // 2
-    share = math.log(value / low) / math.log(high / low) if is_log else (value - low) / (high - low)
-    return min(LEVELS - 1, max(0, int(share * LEVELS)))
+def layers(rows: Sequence[Row]) -> Figure | None:
+    """Draw the index of each layer at the last measured epoch."""
+    chosen, names, title = _layers(rows)
+    if not chosen:
+        return None
+    figure = drawing.empty_figure(8, 1.6 + 0.2 * max(8, len(names)), title)
+    ax = styled(figure.subplots(), xlabel="WCI of the layer, mean over seeds")
+    drawn: list[float] = []
+    for i, (row, epochs, values) in enumerate(chosen):
+        last = [float(values[name][-1]) if name in values else math.nan for name in names]
+        places = np.arange(len(names)) + 0.6 * ((i + 0.5) / len(chosen) - 0.5)  # equal ones stay apart
+        drawn += last
+        label = f"{row.label}, epoch {epochs[-1]:g}"
+        ax.plot(last, places, linestyle="", markersize=5, label=label, **look(row.index))
+    scaled(ax, "x", drawn)
+    ax.set_yticks(range(len(names)), drawing.short_names(names))
+    ax.set_ylim(len(names) - 0.5, -0.5)  # the input layer on top
+    legend(figure)
+    return figure
 
 
-def _colour(level: int) -> str:
-    red, green, blue, _ = colormaps["viridis"](level / (LEVELS - 1), bytes=True)
-    return f"#{red:02x}{green:02x}{blue:02x}"
+def _layers(rows: Sequence[Row]) -> tuple[Layers, list[str], str]:
+    """Return finished rows (all, if there are none) that have the layers' index, their names, and a title."""
+    chosen: Layers = []
+    for row in [row for row in rows if row.is_finished] or rows:
+        keys = dict.fromkeys(key for entry in row.runs[0].metrics for key in entry if key.startswith("wci/"))
+        bands = {key: band(row.runs, key) for key in keys if key not in ("wci/total", "wci/total_stderr")}
+        means = {key: dict(zip(x, mean.tolist(), strict=True)) for key, (x, mean, *_) in bands.items()}
+        epochs = sorted({epoch for numbers in means.values() for epoch in numbers})
+        values = {key: np.array([n.get(e, math.nan) for e in epochs]) for key, n in means.items()}
+        chosen += [(row, epochs, values)] * bool(epochs)
+    note = f" (first {MAX_LAYER_ROWS} of {len(chosen)} methods)" if len(chosen) > MAX_LAYER_ROWS else ""
+    chosen = chosen[:MAX_LAYER_ROWS]
+    names = list(dict.fromkeys(key for _, _, values in chosen for key in values))
+    return chosen, names, f"Weight-Curvature Index by layer{note}"

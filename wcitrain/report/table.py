@@ -1,11 +1,14 @@
 """The results table: methods as rows, mean and range over seeds as cells."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 
-from wcitrain.report.runs import MISSING, Row, Run, group_rows, measured, number
+from wcitrain.report.runs import Row, Run, group_rows, number
+
+MISSING = "–"
+HEADER = ["method", "seeds", "clean test", "robust test", "robust train", "gap", "WCI", "cost"]
+HEADER += ["best (epoch)"]
+ALIKE = "Robust test accuracy does not tell these methods apart: their intervals overlap."
 
 
 def results_table(runs: Sequence[Run], *, at: str = "last") -> str:
@@ -21,34 +24,21 @@ def results_table(runs: Sequence[Run], *, at: str = "last") -> str:
         ValueError: No runs, or an unknown ``at``.
     """
     if at not in ("last", "best"):
-        raise ValueError(
-            f'results_table: got at={at!r}; expected "last" or "best". Choose the epoch to report.'
-        )
+        text = f'got at={at!r}; expected "last" or "best". Choose the epoch to report.'
+        raise ValueError(f"results_table: {text}")
     rows = group_rows(runs)
-    header, *body = table_cells(rows, at)
-    lines = [header, ("---", *["---:"] * (len(header) - 1)), *body]
-    table = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
-    return "\n".join([table, "", *how_to_read(rows, at), ""])
+    lines = [tuple(HEADER), ("---", *["---:"] * (len(HEADER) - 1)), *table_cells(rows, at)]
+    table = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
+    return "\n".join([*table, "", *how_to_read(rows, at), ""])
 
 
 def table_cells(rows: Sequence[Row], at: str) -> list[tuple[str, ...]]:
-    """Return the header and a line of cells for each row."""
+    """Return a line of cells for each row, as ``HEADER`` names them."""
     plain = [row.runs for row in rows if row.is_finished and row.runs[0].method == "AT"]
     # Two plain-AT groups (two models, say) leave no single reference.
     seconds = [number(run.summary, "train_seconds") for run in plain[0]] if len(plain) == 1 else [math.nan]
     reference = sum(seconds) / len(seconds) or math.nan
-    header = (
-        "method",
-        "seeds",
-        "clean test",
-        "robust test",
-        "robust train",
-        "gap",
-        "WCI",
-        "cost",
-        "best (epoch)",
-    )
-    return [header, *(_table_row(row, at, reference) for row in rows)]
+    return [_cells(row, at, reference) for row in rows]
 
 
 def how_to_read(rows: Sequence[Row], at: str) -> tuple[str, ...]:
@@ -56,6 +46,7 @@ def how_to_read(rows: Sequence[Row], at: str) -> tuple[str, ...]:
     epoch = {"last": "the last epoch", "best": "the epoch with the best robust validation accuracy"}[at]
     attack = attacks(rows)
     return (
+        *alike(rows, at),
         f"Accuracies in percent at {epoch}{'; attack: ' * bool(attack)}{attack}.",
         f"Several seeds: mean (min to max); one run: value [95 % interval]; {MISSING}: not measured.",
         "gap: robust train minus robust test accuracy, in points. best: robust test accuracy at the epoch "
@@ -65,22 +56,30 @@ def how_to_read(rows: Sequence[Row], at: str) -> tuple[str, ...]:
     )
 
 
+def alike(rows: Sequence[Row], at: str) -> tuple[str, ...]:
+    """Return a sentence if the ranges (of one run the 95 % intervals) of all methods overlap pairwise."""
+    bounds = [row.bounds("robust", at) for row in rows if row.is_finished and row.values("robust", at)]
+    # Intervals overlap pairwise exactly if the highest lower end is below every upper end.
+    is_alike = len(bounds) > 1 and max(low for low, _ in bounds) <= min(high for _, high in bounds)
+    return (ALIKE,) if is_alike else ()
+
+
 def attacks(rows: Sequence[Row]) -> str:
     """Return the attack behind the robust accuracies; all of them, if runs that are compared differ."""
-    summaries = [run.summary or {} for row in rows for run in row.runs]
-    return " / ".join(sorted({str(summary["attack"]) for summary in summaries if summary.get("attack")}))
+    return " / ".join(
+        sorted({str(r.summary["attack"]) for w in rows for r in w.runs if r.summary.get("attack")})
+    )
 
 
-def _table_row(row: Row, at: str, reference: float) -> tuple[str, ...]:
+def _cells(row: Row, at: str, reference: float) -> tuple[str, ...]:
     """Return the cells of one row; ``reference`` is the training time of plain AT in seconds."""
-    now, best = [measured(run, at) for run in row.runs], [measured(run, "best") for run in row.runs]
+    now, best = [run.measured(at) for run in row.runs], [run.measured("best") for run in row.runs]
     val = "" if row.is_finished else " (val)"
 
     def accuracy(kind: str) -> str:
-        low, high = now[0].get(f"{kind}/low", math.nan), now[0].get(f"{kind}/high", math.nan)
-        has_interval = len(now) == 1 and math.isfinite(low) and math.isfinite(high)
-        return (
-            cell([n[kind] for n in now], percent, val) + has_interval * f" [{percent(low)}, {percent(high)}]"
+        text = cell([n[kind] for n in now], percent, val)
+        return text + interval(*(now[0].get(f"{kind}/{end}", math.nan) for end in ("low", "high"))) * (
+            len(now) == 1
         )
 
     wci = cell([n["wci"] for n in now], three_digits)
@@ -91,17 +90,12 @@ def _table_row(row: Row, at: str, reference: float) -> tuple[str, ...]:
     when = f", epoch {epochs[0]}" if epochs else ""
     if epochs and epochs[-1] > epochs[0]:
         when = f", epochs {epochs[0]} to {epochs[-1]}"
-    return (
-        row.label,
-        str(len(row.runs)),
-        accuracy("clean"),
-        accuracy("robust"),
-        cell([n["train/robust_accuracy"] for n in now], percent),
-        cell([n["gap"] for n in now], percent, val),
-        wci,
-        cell([s / reference for s in seconds], lambda value: f"{value:.2f}", "×"),
-        cell([n["robust"] for n in best], percent, val) + when,
-    )
+    train = cell([n["robust train"] for n in now], percent)
+    gap = cell([n["gap"] for n in now], percent, val)
+    cost = cell([s / reference for s in seconds], lambda value: f"{value:.2f}", "×")
+    best_robust = cell([n["robust"] for n in best], percent, val) + when
+    known = (accuracy("clean"), accuracy("robust"), train, gap, wci, cost, best_robust)
+    return (row.label, str(len(now)), *known)
 
 
 def cell(values: Sequence[float], text: Callable[[float], str], unit: str = "") -> str:
@@ -115,6 +109,11 @@ def cell(values: Sequence[float], text: Callable[[float], str], unit: str = "") 
     return result if len(finite) == len(values) else f"{result}, {len(finite)} of {len(values)} runs"
 
 
+def interval(low: float, high: float) -> str:
+    """Return " [48.0, 52.0]" for shares; nothing where the interval of a run is unknown."""
+    return f" [{percent(low)}, {percent(high)}]" if math.isfinite(low + high) else ""
+
+
 def percent(fraction: float) -> str:
     """Return a share as percent without the sign: 45.2."""
     return f"{100 * fraction:.1f}"
@@ -123,3 +122,20 @@ def percent(fraction: float) -> str:
 def three_digits(value: float) -> str:
     """Return three significant digits: 3.30."""
     return f"{value:#.3g}".rstrip(".")
+
+
+def duration(seconds: float) -> str:
+    """Return "42 s", "7 min 37 s" or "2 h 05 min"."""
+    if not math.isfinite(seconds):
+        return MISSING
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds:.3g} s" if seconds < 10 else f"{rest} s"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """Return the names, or the first of them and the number of the others."""
+    if len(names) > most + 1:
+        names = [*names[:most], f"{len(names) - most} more"]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

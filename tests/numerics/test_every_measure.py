@@ -1,0 +1,129 @@
+"""What every measure promises: the same number again, no trace behind on errors, frozen models, no data."""
+
+import contextlib
+
+import pytest
+import torch
+from cases import BatchNormNet, assert_same, everything, image_batch
+from torch import nn
+
+from wcitrain.attacks import Attack, ThreatModel
+from wcitrain.measures import MEASURES, Measure, Problem
+from wcitrain.measures.gradients import InputCurvature
+from wcitrain.measures.relative_flatness import RelativeFlatness
+
+QUICK = {
+    "average_flatness": {"num_draws": 2, "reference_restarts": 2},
+    "worst_flatness": {"reference_restarts": 2},
+    "average_sharpness": {"num_draws": 2},
+    "worst_sharpness": {"ascent_steps": 2},
+    "pac_bayes_sharpness": {"num_draws": 2, "num_bisections": 4},
+    "magnitude_aware_sharpness": {"num_draws": 2, "num_bisections": 4},
+}
+WEIGHTS_ALONE = ("frobenius_norms", "spectral_norms", "path_norm", "distance_from_initialisation")
+CLEAN = (*WEIGHTS_ALONE, "clean_loss")  # no attack has a say in them
+EVERY: dict[str, Measure] = {name: kind(**QUICK.get(name, {})) for name, kind in MEASURES.items()}
+EVERY["relative_flatness, probes"] = RelativeFlatness("weights", num_probes=2)
+EVERY["input_curvature, limit"] = InputCurvature(None)
+
+
+def attack(norm: str, eps: float) -> Attack:
+    return Attack(ThreatModel(norm, eps), 2, 0.02)  # short of the border, so that starts matter
+
+
+def problem(model: nn.Module, adversary: Attack | None, num: int = 24, seed: int = 0) -> Problem:
+    initial = {name: value + 0.1 for name, value in model.state_dict().items()}
+    batches = [image_batch(24)]
+    return Problem(model, batches, adversary, seed, num, test_batches=batches[:1], initial=initial)
+
+
+def messy_model() -> nn.Module:
+    """BatchNorm and dropout in train mode, a part in eval, a frozen tensor, a gradient, a random state."""
+    torch.manual_seed(0)
+    model = BatchNormNet().train()
+    model.bn.eval()
+    model.bn.running_mean.uniform_(-0.1, 0.1)
+    model.conv.weight.grad = torch.full_like(model.conv.weight, 3.0)
+    model.bn.bias.requires_grad_(False)
+    torch.manual_seed(123)
+    return model
+
+
+class Traces:
+    """All that a measure must leave alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.state, self.flags = model, everything(model), self.read(model)
+        self.random = torch.get_rng_state()
+
+    def read(self, model: nn.Module) -> list:
+        return [
+            [p.data_ptr() for p in model.parameters()],
+            [m.training for m in model.modules()],
+            [p.requires_grad for p in model.parameters()],
+            [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
+            [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        ]
+
+    def check(self) -> None:
+        assert_same(everything(self.model), self.state)
+        assert self.read(self.model) == self.flags
+        assert torch.equal(torch.get_rng_state(), self.random)
+
+
+@pytest.mark.parametrize("adversary", [None, attack("l2", 0.5)], ids=["clean", "l2"])
+@pytest.mark.parametrize("name", EVERY)
+def test_every_measure_leaves_no_trace_and_repeats(name, adversary):
+    """A measurement must not change the training around it; the same seed must give the same number."""
+    model, measure = messy_model(), EVERY[name]
+    traces = Traces(model)
+    first = measure.measure(problem(model, adversary))
+    traces.check()
+    torch.rand(7)  # the global random state must not matter
+    assert str(measure.measure(problem(model, adversary)).as_dict()) == str(first.as_dict())
+    assert first.name == name.split(",")[0]
+    if name in WEIGHTS_ALONE:
+        return
+    assert first.num_examples == 24 * (1 + measure.needs_test)
+    assert "nan" not in first.settings
+    assert measure.measure(problem(model, adversary, num=10)).num_examples == 10 * (1 + measure.needs_test)
+    if adversary is not None and name not in CLEAN:  # starts, at least
+        other = measure.measure(problem(model, adversary, seed=6))
+        assert str(other.as_dict()) != str(first.as_dict())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_measure_leaves_no_trace_on_exceptions(name):
+    """An exception in a perturbed pass leaves perturbed weights: fail in the 2nd, 10th and 25th forward."""
+    for after in (2, 10, 25):
+        model, calls = messy_model(), []
+
+        def fail(module: nn.Module, args: object, after: int = after, calls: list = calls) -> None:
+            calls.append(1)
+            if len(calls) == after:
+                raise RuntimeError("stop")
+
+        model.register_forward_pre_hook(fail)
+        traces = Traces(model)
+        with contextlib.suppress(RuntimeError):
+            EVERY[name].measure(problem(model, attack("linf", 0.1)))
+        traces.check()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_measure_takes_a_frozen_model_and_refuses_wrong_images(name):
+    """A model loaded for evaluation is frozen; an empty loader must not give NaN."""
+    torch.manual_seed(0)
+    model, measure = BatchNormNet().eval().requires_grad_(False), EVERY[name]
+    adversary = attack("linf", 0.1)
+    traces = Traces(model)
+    with torch.no_grad():
+        assert measure.measure(problem(model, adversary)).name == name.split(",")[0]
+    if name not in WEIGHTS_ALONE:
+        with pytest.raises(ValueError, match="no images"):
+            measure.measure(Problem(model, [], adversary, test_batches=[image_batch(12)]))
+    if name not in CLEAN:
+        x, y = image_batch(12)
+        with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+            measure.measure(Problem(model, [(3 * x, y)], adversary, test_batches=[(x, y)]))
+    traces.check()

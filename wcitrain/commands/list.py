@@ -1,0 +1,37 @@
+"""``wcitrain list``: what can be named in recipes and options, with meaning, settings, cost and source."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from wcitrain.attacks import ATTACK_LOSSES, fgsm
+from wcitrain.curvature import ESTIMATORS
+from wcitrain.evaluation.autoattack import EnsemblePlan
+from wcitrain.listing import as_text, describe, describe_recipes
+from wcitrain.measures import MEASURES
+from wcitrain.objectives import INPUT_REGULARIZERS, OBJECTIVES
+from wcitrain.optim import PENALTIES, PERTURBATIONS
+
+ATTACKS = {  # as `evaluate --attacks` names them
+    "fgsm": fgsm,
+    **{
+        f"{name.replace('ce', 'pgd')}-STEPS[xRESTARTS]": ATTACK_LOSSES[name]
+        for name in ("ce", "margin", "dlr")
+    },
+    "autoattack": EnsemblePlan,
+}
+TABLES: dict[str, Mapping[Any, Any]] = {
+    "objectives": OBJECTIVES | INPUT_REGULARIZERS,
+    "perturbations": PERTURBATIONS,
+    "penalties": PENALTIES,
+    "estimators": ESTIMATORS,
+    "measures": MEASURES,
+    "attacks": ATTACKS,
+}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; return its exit status."""
+    entries = describe_recipes() if options.kind == "recipes" else describe(TABLES[options.kind])
+    print(as_text(entries))
+    return 0

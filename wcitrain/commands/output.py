@@ -1,0 +1,40 @@
+"""What the commands that open a model have in common: opening it, and names of files."""
+
+import argparse
+import os
+import re
+from typing import Any
+
+from wcitrain.attacks import Attack
+from wcitrain.commands.options import recipe_and_settings
+from wcitrain.digest import digest
+from wcitrain.targets import Target, changes_of_attack, open_run
+
+LONGEST = 120  # characters of a file's name without its ending; file systems take 255 bytes
+
+
+def opened(options: argparse.Namespace, target: str, at: str | None) -> Target:
+    """Return the target of a command, with the other options that say what it is."""
+    recipe, settings = recipe_and_settings(options.recipe)
+    return open_run(target, at, recipe, settings, options.device)
+
+
+def refuse_several_processes() -> None:
+    """Refuse a launcher: every process would measure the same."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        rule = "one. Start it without a launcher."
+        raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; expected {rule}")
+
+
+def file_name(*parts: str) -> str:
+    """Return the parts that are not empty as a name for a file, of at most ``LONGEST`` characters."""
+    text = "-".join(part for part in parts if part).replace("/", "_")
+    name = re.sub(r"[^\w+.]+", "-", text).strip("-")
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 17]}-{digest([name])}"
+
+
+def attack_part(options: Any, attack: Attack | None) -> str:
+    """Return what a file's name says about the attack: nothing for the recipe's."""
+    if attack is None:
+        return "clean"
+    return f"{attack.threat}-PGD-{attack.num_steps}" if changes_of_attack(options) else ""

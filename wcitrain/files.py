@@ -1,0 +1,49 @@
+"""Files that are whole or not there: written through to the disk, then renamed into place."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write ``content`` through to the disk and check that it arrived."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if (size := path.stat().st_size) != len(content):
+        raise OSError(f"{path.name} has {size} bytes after writing {len(content)}")
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Replace the file at ``path`` in one instant: it holds the former content or this one, never half."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial, content)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, document: Any) -> Path:
+    """Replace the file at ``path`` by JSON and return the path; NaN and infinity become null."""
+    replace(path, json.dumps(without_nan(document), indent=2).encode() + b"\n")
+    return path
+
+
+def without_nan(value: Any) -> Any:
+    """Return what JSON keeps of ``value``, with null for NaN and infinity."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable; syncing a file alone does not."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
