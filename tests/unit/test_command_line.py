@@ -139,3 +139,10 @@ def test_repeated_options_add_up():
     options = parser().parse_args([*line, "--measures", "lambda_max"])
     assert options.set == ["wci.layers=head", "wci.num_probes=3"]
     assert options.measures == ["wci", "lambda_max"]
+
+
+def test_a_target_error_is_for_the_index_of_one_model(capsys):
+    """With several it was cut off at 500 examples, and nothing said that the target was missed."""
+    for line in (["a", "b"], ["a", "--measures", "margins"]):
+        assert main(["measure", *line, "--target-error", "0.1"]) == 2
+        assert "--target-error: got several models or measures" in capsys.readouterr().err
