@@ -119,11 +119,11 @@ def load_exported(folder: str | Path) -> Classifier:
     folder = Path(folder)
     try:
         metadata = json.loads((folder / "metadata.json").read_text())
-    except (OSError, ValueError) as error:
-        text = f"{folder}: got {error}; expected an export such as runs/NAME-s0/model/last."
+        keys = ("num_classes", "in_chans", "mean", "std", "kwargs")
+        settings = {key: json.loads(metadata[key]) for key in keys}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = f"{folder}: got {error!r}; expected an export such as runs/NAME-s0/model/last."
         raise ValueError(text) from error
-    keys = ("num_classes", "in_chans", "mean", "std", "kwargs")
-    settings = {key: json.loads(metadata[key]) for key in keys}
     settings |= settings.pop("kwargs") | {"stem": metadata["stem"]}
     weights = str(folder / "model.safetensors")
     return create_model(metadata["architecture"], checkpoint_path=weights, **settings).eval()

@@ -4,7 +4,14 @@ import pytest
 import timm
 import torch
 
-from wcitrain.models import CIFAR10_MEAN, CIFAR10_STD, Classifier, check_channels_last, create_model
+from wcitrain.models import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    Classifier,
+    check_channels_last,
+    create_model,
+    load_exported,
+)
 from wcitrain.params import select_layers
 
 
@@ -148,3 +155,10 @@ def test_layers_are_weight_matrices_only():
     assert list(select_layers(tied, "2.*")) == ["2.weight"]
     with pytest.raises(ValueError, match="selects no trainable tensor"):
         select_layers(tied, "*nothing*")
+
+
+def test_a_damaged_description_of_an_export_is_one_clear_error(tmp_path):
+    """A traceback about a key says neither which folder nor what was expected there."""
+    (tmp_path / "metadata.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"got KeyError\('num_classes'\); expected an export"):
+        load_exported(tmp_path)
