@@ -35,7 +35,11 @@ class Rule:
 
 
 GAUSS_NEWTON = optim.WCIPenalty(1e-3, estimator="gauss_newton")
+TOP_LAYER = optim.WCIPenalty(1e-3, estimator="top_layer")
 FROBENIUS = optim.FrobeniusPenalty(1e-3)
+BOTH = optim.FrobeniusTracePenalty(1e-3, 1e-4, estimator="gauss_newton")
+UNMIXED = optim.RWP(0.05, mixing=1.0)
+ON_WEIGHTS = {"penalty": GAUSS_NEWTON, "layers": "weights"}
 TABLES: dict[str, dict[str, type]] = {
     "perturbation": optim.PERTURBATIONS,
     "penalty": optim.PENALTIES,
@@ -55,37 +59,25 @@ RULES: dict[str, Rule] = {
     "cr-sam": Rule({"perturbation": optim.CRSAM()}, 2, 2, is_random=False),
     "wci adversary": Rule({"perturbation": optim.WCIAdversary(0.02)}, 1, 2),
     "rwp": Rule({"perturbation": optim.RWP(0.05)}, 1, 1),
-    "rwp, unmixed": Rule({"perturbation": optim.RWP(0.05, mixing=1.0)}, 0, 0),
-    "rwp, unmixed, clean statistics": Rule(
-        {"perturbation": optim.RWP(0.05, mixing=1.0, statistics="clean")}, 1, 0
-    ),
+    "rwp, unmixed": Rule({"perturbation": UNMIXED}, 0, 0),
     "noise stability": Rule({"perturbation": optim.NoiseStability(0.05)}, 1, 1),
     "wci": Rule({"perturbation": optim.WCIPosterior(0.5)}, 1, 1),
     "wci by strength": Rule({"perturbation": optim.WCIPosterior(strength=1e-3)}, 1, 1),
     "wci with frobenius": Rule({"perturbation": optim.WCIPosterior(0.5, frobenius=True)}, 1, 1),
-    "wci, clean statistics": Rule({"perturbation": optim.WCIPosterior(0.5, statistics="clean")}, 2, 1),
     "noise": Rule({"perturbation": optim.UniformNoise(0.5)}, 1, 1),
-    "wci penalty, gauss_newton": Rule({"penalty": optim.WCIPenalty(1e-3, estimator="gauss_newton")}, 0, 3, 1),
+    "wci penalty, gauss_newton": Rule({"penalty": GAUSS_NEWTON}, 0, 3, 1),
     "wci penalty, hutchinson": Rule({"penalty": optim.WCIPenalty(1e-4, estimator="hutchinson")}, 2, 6, 4),
     "wci penalty, auto": Rule({"penalty": optim.WCIPenalty(1e-3)}, 0, 3, 1),
     "wci penalty, 2 probes": Rule({"penalty": optim.WCIPenalty(1e-3, estimator=GaussNewton(2))}, 0, 6, 2),
-    "top layer penalty": Rule(
-        {"penalty": optim.WCIPenalty(1e-3, estimator="top_layer")}, 0, 0, is_random=False
-    ),
+    "top layer penalty": Rule({"penalty": TOP_LAYER}, 0, 0, is_random=False),
     "frobenius penalty": Rule({"penalty": FROBENIUS}, 0, 0, is_random=False),
     "trace penalty, 2 probes": Rule({"penalty": optim.TracePenalty(1e-4, estimator=Hutchinson(2))}, 4, 12, 8),
-    "frobenius and trace penalty": Rule(
-        {"penalty": optim.FrobeniusTracePenalty(1e-3, 1e-4, estimator="gauss_newton")}, 0, 3, 1
-    ),
+    "frobenius and trace penalty": Rule({"penalty": BOTH}, 0, 3, 1),
     "awp and frobenius": Rule({"perturbation": optim.AWP(0.02), "penalty": FROBENIUS}, 1, 1, is_random=False),
     "wci and frobenius": Rule({"perturbation": optim.WCIPosterior(0.5), "penalty": FROBENIUS}, 1, 1),
     "awp and wci penalty": Rule({"perturbation": optim.AWP(0.02), "penalty": GAUSS_NEWTON}, 1, 4, 2),
-    "sam and wci penalty": Rule(
-        {"perturbation": optim.SAM(0.05), "penalty": GAUSS_NEWTON, "layers": "weights"}, 1, 4, 2
-    ),
-    "rwp and wci penalty": Rule(
-        {"perturbation": optim.RWP(0.05, mixing=1.0), "penalty": GAUSS_NEWTON, "layers": "weights"}, 0, 3, 1
-    ),
+    "sam and wci penalty": Rule({"perturbation": optim.SAM(0.05), **ON_WEIGHTS}, 1, 4, 2),
+    "rwp and wci penalty": Rule({"perturbation": UNMIXED, **ON_WEIGHTS}, 0, 3, 1),
 }
 
 # Everything that must change nothing: strengths at zero, monitors, and rules whose time has not come.
@@ -108,7 +100,7 @@ IDLE: dict[str, dict] = {
 
 
 class BatchNormNet(nn.Module):
-    """Small, with everything that has hidden state: BatchNorm (statistics) and dropout (random numbers)."""
+    """Small, with everything that has hidden state: BatchNorm, dropout, and a buffer that is replaced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,8 +108,10 @@ class BatchNormNet(nn.Module):
         self.bn = nn.BatchNorm2d(4)
         self.drop = nn.Dropout(0.3)
         self.fc = nn.Linear(4 * 16, 3)
+        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls + self.training
         return self.fc(self.drop(torch.relu(self.bn(self.conv(x)))).flatten(1))
 
 
@@ -143,10 +137,8 @@ def make(rule: dict, base: str = "sgd", seed: int = 0, **kwargs) -> tuple[nn.Mod
     """A fresh BatchNormNet (the same for the same seed) and its wrapped optimizer."""
     torch.manual_seed(seed)
     model = BatchNormNet()
-    base_kwargs = {"lr": kwargs.pop("lr")} if "lr" in kwargs else {}
-    return model, RegularizedOptimizer(
-        BASES[base](model.parameters(), **base_kwargs), model, **rule, **kwargs
-    )
+    optimizer = BASES[base](model.parameters(), **kwargs)
+    return model, RegularizedOptimizer(optimizer, model, **rule)
 
 
 def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5, start: int = 0) -> list[float]:

@@ -55,7 +55,6 @@ RULES = {  # what the wrapper is given; "objective" replaces PGD-10 adversarial 
     "NSO": {"perturbation": NoiseStability(0.01)},
     "noise": {"perturbation": UniformNoise(1.0)},
     "WCI": {"perturbation": WCIPosterior(1.0)},
-    "WCI (clean statistics)": {"perturbation": WCIPosterior(1.0, statistics="clean")},
     "worst-case WCI": {"perturbation": WCIAdversary(0.01)},
     "WCI penalty (gauss_newton)": {"penalty": GAUSS_NEWTON},
     "WCI penalty (gauss_newton every 10)": {

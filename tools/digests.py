@@ -144,7 +144,7 @@ def penalty_cases():
 def wrapper_cases():
     """Yield settings of the wrapper and the loop."""
     base, here = stack("cifar10_tiny", "at"), TINY + MILESTONES
-    strength = "perturbation={name: wci, strength: 1e-3, frobenius: true, statistics: clean}"
+    strength = "perturbation={name: wci, strength: 1e-3, frobenius: true}"
     yield "wrapper/strength", base, [*here, strength]
     split = ["perturbation={name: wci, relative_size: 0.3}", "wrapper.split_qkv=true"]
     yield "wrapper/split", "vit", [*NO_KWARGS, *MILESTONES, *VIT, *split]
@@ -152,7 +152,7 @@ def wrapper_cases():
     yield "wrapper/layers", base, [*here, *layers]
     ramp = "perturbation={name: wci, relative_size: 0.5, schedule: {start: 1, ramp: 0.5, every: 2}}"
     yield "wrapper/ramp", base, [*here, ramp, "wrapper.trace_decay=0.5", "train.accumulate=2"]
-    yield "wrapper/rwp", base, [*here, "perturbation={name: rwp, mixing: 1, statistics: clean}"]
+    yield "wrapper/rwp", base, [*here, "perturbation={name: rwp, mixing: 1}"]
     noise = ["perturbation={name: noise, relative_size: 0.5}", "penalty={name: frobenius, strength: 1e-3}"]
     yield "wrapper/noise_frobenius", base, [*here, *noise]
     adamw = [

@@ -1,6 +1,6 @@
 """Draw every trace estimator against its number of probes, with its error band, around the exact value.
 
-    python tools/draw_estimators.py [--out recipes/results/estimators]    # writes .png and .json; a minute
+    PYTHONPATH=tests python tools/draw_estimators.py [--out recipes/results/estimators]
 
 Two networks, trained for 150 steps on 256 of scikit-learn's digits in float64 by mean cross-entropy: ReLU,
 where the Hessian's and the Gauss–Newton trace agree, and GELU, where they do not. The trace is that of the
@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from oracles import exact_gauss_newton_trace, exact_trace
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from wcitrain.curvature import TraceEstimate, cross_entropy, exact_gauss_newton_trace, exact_trace
+from wcitrain.curvature import TraceEstimate, cross_entropy
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
 from wcitrain.curvature.hutchinson import hutchinson_samples
 from wcitrain.params import select_layers
@@ -84,8 +85,8 @@ def main() -> None:
     for ax, activation in zip(axes, (nn.ReLU, nn.GELU), strict=True):
         model, x, y = trained(activation)
         layers = select_layers(model)
-        hessian = float(exact_trace(cross_entropy(model(x), y), layers).mean[0])
-        gauss_newton = float(exact_gauss_newton_trace(cross_entropy(model(x), y), layers).mean[0])
+        hessian = float(exact_trace(cross_entropy(model(x), y), layers)[0])
+        gauss_newton = float(exact_gauss_newton_trace(cross_entropy(model(x), y), layers)[0])
         found = {}
         for name, results in estimates(model, x, y).items():
             mean = torch.tensor([float(e.mean[0]) for e in results])

@@ -27,19 +27,19 @@ def main() -> None:
     splits = load_splits(load_recipe(options.recipe, options.settings).data)
     train, val = splits.train, splits.val
     are_sets = isinstance(train, ImageSet) and isinstance(val, ImageSet)
-    if not are_sets or train.decoder.source is not val.decoder.source:
+    if not are_sets or train.source is not val.source:
         parser.error("expected a recipe whose validation images are cut from its training images")
-    is_free = torch.ones(len(train.decoder.source.labels), dtype=torch.bool)
+    is_free = torch.ones(len(train.source.labels), dtype=torch.bool)
     is_free[train.positions] = is_free[val.positions] = False
     positions = is_free.nonzero().flatten()
     if not 0 < options.images <= len(positions):
         parser.error(f"--images: got {options.images}; expected 1 to {len(positions)}, those that are left")
     order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
     chosen = positions[order[: options.images]]
-    images = ImageSet.load(train.decoder, chosen.sort().values, in_memory=True)
+    images = ImageSet.load(train.source, chosen.sort().values, train.image_size, in_memory=True)
     assert images.pixels is not None
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    np.savez(options.output, image=images.pixels.permute(0, 2, 3, 1).numpy())
+    np.savez(options.output, image=images.pixels.permute(0, 2, 3, 1).squeeze(3).numpy())
     print(f"{options.output}: {len(images)} images {tuple(images.pixels.shape[1:])}, without labels")
 
 

@@ -7,14 +7,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {  # by the room it lives in
     "attacks": "ATTACK_LOSSES Attack ThreatModel fgsm msd pgd project",
-    "curvature": "Loss Output TraceEstimate binary_cross_entropy cross_entropy dense_hessian exact_trace "
-    "exact_gauss_newton_trace gauss_newton_trace hutchinson_trace mean_squared_error top_layer_trace",
+    "curvature": "Loss Output TraceEstimate binary_cross_entropy cross_entropy mean_squared_error "
+    "top_layer_trace",
     "data": "Augmentation Mixing",
     "evaluation": "Corruptions Evaluation compare evaluate",
     "measures": "MEASURES Measure Measurement Problem WCIMeasurement correlate measure_wci",
     "models": "create_model load_exported",
     "objectives": "ALP CURE FGSMRS MART PGDAT TRADES CatastrophicOverfittingGuard FreeAT GradAlign "
-    "InputGradient RotationAT Standard UnionAT UnionThreat WithInputRegularizer trades",
+    "InputGradient RotationAT Standard UnionAT UnionThreat WithInputRegularizer",
     "optim": "ASAM AWP CRSAM GSAM RWP SAM WCI FrobeniusTracePenalty GradientNorm NoiseStability VaSSO "
     "RegularizedOptimizer StrengthSchedule UniformNoise WCIAdversary WCIPenalty WCIPosterior",
     "params": "select_layers",

@@ -5,14 +5,13 @@ SWA's would be those of no training step, so they are taken anew (`recalibrate`)
 """
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wcitrain.method import Count, InnerShare, Method, method
+from wcitrain.method import Count, InnerShare, Method, method, setting
 from wcitrain.preserve import module_mode
 
 TrainPasses = Callable[[nn.Module], Iterator[None]]  # the training loss of a model, a batch at a time
@@ -37,17 +36,16 @@ class EMA(Averaging):
     Running statistics are averaged alike, counters copied.
     """
 
-    decay: InnerShare = Field(default=0.999, description="Decay per step of the averaged weights, in (0, 1).")
-    label: ClassVar[str] = "EMA {decay:g}"
-    source: ClassVar[str] = "Polyak, Juditsky 1992, with exponential weights"
-    cost: ClassVar[str] = "no pass; one more copy of the model"
+    decay: InnerShare = setting(0.999, "Decay per step of the averaged weights, in (0, 1).")
+    label = "EMA {decay:g}"
+    source = "Polyak, Juditsky 1992, with exponential weights"
+    cost = "no pass; one more copy of the model"
 
     @torch.no_grad()
     def after_step(self, average: nn.Module, model: nn.Module, step: int) -> None:
         """Apply (1)."""
         decay = self.decay if step > 1 else 0.0
-        means, values = average.state_dict().values(), model.state_dict().values()
-        for mean, value in zip(means, values, strict=True):
+        for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
             if mean.is_floating_point():
                 mean.lerp_(value, 1.0 - decay)
             else:
@@ -64,11 +62,9 @@ class SWA(Averaging):
     """
 
     start_epoch: Count = Field(description="Epochs before the first sample; then one sample an epoch.")
-    label: ClassVar[str] = "SWA"
-    source: ClassVar[str] = "Izmailov et al., arXiv 1803.05407"
-    cost: ClassVar[str] = (
-        "training passes over evaluation.train_size images an epoch; one more copy of the model"
-    )
+    label = "SWA"
+    source = "Izmailov et al., arXiv 1803.05407"
+    cost = "training passes over evaluation.train_size images an epoch; one more copy of the model"
 
     def after_epoch(self, average: nn.Module, model: nn.Module, epoch: int, passes: TrainPasses) -> None:
         """Apply (2); statistics are those of ``passes`` once two are averaged."""
@@ -79,8 +75,7 @@ class SWA(Averaging):
         with torch.no_grad():
             for mean, p in zip(average.parameters(), model.parameters(), strict=True):
                 mean.add_((p - mean) / n)
-        if any(isinstance(m, _BatchNorm) for m in average.modules()):
-            recalibrate(average, passes)
+        recalibrate(average, passes)
 
 
 AVERAGES: dict[str, type[Averaging]] = {"ema": EMA, "swa": SWA}
@@ -91,11 +86,11 @@ def recalibrate(model: nn.Module, passes: TrainPasses) -> None:
 
     The passes are what training does with a batch, so the statistics are of the images that training
     normalises (clean, attacked, or both). Dropout and stochastic depth stay off; modes and momenta are kept.
-
-    Raises:
-        ValueError: There was no pass, which would leave the statistics empty.
+    ValueError where there is no pass.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return
     momenta = [norm.momentum for norm in norms]
     with module_mode(model, training=False):
         for norm in norms:

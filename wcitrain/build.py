@@ -1,7 +1,7 @@
 """From a checked recipe to the parts of a run; the recipe holds the methods, so little is left to do."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,10 +14,11 @@ from wcitrain.recipe import Recipe
 from wcitrain.seeding import seed_from
 
 
-def open_training_set(
-    recipe: Recipe, splits: Splits, device: torch.device, *, is_talking: bool = True
-) -> Images:
-    """Return what training draws its batches from: training images, the recipe's extra ones among them."""
+def open_training_set(recipe: Recipe, splits: Splits, device: torch.device) -> Images:
+    """Return what training draws its batches from: training images, the recipe's extra ones among them.
+
+    ValueError where augmentation, label noise or extra images do not fit the data.
+    """
     train, extra, noise = splits.train, recipe.extra, recipe.label_noise
     recipe.augment.check(splits.shape)
     if not train.can_shuffle and noise.share and not noise.resample:
@@ -31,10 +32,7 @@ def open_training_set(
     images = load_extra(extra, recipe.data, splits)
     if extra.labeler is not None:
         images, confidence = pseudo_label(images, load_exported(extra.labeler).to(device), device)
-        counts = torch.bincount(images.y, minlength=splits.num_classes).tolist()
-        if is_talking:
-            text = f"mean confidence {confidence:.2f}, {counts} images a class"
-            print(f"pseudo-labels of {len(images)} extra images: {text}", flush=True)
+        print(f"pseudo-labels of {len(images)} extra images: mean confidence {confidence:.2f}", flush=True)
     return MixedSet(train, images, extra.fraction)
 
 
@@ -45,13 +43,12 @@ def initial_model(recipe: Recipe, splits: Splits) -> Classifier:
     """
     torch.manual_seed(seed_from(recipe.seed, "model"))
     settings = recipe.model.model_dump()
-    kwargs = settings.pop("kwargs")
     return create_model(
+        **settings.pop("kwargs"),
         **settings,
         num_classes=splits.num_classes,
         in_chans=splits.in_chans,
         rotation_head=recipe.objective.needs_rotation_head,
-        **kwargs,
     )
 
 
@@ -59,25 +56,16 @@ def fresh_objective(recipe: Recipe) -> Objective:
     """Return the recipe's objective, without state of other runs, inside its input-space regulariser."""
     objective: Objective = replace(recipe.objective)  # type: ignore[type-var]
     regularizer = recipe.input_regularizer
-    return objective if regularizer is None else WithInputRegularizer(objective, regularizer)
+    return cast(Objective, WithInputRegularizer(objective, regularizer)) if regularizer else objective
 
 
 def wrap(
     recipe: Recipe, base: torch.optim.Optimizer, model: nn.Module, steps_per_epoch: int
 ) -> RegularizedOptimizer:
     """Return ``base`` wrapped with the recipe's perturbation and penalty."""
-    try:
-        return RegularizedOptimizer(
-            base,
-            model,
-            perturbation=recipe.perturbation,
-            penalty=recipe.penalty,
-            **recipe.wrapper.model_dump(),
-            steps_per_epoch=steps_per_epoch,
-            seed=recipe.seed,
-        )
-    except ValueError as error:
-        raise ValueError(f"wrapper.{error}" if str(error).startswith("layers:") else str(error)) from error
+    rules: dict[str, Any] = {"perturbation": recipe.perturbation, "penalty": recipe.penalty}
+    settings = rules | recipe.wrapper.model_dump() | {"seed": recipe.seed}
+    return RegularizedOptimizer(base, model, **settings, steps_per_epoch=steps_per_epoch)
 
 
 def step_size(recipe: Recipe, attack: Any) -> float:

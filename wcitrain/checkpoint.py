@@ -39,6 +39,12 @@ class CheckpointError(RuntimeError):
 
     exit_status = 1
 
+    @classmethod
+    def of_disk(cls, target: Path, error: OSError) -> "CheckpointError":
+        """Return the error for a target that the disk refused."""
+        advice = "Free some space or check the permissions, then resume: what was saved before is untouched."
+        return cls(f"{target}: got {error}; expected a disk that takes it. {advice}")
+
 
 def save_checkpoint(folder: Path, state: dict[str, Any], name: str = "last") -> None:
     """Write ``state`` to ``folder/name``; a crash or a full disk costs at most this one checkpoint.
@@ -61,19 +67,31 @@ def save_checkpoint(folder: Path, state: dict[str, Any], name: str = "last") -> 
     tensor_bytes = safetensors.torch.save(tensors)
     document = {"format": FORMAT, "tensors_digest": _digest(tensor_bytes), "state": tree}
     document["digest"] = _digest(_canonical(document))
-    contents = {TENSORS: tensor_bytes, STATE: _canonical(document)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".*.partial"):  # left by a process that was killed
             shutil.rmtree(stale)
         partial.mkdir()
-        for filename, content in contents.items():
-            files.write(partial / filename, content)
+        files.write(partial / TENSORS, tensor_bytes)
+        files.write(partial / STATE, _canonical(document))
         files.sync_folder(partial)
-        _swap_in(partial, newest, older)
+        if newest.exists():  # from here on one of newest and older is intact
+            try:
+                _read(newest)
+            except CheckpointError:
+                shutil.rmtree(newest)
+            else:
+                if older.exists():
+                    shutil.rmtree(older)
+                os.rename(newest, older)
+                files.sync_folder(folder)
+        os.rename(partial, newest)
+        files.sync_folder(folder)
+        if older.name != "previous" and older.exists():
+            shutil.rmtree(older)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _disk_error(newest, contents, error) from error
+        raise CheckpointError.of_disk(newest, error) from error
 
 
 def load_checkpoint(folder: Path, name: str = "last") -> tuple[dict[str, Any], Path]:
@@ -82,7 +100,7 @@ def load_checkpoint(folder: Path, name: str = "last") -> tuple[dict[str, Any], P
     Returns the state, with all tensors on the CPU, and the folder it was read from; raises
     ``CheckpointError`` with both reasons where neither is intact.
     """
-    where, reasons = f"load_checkpoint({folder / name})", []
+    reasons: list[str] = []
     for source in (folder / name, folder / OLDER[name]):
         try:
             state = _read(source)
@@ -90,12 +108,12 @@ def load_checkpoint(folder: Path, name: str = "last") -> tuple[dict[str, Any], P
             reasons.append(str(error))
             continue
         if reasons:
-            text = f"{where}: got {reasons[0]}; expected an intact checkpoint."
             advice = f"Going on from {source} (epoch {state.get('epoch', 'unknown')})."
-            warnings.warn(f"{text} {advice}", stacklevel=2)
+            text = f"got {reasons[0]}; expected an intact checkpoint. {advice}"
+            warnings.warn(f"load_checkpoint({folder / name}): {text}", stacklevel=2)
         return state, source
-    text = f"{where}: got {', and '.join(reasons)}; expected one intact checkpoint."
-    raise CheckpointError(f"{text} Restore the folder from a copy, or start the run anew in another folder.")
+    text = f"got {', and '.join(reasons)}; expected one intact checkpoint. Restore the folder from a copy,"
+    raise CheckpointError(f"load_checkpoint({folder / name}): {text} or start anew in another folder.")
 
 
 def save_exported_model(
@@ -111,16 +129,12 @@ def save_exported_model(
         CheckpointError: The disk refused, e.g. because it is full.
     """
     tensors = {key: _copy(value, f"state_dict{_step(key)}") for key, value in state_dict.items()}
-    contents = {
-        "model.safetensors": safetensors.torch.save(tensors, {"format": "pt", **metadata}),
-        "metadata.json": json.dumps(metadata, indent=2).encode(),
-    }
     path = folder / "model.safetensors"
     try:
-        for filename, content in contents.items():
-            files.replace(folder / filename, content)
+        files.replace(path, safetensors.torch.save(tensors, {"format": "pt", **metadata}))
+        files.replace(folder / "metadata.json", json.dumps(metadata, indent=2).encode())
     except OSError as error:
-        raise _disk_error(path, contents, error) from error
+        raise CheckpointError.of_disk(path, error) from error
     return path
 
 
@@ -141,11 +155,11 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         items = [_encode(item, f"{place}[{index}]", tensors) for index, item in enumerate(value)]
         return items if kind is list else {"$tuple": items}
     if kind not in (dict, OrderedDict):
-        raise _unsavable(place, f"a {_type_name(value)}")
+        raise _unsavable(place, kind)
     pairs = []
     for key, item in value.items():
         if type(key) not in (str, int):
-            raise _unsavable(place, f"the key {key!r}, a {_type_name(key)}")
+            raise _unsavable(place, f"the key {key!r}")
         pairs.append([key, _encode(item, (place + _step(key)).removeprefix("."), tensors)])
     is_plain = all(type(key) is str and not key.startswith("$") for key, _ in pairs)
     return dict(pairs) if is_plain else {"$dict": pairs}
@@ -180,23 +194,16 @@ def _copy(tensor: Any, place: str) -> torch.Tensor:
     """Return an independent, contiguous copy on the CPU; refuse what a safetensors file cannot hold."""
     # Subclasses (DTensor, fake tensors, ...) are more than their numbers; a Parameter is not.
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        raise _unsavable(place, f"a {_type_name(tensor)}")
-    is_dense = tensor.layout is torch.strided and not tensor.is_meta
-    if not is_dense or tensor.is_complex() or tensor.is_quantized:
+        raise _unsavable(place, type(tensor))
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_complex() or tensor.is_quantized:
         raise _unsavable(place, f"a {tensor.dtype} tensor ({tensor.layout}, on {tensor.device})")
     return tensor.detach().resolve_neg().to("cpu", memory_format=torch.contiguous_format, copy=True)
 
 
-def _unsavable(place: str, got: str) -> TypeError:
+def _unsavable(place: str, got: object) -> TypeError:
     """Return the error for a value that would not come back as it was."""
     rule = "None, bool, int, float, str, a dense real tensor, or a list, tuple or dict (keys: str, int)"
-    return TypeError(f"{place or 'state'}: got {got}; expected {rule} of these. Convert it before saving.")
-
-
-def _type_name(value: object) -> str:
-    """Return the type of ``value`` as a user would import it."""
-    kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return TypeError(f"{place}: got {got}; expected {rule} of these. Convert it before saving.")
 
 
 # ---- the files ---------------------------------------------------------------------------------------------
@@ -204,56 +211,23 @@ def _type_name(value: object) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the state in the checkpoint folder ``path``; ``CheckpointError`` says what is wrong with it."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path.name}: missing")
-    contents = {}
-    for filename in (STATE, TENSORS):
-        try:
-            contents[filename] = (path / filename).read_bytes()
-        except OSError as error:
-            reason = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
-            raise CheckpointError(f"{path.name}/{filename}: {reason}") from error
     try:
-        document = json.loads(contents[STATE])
+        written, tensor_bytes = (path / STATE).read_bytes(), (path / TENSORS).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
+    try:
+        document = json.loads(written)
         is_intact = document.pop("digest") == _digest(_canonical(document))
     except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, or not an object with a digest
         is_intact = False
     if not is_intact:
         raise CheckpointError(f"{path.name}/{STATE}: damaged: digest differs")
-    if (written := document["format"]) != FORMAT:
-        text = f"written in format {written}, this version reads {FORMAT}"
+    if document["format"] != FORMAT:
+        text = f"written in format {document['format']}, this version reads {FORMAT}"
         raise CheckpointError(f"{path.name}/{STATE}: {text}")
-    if document["tensors_digest"] != _digest(contents[TENSORS]):
+    if document["tensors_digest"] != _digest(tensor_bytes):
         raise CheckpointError(f"{path.name}/{TENSORS}: damaged: digest differs")
-    return _decode(document["state"], safetensors.torch.load(contents[TENSORS]))
-
-
-def _swap_in(partial: Path, newest: Path, older: Path) -> None:
-    """Rename ``partial`` to ``newest``, the former to ``older``; one of the two is always intact."""
-    folder = newest.parent
-    if newest.exists():
-        try:
-            _read(newest)
-        except CheckpointError:
-            shutil.rmtree(newest)
-        else:
-            if older.exists():
-                shutil.rmtree(older)
-            os.rename(newest, older)
-            files.sync_folder(folder)
-    os.rename(partial, newest)
-    files.sync_folder(folder)
-    if older.name != "previous" and older.exists():
-        shutil.rmtree(older)
-
-
-def _disk_error(target: Path, contents: Mapping[str, bytes], error: OSError) -> CheckpointError:
-    """Return the error that says where, how much was needed, how much is free, and what to do."""
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
-    needed, free = sum(map(len, contents.values())), shutil.disk_usage(existing).free
-    rule = f"expected to write {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-    advice = "Free some space or check the permissions, then resume: what was saved before is untouched."
-    return CheckpointError(f"{target}: got {type(error).__name__} ({error}); {rule}. {advice}")
+    return _decode(document["state"], safetensors.torch.load(tensor_bytes))
 
 
 def _digest(content: bytes) -> str:

@@ -7,13 +7,11 @@ from typing import Any
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write ``content`` through to the disk and check that it arrived."""
+    """Write ``content`` through to the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    if (size := path.stat().st_size) != len(content):
-        raise OSError(f"{path.name} has {size} bytes after writing {len(content)}")
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -33,6 +31,17 @@ def write_json(path: Path, document: Any) -> Path:
     """Replace the file at ``path`` by JSON and return the path; NaN and infinity become null."""
     replace(path, json.dumps(without_nan(document), indent=2).encode() + b"\n")
     return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; ValueError with its name where it holds none."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: got {error}; expected a JSON object. Delete or restore it.") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: got {document!r}; expected a JSON object. Delete or restore it.")
+    return document
 
 
 def without_nan(value: Any) -> Any:

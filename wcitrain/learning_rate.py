@@ -4,14 +4,13 @@ Legend: e epochs done (fractional), E epochs in all, w epochs of warm-up, r last
 """
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
-from wcitrain.method import InnerShare, Method, NonNegative, Positive, Share, method, refuse
+from wcitrain.method import InnerShare, Method, NonNegative, Positive, Share, method, refuse, setting
 
 Warmup = Annotated[NonNegative, Field(description="Epochs over which the rate rises linearly from 0.")]
-FinalFraction = Annotated[Share, Field(description="Last rate over the peak rate, in [0, 1].")]
 
 
 class Schedule(Method):
@@ -33,30 +32,15 @@ class Schedule(Method):
 
 
 @method
-class Constant(Schedule):
-    """One rate, after a linear warm-up."""
-
-    warmup_epochs: Warmup = 0.0
-    label: ClassVar[str] = "constant rate"
-
-    def shape(self, epoch: float, epochs: int) -> float:
-        """Return 1."""
-        return 1.0
-
-
-@method
 class Piecewise(Schedule):
-    """Drops by a factor at given epochs.
-
-    shape = γ^(number of milestones <= e)                                                              (2)
-    """
+    """Drops by a factor at given epochs, or none: shape = γ^(number of milestones <= e)."""
 
     milestones: Annotated[tuple[NonNegative, ...], Field(strict=False)] = Field(
         default=(), description="Epochs after which the rate drops."
     )
-    gamma: InnerShare = Field(default=0.1, description="Factor γ of each drop, in (0, 1).")
+    gamma: InnerShare = setting(0.1, "Factor γ of each drop, in (0, 1).")
     warmup_epochs: Warmup = 0.0
-    label: ClassVar[str] = "piecewise rate"
+    label = "piecewise rate"
 
     def __post_init__(self) -> None:
         marks = list(self.milestones)
@@ -64,7 +48,7 @@ class Piecewise(Schedule):
             refuse("milestones", f"got {marks}; expected increasing epochs. Sort them.")
 
     def shape(self, epoch: float, epochs: int) -> float:
-        """Return (2)."""
+        """Return the share of the peak rate without the warm-up."""
         return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
 
 
@@ -72,16 +56,16 @@ class Piecewise(Schedule):
 class Cosine(Schedule):
     """Half a cosine from the end of the warm-up to the last epoch.
 
-    shape = r + (1 - r) (1 + cos πs) / 2,    s = (e - w) / (E - w) cut to [0, 1]                       (3)
+    shape = r + (1 - r) (1 + cos πs) / 2,    s = (e - w) / (E - w) cut to [0, 1]                       (2)
     """
 
-    final_fraction: FinalFraction = 0.0
+    final_fraction: Share = setting(0.0, "Last rate over the peak rate, in [0, 1].")
     warmup_epochs: Warmup = 0.0
-    label: ClassVar[str] = "cosine rate"
-    source: ClassVar[str] = "Loshchilov, Hutter, arXiv 1608.03983, eq. 5, without restarts"
+    label = "cosine rate"
+    source = "Loshchilov, Hutter, arXiv 1608.03983, eq. 5, without restarts"
 
     def shape(self, epoch: float, epochs: int) -> float:
-        """Return (3)."""
+        """Return (2)."""
         share = (epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9)
         cosine = (1 + math.cos(math.pi * min(1.0, max(0.0, share)))) / 2
         return self.final_fraction + (1 - self.final_fraction) * cosine
@@ -89,27 +73,16 @@ class Cosine(Schedule):
 
 @method
 class OneCycle(Schedule):
-    """A linear rise to a peak epoch p and a linear fall.
+    """A linear rise to a peak epoch p, e / p, and a linear fall to zero, (E - e) / (E - p)."""
 
-    shape = e / p before p, then r + (1 - r) (E - e) / (E - p)                                         (4)
-    """
-
-    peak_epoch: Positive | None = Field(default=None, description="Epochs until the peak; null: 40 % of all.")
-    final_fraction: FinalFraction = 0.0
-    label: ClassVar[str] = "one-cycle rate"
-    source: ClassVar[str] = "Smith, Topin, arXiv 1708.07120, with straight lines"
+    peak_epoch: Positive | None = setting(None, "Epochs until the peak; null: 40 % of all.")
+    label = "one-cycle rate"
+    source = "Smith, Topin, arXiv 1708.07120, with straight lines"
 
     def shape(self, epoch: float, epochs: int) -> float:
-        """Return (4)."""
+        """Return the share of the peak rate."""
         peak = self.peak_epoch or 0.4 * epochs
-        if epoch < peak:
-            return epoch / peak
-        return self.final_fraction + (1 - self.final_fraction) * (epochs - epoch) / max(epochs - peak, 1e-9)
+        return epoch / peak if epoch < peak else (epochs - epoch) / max(epochs - peak, 1e-9)
 
 
-SCHEDULES: dict[str, type[Schedule]] = {
-    "constant": Constant,
-    "piecewise": Piecewise,
-    "cosine": Cosine,
-    "one_cycle": OneCycle,
-}
+SCHEDULES: dict[str, type[Schedule]] = {"piecewise": Piecewise, "cosine": Cosine, "one_cycle": OneCycle}

@@ -2,19 +2,18 @@
 
     @method
     class AWP(Ascent):
-        gamma: Positive = Field(default=0.01, description="Perturbation norm over weight norm, for a layer.")
-        label: ClassVar[str] = "AWP γ={gamma:g}"
+        gamma: Positive = setting(0.01, "Perturbation norm over weight norm, for a layer.")
+        label = "AWP γ={gamma:g}"
 
-``AWP(0.02)`` and, in YAML, ``{name: awp, gamma: 0.02}`` have the same defaults and the same checks.
-``str(AWP(0.02))`` is the short name in tables and figures. A room lists its methods in one literal table of
-names; `Choice` makes a recipe key of such a table.
+``AWP(0.02)`` and, in YAML, ``{name: awp, gamma: 0.02}`` have the same defaults and checks. A room lists its
+methods in one literal table of names; `Choice` makes a recipe key of such a table.
 """
 
 import difflib
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, dataclass_transform
@@ -28,7 +27,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Method:
-    """Base of the methods: ``str`` gives the label, filled with the settings."""
+    """Base of the methods: ``str`` gives the label, filled with the settings, for tables and figures."""
 
     label: ClassVar[str] = ""
     source: ClassVar[str] = ""  # of its definition, such as "Wu et al., arXiv 2004.05884, eq. 9 to 12"
@@ -40,11 +39,7 @@ class Method:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 def method(cls: type[T]) -> type[T]:
-    """Make ``cls`` a frozen dataclass whose settings are checked, without conversions.
-
-    Raises (when constructed):
-        ValueError: A setting outside its range, of another type or unknown: ``AWP.gamma: got -1; ...``.
-    """
+    """Make ``cls`` a frozen dataclass that checks its settings: ValueError, ``AWP.gamma: got -1; ...``."""
     made: Any = pydantic_dataclass(cls, frozen=True, config=STRICT)
     init = made.__init__
 
@@ -69,9 +64,8 @@ class SettingError(ValueError):
 
 def setting(default: Any, meaning: str) -> Any:
     """Return the field of a setting: its default, or the class to make one of, and what it means."""
-    if isinstance(default, type):
-        return Field(default_factory=default, description=meaning)
-    return Field(default=default, description=meaning)
+    kind = "default_factory" if isinstance(default, type) else "default"
+    return Field(**{kind: default}, description=meaning)
 
 
 def refuse(key: str, text: str) -> NoReturn:
@@ -81,10 +75,7 @@ def refuse(key: str, text: str) -> NoReturn:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A recipe key whose value is one of several methods: ``{name: awp, gamma: 0.02}``, or ``awp`` alone.
-
-    perturbation: Annotated[WeightPerturbation | None, Choice(PERTURBATIONS, can_be_none=True)] = None
-    """
+    """A recipe key whose value is one of several methods: ``{name: awp, gamma: 0.02}``, or ``awp`` alone."""
 
     table: Mapping[str, type]
     can_be_none: bool = False  # {name: none} stands for None
@@ -108,8 +99,7 @@ class Choice:
 
     def read(self, value: Any) -> Any:
         """Return the method that a value of a recipe, or of a constructor, stands for."""
-        is_none = value is None and self.can_be_none
-        if is_none or type(value) in (*self.table.values(), self.fallback or Nested):
+        if (value is None and self.can_be_none) or type(value) in (*self.table.values(), self.fallback):
             return value
         if not isinstance(value, str | Mapping):
             raise PydanticCustomError("choice_type", "a mapping with a name")
@@ -122,10 +112,9 @@ class Choice:
             known = {"names": ", ".join(names), "name": name}
             raise PydanticCustomError("choice_name", "one of {names}", known)
         if wrong := [key for key in settings if kind is None or key in self.without]:
-            unknown = PydanticCustomError("not_here", "no key of {name}", {"name": name})
-            raise ValidationError.from_exception_data(
-                str(name), [{"type": unknown, "loc": (str(key),), "input": settings[key]} for key in wrong]
-            )
+            unknown = PydanticCustomError("not_here", "a setting it has")
+            errors: Any = [{"type": unknown, "loc": (str(key),), "input": settings[key]} for key in wrong]
+            raise ValidationError.from_exception_data(str(name), errors)
         if kind is None:
             return None
         return construct(kind, settings | {"name": name} if kind is self.fallback else settings)
@@ -137,9 +126,7 @@ class Choice:
         return {"name": self.name_of(value), **own}
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_plain_validator_function(
-            self.read, serialization=core_schema.plain_serializer_function_ser_schema(self.write)
-        )
+        return _plain_schema(self.read, self.write)
 
 
 class Nested:
@@ -153,10 +140,12 @@ class Nested:
                 raise PydanticCustomError("dataclass_type", "a mapping of keys")
             return construct(source, value)
 
-        write = functools.partial(TypeAdapter(source).dump_python, mode="json")
-        return core_schema.no_info_plain_validator_function(
-            read, serialization=core_schema.plain_serializer_function_ser_schema(write)
-        )
+        return _plain_schema(read, functools.partial(TypeAdapter(source).dump_python, mode="json"))
+
+
+def _plain_schema(read: Callable[[Any], Any], write: Callable[[Any], Any]) -> Any:
+    serialization = core_schema.plain_serializer_function_ser_schema(write)
+    return core_schema.no_info_plain_validator_function(read, serialization=serialization)
 
 
 def construct(kind: type[T], settings: Mapping[str, Any]) -> T:
@@ -171,8 +160,6 @@ def fields_of(kind: type) -> dict[str, Any]:
     """Return pydantic's descriptions of a method's or section's settings, by name."""
     return dict(kind.__pydantic_fields__)  # type: ignore[attr-defined]
 
-
-# ---- what is wrong with a value ----------------------------------------------------------------------------
 
 _EXPECTED = {  # rules that read better than pydantic's; the others are its own "Input should be <rule>"
     "model_type": "a mapping of keys",
@@ -208,22 +195,15 @@ def show(value: Any) -> str:
 
 def _line(cls: type, error: Any) -> str:
     """Return one line for one of pydantic's errors in a constructor."""
-    cause, known = error.get("ctx", {}).get("error"), fields_of(cls)
-    loc = [str(part) for part in error["loc"]]
-    if loc and error["loc"][0] in range(len(known)):  # a positional argument
-        loc[0] = list(known)[error["loc"][0]]
-    place = ".".join([cls.__name__, *loc])
+    cause, fields, loc = error.get("ctx", {}).get("error"), fields_of(cls), list(error["loc"])
+    if loc and loc[0] in range(len(fields)):  # a positional argument
+        loc[0] = list(fields)[loc[0]]
+    place = ".".join(map(str, [cls.__name__, *loc]))
     if isinstance(cause, SettingError):
         return f"{place}.{cause.key}: {cause.text}"
     got = "nothing" if error["type"] == "missing" else repr(error["input"])
-    text = f"{place}: got {got}; expected {rule(error)}."
-    if error["type"] == "value_error":  # the rule brings its own advice
-        return text
-    advice = known[loc[0]].description if loc and loc[0] in known else f"It has {', '.join(known)}."
-    return f"{text} {advice or 'Correct it.'}"
-
-
-# ---- the types of single settings --------------------------------------------------------------------------
+    advice = fields[loc[0]].description if loc and loc[0] in fields else f"It has {', '.join(fields)}."
+    return f"{place}: got {got}; expected {rule(error)}. {advice or 'Correct it.'}"
 
 
 def fraction_text(value: float) -> str | float:
@@ -240,8 +220,7 @@ def _read_fraction(value: Any) -> Any:
     try:
         numerator, denominator = value.split("/") if "/" in value else (value, "1")
         return float(Fraction(numerator) / Fraction(denominator))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        # Place, key and value are put before this text.
+    except (ValueError, ZeroDivisionError, OverflowError):  # place, key and value are put before this text
         raise ValueError("a finite number such as 8/255 or 0.03. Write a share of the pixel range") from None
 
 

@@ -4,11 +4,12 @@ Importing this module registers PreActResNet-18 in its CIFAR form with timm, as 
 """
 
 import json
-import warnings
-from collections.abc import Sequence
+import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,7 @@ from timm.models import register_model
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from wcitrain.method import nearest
-from wcitrain.preserve import kept_random_state, undisturbed
+from wcitrain.preserve import undisturbed
 
 
 class Classifier(nn.Module):
@@ -26,8 +26,8 @@ class Classifier(nn.Module):
     Args:
         backbone: Maps normalised images [B, C, H, W] to logits [B, num_classes].
         mean, std: Per channel, in [0, 1] units; std > 0.
-        rotation_head: Add a second head, four logits from the backbone's last features: the quarter turns of
-            the image. The backbone needs timm's ``forward_features`` and ``forward_head``. Not exported.
+        rotation_head: Add a second head, four logits from the backbone's last features, which needs timm's
+            ``forward_features`` and ``forward_head``: the quarter turns of the image. Not exported.
     """
 
     mean: Tensor
@@ -38,7 +38,8 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.rotation_head = nn.Linear(_num_head_features(backbone), 4) if rotation_head else None
+        width: Any = getattr(backbone, "head_hidden_size", None) or getattr(backbone, "num_features", 0)
+        self.rotation_head = nn.Linear(width, 4) if rotation_head else None
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -46,13 +47,14 @@ class Classifier(nn.Module):
         """Return logits [B, num_classes] for images [B, C, H, W] in [0, 1], or [B, 4] of the rotation head.
 
         Both heads are reached through ``forward``, so that DDP and ``torch.compile`` have one entry point.
+        ValueError for the rotation head of a model without one.
         """
         x = (x - self.mean) / self.std
         if head == "classes":
             return self.backbone(x)
-        if head != "rotation" or self.rotation_head is None:
-            text = f"got head={head!r}, rotation_head={self.rotation_head}; expected 'classes', or 'rotation'"
-            raise ValueError(f"Classifier: {text}. create_model(..., rotation_head=True) adds that head.")
+        if self.rotation_head is None:
+            rule = "'classes' without a second head. create_model(..., rotation_head=True) adds one."
+            raise ValueError(f"Classifier: got head={head!r}; expected {rule}")
         backbone = cast(Any, self.backbone)
         return self.rotation_head(backbone.forward_head(backbone.forward_features(x), pre_logits=True))
 
@@ -75,140 +77,119 @@ def create_model(
     Args:
         name, pretrained, checkpoint_path, kwargs: For timm, e.g. ``layers=[1, 1, 1, 1]``.
         stem: ``"cifar"`` replaces a timm ResNet's stem by one 3x3 convolution of stride 1, without pooling.
-        mean, std: Normalisation; by default of ``pretrained_cfg``, averaged if it has other channels.
-        rotation_head: See ``Classifier``; for ``objectives.RotationAT``.
+        mean, std, rotation_head: See ``Classifier``; by default timm's, averaged if it has other channels.
 
     Raises:
-        ValueError: Unknown name (the nearest is named), a stem the model does not have, arguments timm
-            refuses, a normalisation that does not fit ``in_chans``, or a second head without features.
+        ValueError: A name or arguments that timm refuses, a stem the model does not have, or a normalisation
+            that does not fit ``in_chans``.
     """
-    known, is_remote = timm.list_models(), ":" in name or "/" in name  # hf-hub:...: timm finds out itself
-    if not is_remote and name.partition(".")[0] not in known:
-        near = nearest(name, known, cutoff=0.5)
-        advice = f"Did you mean {near}?" if near else "timm.list_models() lists them."
-        raise ValueError(f"model.name: got {name!r}; expected a timm model. {advice}")
-    if stem not in ("default", "cifar"):
-        raise ValueError(f"model.stem: got {stem!r}; expected 'default' or 'cifar'. Choose one of the two.")
-    if stem == "cifar" and pretrained:
-        warnings.warn("model.stem: cifar replaces the pretrained stem by a fresh convolution", stacklevel=2)
+    sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
     try:
-        sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
         backbone = timm.create_model(name, pretrained=pretrained, **sizes, **kwargs)
         if stem == "cifar":
             _use_cifar_stem(backbone, name, in_chans)
+        elif stem != "default":
+            raise ValueError(f"model.stem: got {stem!r}; expected default or cifar. Choose one of them.")
         if checkpoint_path:
             timm.models.load_checkpoint(backbone, checkpoint_path)
     except (TypeError, ValueError, RuntimeError, OSError, KeyError, AssertionError) as error:
         settings = f"pretrained={pretrained}, checkpoint_path={checkpoint_path!r}, kwargs={kwargs}"
         raise ValueError(f"model: timm could not build {name!r} with {settings}: {error}") from error
     config = getattr(backbone, "pretrained_cfg", None) or {}
-    means = _channels("mean", mean, config, in_chans)
-    deviations = _channels("std", std, config, in_chans)
-    return Classifier(backbone, means, deviations, rotation_head=rotation_head)
-
-
-def load_exported(folder: str | Path) -> Classifier:
-    """Return the model exported under ``model/last`` or ``model/best``, normalisation and stem included.
-
-    The weights alone also load with ``timm.create_model(..., checkpoint_path=".../model.safetensors")``,
-    unless the stem is ``cifar``, which timm does not build.
-
-    Raises:
-        ValueError: Not a folder that a run exported.
-    """
-    folder = Path(folder)
-    try:
-        metadata = json.loads((folder / "metadata.json").read_text())
-        keys = ("num_classes", "in_chans", "mean", "std", "kwargs")
-        settings = {key: json.loads(metadata[key]) for key in keys}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        text = f"{folder}: got {error!r}; expected an export such as runs/NAME-s0/model/last."
-        raise ValueError(text) from error
-    settings |= settings.pop("kwargs") | {"stem": metadata["stem"]}
-    weights = str(folder / "model.safetensors")
-    return create_model(metadata["architecture"], checkpoint_path=weights, **settings).eval()
-
-
-def try_forward(
-    model: Classifier, in_chans: int, image_size: int | tuple[int, int], num_classes: int, smallest: int
-) -> None:
-    """Let one black image through, so that a model that does not fit is refused before anything is written.
-
-    ``model`` is in float32 on the CPU; ``smallest`` counts the images of the smallest pass in train mode.
-
-    Raises:
-        ValueError: The model fails on images of that size, gives other than [1, num_classes], or has layers
-            that cannot train on one image.
-    """
-    size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-    image = torch.zeros(1, in_chans, *size)
-    try:
-        with torch.no_grad(), undisturbed(model, training=False):
-            logits = model(image)
-    except Exception as error:
-        text = f"model.name: the model fails on images of {size[0]}x{size[1]} pixels: {error}"
-        advice = "Set data.image_size, or the model's own size such as model.kwargs.img_size."
-        raise ValueError(f"{text} {advice}") from error
-    if logits.shape != (1, num_classes):
-        raise ValueError(f"model: got outputs of shape {tuple(logits.shape)}; expected (1, {num_classes}).")
-    if smallest == 1:
-        try:
-            with torch.no_grad(), undisturbed(model, training=True), kept_random_state(image.device):
-                model(image)
-        except ValueError as error:
-            rule = "larger micro-batches, and evaluation.train_size above 1 with averaging"
-            got = f"got passes over a single image, on which this model cannot train ({error})"
-            raise ValueError(f"train.batch_size: {got}; expected {rule}. Raise it.") from error
-
-
-def check_channels_last(model: nn.Module, device: torch.device) -> None:
-    """Refuse channels-last storage where training would damage memory.
-
-    On processors with AVX2 and without AVX-512, oneDNN's float32 gradient of the weights of a strided 1x1
-    convolution writes past its workspace if there are fewer input channels than a register holds, 8
-    (uxlfoundation/oneDNN#6035): wrong gradients, an endless loop or the end of the process. Other processors
-    are refused too, so that a recipe means the same everywhere.
-    """
-    for name, layer in model.named_modules() if device.type == "cpu" else ():
-        if not isinstance(layer, nn.Conv2d) or layer.groups > 1 or layer.stride == (1, 1):
-            continue
-        if layer.kernel_size == (1, 1) and 1 < layer.in_channels < 8:  # one channel has one layout
-            kind = f"a 1x1 convolution with stride {layer.stride} and {layer.in_channels} input channels"
-            rule = "at least 8 of them, as its gradient would overwrite other memory. Set it to false."
-            raise ValueError(f"train.channels_last: got true on a CPU with {name}, {kind}; expected {rule}")
-
-
-def _num_head_features(backbone: nn.Module) -> int:
-    """Return how many features ``forward_head(..., pre_logits=True)`` returns."""
-    if not (hasattr(backbone, "forward_features") and hasattr(backbone, "forward_head")):
-        rule = "a model with timm's forward_features and forward_head. Choose another."
-        raise ValueError(f"model.rotation_head: got a {type(backbone).__name__}; expected {rule}")
-    return int(getattr(backbone, "head_hidden_size", None) or cast(int, backbone.num_features))
+    constants = [_channels(k, given, config, in_chans) for k, given in (("mean", mean), ("std", std))]
+    return Classifier(backbone, *constants, rotation_head=rotation_head)
 
 
 def _channels(key: str, given: Sequence[float] | None, config: dict[str, Any], in_chans: int) -> list[float]:
     """Return a constant for each channel: as given, or timm's, averaged where it has other channels."""
     values: Sequence[float] = config.get(key, (0.5,)) if given is None else given
-    if len(values) != in_chans:
-        if given is not None and len(values) != 1:
-            rule = f"{in_chans}, one a channel, or a single one."
-            raise ValueError(f"model.{key}: got {len(values)} values; expected {rule}")
-        values = [sum(values) / len(values)] * in_chans
+    if given is not None and len(values) not in (1, in_chans):
+        rule = f"{in_chans}, one a channel, or a single one."
+        raise ValueError(f"model.{key}: got {len(values)} values; expected {rule}")
     if key == "std" and min(values) <= 0:
         raise ValueError(f"model.std: got {list(values)}; expected positive numbers. They divide the image.")
-    return list(values)
+    return list(values) if len(values) == in_chans else [sum(values) / len(values)] * in_chans
 
 
 def _use_cifar_stem(backbone: nn.Module, name: str, in_chans: int) -> None:
     """Keep small images at full resolution: conv 3x3, stride 1, and no max pooling."""
     if not isinstance(backbone, ResNet):
-        advice = "Use stem 'default', or kwargs of that model such as patch_size for transformers."
-        raise ValueError(f"model.stem: got 'cifar' with {name!r}; expected a timm ResNet. {advice}")
+        raise ValueError(f"model.stem: got 'cifar' with {name!r}; expected a timm ResNet. Set it to default.")
     width = cast(nn.BatchNorm2d, backbone.bn1).num_features
     conv = nn.Conv2d(in_chans, width, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     backbone.add_module("conv1", conv)
     backbone.add_module("maxpool", nn.Identity())
+
+
+def load_exported(folder: str | Path) -> Classifier:
+    """Return the model exported under ``model/last`` or ``model/best``; ValueError for another folder."""
+    folder = Path(folder)
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text())
+        keys = ("num_classes", "in_chans", "mean", "std", "kwargs")
+        settings = {key: json.loads(metadata[key]) for key in keys}
+        settings |= settings.pop("kwargs") | {"stem": metadata["stem"], "name": metadata["architecture"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rule = "an export such as runs/NAME-s0/model/last."
+        raise ValueError(f"{folder}: got {error!r}; expected {rule}") from error
+    return create_model(checkpoint_path=str(folder / "model.safetensors"), **settings).eval()
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """Return the state dict in a file: bare, or under ``model`` or ``state_dict``, without ``module.``.
+
+    Nothing in the file is executed (``weights_only=True``). ValueError for files of something else.
+    """
+    rule = "a state dict, bare or under 'model' or 'state_dict'. Save one with torch.save(model.state_dict())"
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        got = f"a file that torch cannot read as weights alone ({str(error).splitlines()[0]})"
+        raise ValueError(f"{path}: got {got}; expected {rule}.") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    weights = content if isinstance(content, Mapping) else {}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        got = f"keys {[*weights][:5]}" if weights else f"a {type(content).__name__}"
+        raise ValueError(f"{path}: got {got}; expected {rule}.")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def load_weights(model: Classifier, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load weights of the classifier or its backbone, and refuse any that do not fit, normalisation too."""
+    is_whole = any(name.startswith("backbone.") for name in weights)
+    normalisation = ("mean", "std") if is_whole else ()
+    for name in normalisation:
+        own = cast(Tensor, getattr(model, name)).flatten()
+        other = weights.get(name, own).flatten().to(own)
+        if len(other) not in (1, len(own)) or not torch.allclose(other, own, rtol=1e-4, atol=0):
+            text = f"got weights for images normalised with {name} {other.tolist()}"
+            rule = f"{own.tolist()}, as the recipe's model has. Set model.{name} in the recipe."
+            raise ValueError(f"{source}: {text}; expected {rule}")
+    given = {name: value for name, value in weights.items() if name not in normalisation}
+    try:
+        (model if is_whole else model.backbone).load_state_dict(given)
+    except RuntimeError as error:
+        advice = "Correct the recipe's model section (name, stem, kwargs) or its data (number of classes)"
+        raise ValueError(f"{source}: got weights that do not fit the model. {advice}: {error}") from error
+
+
+def try_forward(model: Classifier, in_chans: int, image_size: int | tuple[int, int]) -> None:
+    """Let a black image through on the CPU: a model that does not fit is refused before files are written."""
+    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    try:
+        with torch.no_grad(), undisturbed(model, training=False):
+            model(torch.zeros(1, in_chans, height, width))
+    except Exception as error:
+        advice = "Set data.image_size, or the model's own size such as model.kwargs.img_size."
+        text = f"model.name: the model fails on images of {height}x{width} pixels: {error}"
+        raise ValueError(f"{text} {advice}") from error
 
 
 class _PreActBlock(nn.Module):
@@ -220,14 +201,13 @@ class _PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        needs_projection = stride != 1 or width_in != width
-        self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False) if needs_projection else None
+        is_same = stride == 1 and width_in == width
+        self.shortcut = None if is_same else nn.Conv2d(width_in, width, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        out = self.conv1(out)
-        return self.conv2(F.relu(self.bn2(out))) + shortcut
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
 class PreActResNet(nn.Module):
@@ -235,7 +215,7 @@ class PreActResNet(nn.Module):
 
     The CIFAR form that robust training uses: a 3x3 stem, four stages of two blocks each (strides 1, 2, 2, 2),
     a last BN-ReLU, global average pooling, linear head. ``width``: channels of the first stage, doubled at
-    each later one; 64 is PreActResNet-18, 11.2 M parameters.
+    each later one; 64 is PreActResNet-18, 11.2 M parameters. Heads as timm's models have them.
     """
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3, width: int = 64) -> None:
@@ -252,7 +232,7 @@ class PreActResNet(nn.Module):
         self.fc = nn.Linear(widths[-1], num_classes)
 
     def get_classifier(self) -> nn.Linear:
-        """Return the head, as timm's models do."""
+        """Return the head."""
         return self.fc
 
     def forward(self, x: Tensor) -> Tensor:
@@ -265,9 +245,8 @@ class PreActResNet(nn.Module):
         return F.relu(self.bn(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits for feature maps; with ``pre_logits``, as timm's, averages [B, num_features]."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.fc(x)
+        """Return the logits for feature maps; with ``pre_logits``, their averages [B, num_features]."""
+        return x.mean((2, 3)) if pre_logits else self.fc(x.mean((2, 3)))
 
 
 @register_model
@@ -275,13 +254,8 @@ def preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     """PreActResNet-18 for 32x32 images, ``timm.create_model("preact_resnet18")``; no pretrained weights."""
     if pretrained:
         raise ValueError("preact_resnet18: got pretrained=True; expected False: no weights are published.")
-    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm's, of pretrained weights
-        kwargs.pop(key, None)
-    model = PreActResNet(**kwargs)
-    config = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD, "input_size": (3, 32, 32)}
-    model.pretrained_cfg = config  # type: ignore[assignment]
+    of_weights = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # that timm adds
+    model = PreActResNet(**{key: value for key, value in kwargs.items() if key not in of_weights})
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # of CIFAR-10's 50,000 training images
+    model.pretrained_cfg = {"mean": mean, "std": std, "input_size": (3, 32, 32)}  # type: ignore[assignment]
     return model
-
-
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images
-CIFAR10_STD = (0.2471, 0.2435, 0.2616)

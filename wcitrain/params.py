@@ -1,8 +1,7 @@
-"""Which tensors are layers.
+"""Which tensors are layers: part of the definition of the index, which sums over them.
 
-The index sums over layers, so what counts as one is part of its definition. The default takes the weight
-tensors of convolutions and linear maps; biases, normalisation scales and shifts, embeddings, class and
-position tokens are not layers (Xu & Zhang speak of "weight matrices" only).
+By default the weight tensors of convolutions and linear maps; biases, normalisation scales and shifts,
+embeddings, class and position tokens are not layers (Xu & Zhang speak of "weight matrices" only).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,30 +9,24 @@ from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor, nn
 
-QKV = ("q", "k", "v")
+Parts = Mapping[str, Sequence[str]]  # of the tensors that are cut, by their names
 
 
 class Layers(Mapping[str, Tensor]):
     """The tensors that count as layers, by name, and every sum over them.
 
-    A tensor may be cut into equal ``parts`` along its first dimension, each its own layer
-    (``"blocks.0.attn.qkv.weight[q]"``): ``layers[name]`` is then a view, ``layers.tensors`` the whole
-    tensors.
+    A tensor may be cut into equal ``parts`` along its first dimension, each a layer (``"qkv.weight[q]"``):
+    ``layers[name]`` is then a view, ``layers.tensors`` the whole tensors.
     """
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], parts: Parts | None = None) -> None:
         if isinstance(tensors, Layers):
             parts = tensors._parts if parts is None else parts
             tensors = tensors._whole
         self._whole: dict[str, Tensor] = dict(tensors)
-        self._parts: dict[str, tuple[str, ...]] = {
-            name: tuple((parts or {}).get(name, ("",))) for name in self._whole
-        }
+        self._parts: dict[str, Sequence[str]] = {name: (parts or {}).get(name, ("",)) for name in self._whole}
         self.tensors: list[Tensor] = list(self._whole.values())
         self.names = tuple(self._whole)  # of the whole tensors
         self.num_parts = [len(own) for own in self._parts.values()]
@@ -55,20 +48,18 @@ class Layers(Mapping[str, Tensor]):
         return len(self._places)
 
     def only(self, ids: set[int]) -> "Layers":
-        """Return the layers whose tensors' ``id`` is in ``ids``."""
+        """Return the layers whose tensor has one of these ``id``."""
         return Layers({name: t for name, t in self._whole.items() if id(t) in ids}, self._parts)
 
     def sum_parts(self, index: int, x: Tensor) -> Tensor:
         """Return the sums [parts] of ``x``, shaped like tensor ``index``, in float64 where possible."""
         if self.num_parts[index] == 1:
             return x.sum(dtype=_wide_dtype(x)).reshape(1)
-        parts = rearrange(x, "(part d) ... -> part (d ...)", part=self.num_parts[index])
-        return parts.sum(1, dtype=_wide_dtype(x))
+        return x.reshape(self.num_parts[index], -1).sum(1, dtype=_wide_dtype(x))
 
     def joined(self, sums: Sequence[Tensor | None], missing: float = 0.0) -> Tensor:
         """Return sums [parts] of the tensors as one tensor [L], ``missing`` where there is none."""
-        like = self.tensors[0]
-        counted = zip(sums, self.num_parts, strict=True)
+        like, counted = self.tensors[0], zip(sums, self.num_parts, strict=True)
         dtype = _wide_dtype(like)
         return torch.cat([like.new_full((c,), missing, dtype=dtype) if s is None else s for s, c in counted])
 
@@ -91,18 +82,16 @@ class Layers(Mapping[str, Tensor]):
 
     def sizes(self) -> Tensor:
         """Return ``d_l``, the number of elements of each layer [L], on the layers' device."""
-        numbers = [layer.numel() for layer in self.values()]
-        return wide(torch.tensor(numbers, device=self.tensors[0].device, dtype=torch.float32))
+        like = self.tensors[0]
+        return like.new_tensor([layer.numel() for layer in self.values()], dtype=_wide_dtype(like))
 
     def spread(self, values: Tensor) -> list[Tensor]:
         """Return ``values`` [L] as one factor a tensor: a scalar, or shaped to broadcast where it is cut."""
         factors = []
         for t, chunk in zip(self.tensors, values.split(self.num_parts), strict=True):
             factor = chunk.to(t.dtype)
-            if len(factor) > 1:
-                factor = repeat(factor, "part -> (part d)", d=t.shape[0] // len(factor))
-                factor = factor.reshape(-1, *[1] * (t.ndim - 1))
-            factors.append(factor if len(factor) > 1 else factor[0])
+            rows = factor.repeat_interleave(t.shape[0] // len(factor)) if len(factor) > 1 else factor
+            factors.append(rows.reshape(-1, *[1] * (t.ndim - 1)) if len(factor) > 1 else factor[0])
         return factors
 
     def missing(self, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -135,8 +124,7 @@ def select_layers(model: nn.Module, layers: str = "weights", *, split_qkv: bool 
         split_qkv: Count the query, key and value maps of a fused attention projection as three layers.
 
     Raises:
-        ValueError: Nothing was selected, or ``split_qkv`` has nothing to split or a projection whose parts
-            are interleaved by head.
+        ValueError: Nothing was selected, or nothing can be split, or parts are interleaved by head.
     """
     model = unwrapped(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -155,11 +143,8 @@ def select_layers(model: nn.Module, layers: str = "weights", *, split_qkv: bool 
     selected = {name: p for name, p in trainable.items() if name in chosen}
     if not selected:
         some = ", ".join(list(trainable)[:6]) or "none at all: is everything frozen?"
-        rule = "expected one of weights, weights+biases, all or a glob over parameter names"
-        text = (
-            f"layers: got {layers!r}, which selects no trainable tensor; {rule}. Trainable names begin with"
-        )
-        raise ValueError(f"{text}: {some}.")
+        rule = f"weights, weights+biases, all or a glob over names. Trainable ones begin with {some}."
+        raise ValueError(f"layers: got {layers!r}, which selects no trainable tensor; expected {rule}")
     return Layers(selected, _qkv_parts(model, selected) if split_qkv else None)
 
 
@@ -168,15 +153,16 @@ def _qkv_parts(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, tu
     ends = ("qkv.weight", "qkv.bias", "in_proj_weight", "in_proj_bias")
     fused = [name for name, p in selected.items() if name.endswith(ends) and p.shape[0] % 3 == 0]
     if not fused:
-        got = f"got True, but none of the {len(selected)} layers is a fused projection"
-        raise ValueError(f"split_qkv: {got} (*qkv.weight, in_proj_weight). Set it to False for this model.")
+        rule = "a fused projection (*qkv.weight, in_proj_weight) among the layers. Set it to False."
+        raise ValueError(
+            f"split_qkv: got True, but none of the {len(selected)} layers is one; expected {rule}"
+        )
     for name in fused:
         owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
         if getattr(owner, "head_first", False):
-            got = f"got True, but the rows of {name} are interleaved by head"
-            rule = "expected query, key and value one after another. Set it to False for this model."
-            raise ValueError(f"split_qkv: {got}; {rule}")
-    return {name: QKV for name in fused}
+            rule = "query, key and value one after another. Set it to False for this model."
+            raise ValueError(f"split_qkv: got rows of {name} interleaved by head; expected {rule}")
+    return {name: ("q", "k", "v") for name in fused}
 
 
 def precise(x: Tensor) -> Tensor:
@@ -186,7 +172,7 @@ def precise(x: Tensor) -> Tensor:
 
 def wide(x: Tensor) -> Tensor:
     """Return ``x`` in float64 where the device has it (Apple's MPS has not): sums must not lose digits."""
-    return x if x.device.type == "mps" else x.double()
+    return x.to(_wide_dtype(x))
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

@@ -1,11 +1,12 @@
 """Leave the model as it was found: weights, module modes, buffers, random state, numeric precision.
 
-These context managers restore on exceptions too. Gradients need none: extra passes use ``autograd.grad``.
+These context managers restore on exceptions too. Gradients need none: attacks and measures use
+``autograd.grad``, and the optimizer wrapper undoes its own (`Passes.undone`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,8 @@ SavedBuffers = list[tuple[nn.Module, str, Tensor, Tensor]]
 
 def saved_buffers(model: nn.Module) -> SavedBuffers:
     """Return what ``put_back_buffers`` needs: running statistics, counters and any other buffer."""
-    return [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    own = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    return [(module, name, buffer, buffer.detach().clone()) for module, name, buffer in own]
 
 
 def put_back_buffers(saved: SavedBuffers) -> None:
@@ -88,7 +85,8 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
 def perturbed(layers: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator[Callable[[int], None]]:
     """Yield ``move(sign)``: it puts the weights at W + sign·u; W comes back bit for bit.
 
-    By copy from a clone: subtracting u would be off by a rounding, rebinding ``.data`` would break views.
+    By copy from a clone: subtracting u would be off by a rounding, rebinding ``.data`` would break views. The
+    tensors of ``direction`` are read anew at every move, so an ascent may change them in place meanwhile.
     """
     weights = [p.detach() for p in layers]
     saved = [w.clone() for w in weights]
@@ -129,10 +127,8 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
     def refuse(module: nn.Module, args: object) -> None:
         if torch.is_autocast_enabled(kind):
-            raise RuntimeError(
-                "this pass needs float32, but the model is called under autocast. Remove autocast from your "
-                "loss function (accelerator.prepare's can be switched off), or use WCIPosterior."
-            )
+            text = "this pass needs float32, but the model is called under autocast; expected none. Remove it"
+            raise RuntimeError(f"{text} from your loss function, or use WCIPosterior.")
 
     hook = model.register_forward_pre_hook(refuse)
     try:
@@ -151,11 +147,9 @@ def _no_tf32() -> Iterator[None]:
     By torch's older switches where they can be read, else (somebody has used them) by the newer ones: mixing
     the two makes every later read of the older raise.
     """
-    cudnn: Any = torch.backends.cudnn
-    matmul = torch.backends.cuda.matmul
-    places, name = [cudnn, matmul], "allow_tf32"
-    off: bool | str = False
+    cudnn, matmul = cast(Any, torch.backends.cudnn), torch.backends.cuda.matmul
     try:
+        places, name, off = [cudnn, matmul], "allow_tf32", cast(Any, False)
         former = [getattr(place, name) for place in places]
     except RuntimeError:
         places, name, off = [cudnn.conv, matmul], "fp32_precision", "ieee"

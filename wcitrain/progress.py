@@ -1,5 +1,9 @@
-"""How far a run is, where it lives, and the lines it prints."""
+"""How far a run is, where it lives, the lines it prints, and the signals that stop it."""
 
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +40,13 @@ def has_started(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "summary.json"))
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Tell whether a run can be gone on with: the first epoch may end before anything is saved."""
-    return any((folder / "checkpoints" / name).exists() for name in ("last", "previous"))
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+    """Yield ``("a.b", 1)`` for ``{"a": {"b": 1}}``; lists and None as text: TensorBoard takes scalars."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def refuse_another_run(saved: Recipe, asked: Recipe, folder: Path) -> None:
@@ -46,21 +54,14 @@ def refuse_another_run(saved: Recipe, asked: Recipe, folder: Path) -> None:
 
     `FREE` settings may differ. A run that went on with others would not be the one its recipe describes.
     """
-    own, other = (_by_key(recipe.model_dump(mode="json", exclude=FREE)) for recipe in (saved, asked))
+    own, other = (dict(flat(recipe.model_dump(mode="json", exclude=FREE))) for recipe in (saved, asked))
     for key in own | other:
         if (here := own.get(key)) != (there := other.get(key)):
             advice = "Start another run with another name= or output=, or move the folder away."
             raise ValueError(f"{folder}: got {key}={there!r}; expected {here!r}, as this run has. {advice}")
 
 
-def _by_key(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a recipe by dotted key."""
-    sections = {name: one if isinstance(one, dict) else {"": one} for name, one in recipe.items()}
-    pairs = ((f"{name}.{key}", value) for name, keys in sections.items() for key, value in keys.items())
-    return {key.rstrip("."): value for key, value in pairs}
-
-
-def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
+def epoch_line(metrics: Mapping[str, Any], epochs: int) -> str:
     """Return one epoch as a line of text."""
     parts = [f"epoch {metrics['epoch']}/{epochs}", f"loss {metrics['train/loss']:.3f}"]
     if "val/robust_accuracy" in metrics:
@@ -74,8 +75,28 @@ def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
     return "  ".join([*parts, f"{metrics['seconds']:.0f} s"])
 
 
-def last_line(summary: dict[str, Any], folder: Path) -> str:
-    """Return what is printed at the end of a run."""
-    clean, robust = (100 * summary["last"]["test"][f"{kind}_accuracy"] for kind in ("clean", "robust"))
-    accuracy = f"test clean {clean:.1f} %, robust {robust:.1f} % ({summary['attack']}, last epoch)"
-    return f"{folder.name}: {summary['method']}, {accuracy} -> {folder}"
+class StopRequest:
+    """``with StopRequest() as stop``: ``stop.is_set`` turns true on the first Ctrl-C or SIGTERM.
+
+    The second stops at once. Outside the main thread, where Python delivers no signals, it is never set.
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._former: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.is_set:
+            raise KeyboardInterrupt
+        self.is_set = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)

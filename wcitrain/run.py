@@ -19,13 +19,12 @@ from wcitrain import checkpoint, tracking
 from wcitrain.build import fresh_objective, initial_model, open_training_set, wrap
 from wcitrain.curvature.estimators import name_of
 from wcitrain.data import Images, Splits, load_splits
-from wcitrain.models import Classifier, check_channels_last, try_forward
+from wcitrain.models import Classifier, try_forward
 from wcitrain.objectives import CatastrophicOverfittingGuard, Objective
 from wcitrain.optim import RegularizedOptimizer
-from wcitrain.progress import Progress, has_started, refuse_another_run, run_folder
+from wcitrain.progress import Progress, StopRequest, has_started, refuse_another_run, run_folder
 from wcitrain.recipe import Recipe, recipe_from_dict
 from wcitrain.recipe.reading import read_yaml
-from wcitrain.stopping import StopRequest
 
 DRY_RUN_IMAGES = 4  # more than one: BatchNorm in train mode needs them
 
@@ -55,7 +54,7 @@ class Run:
     average: Classifier | None  # the averaged weights, in eval mode
     guard: CatastrophicOverfittingGuard | None
     initial: dict[str, Tensor] | None  # the weights before the first step, where a measure asks for them
-    log: tracking.RunLog | None = None  # on the main process, once nothing can be refused any more
+    log: Path | None = None  # metrics.jsonl, on the main process, once nothing can be refused any more
     progress: Progress = field(default_factory=Progress)
     stop: StopRequest = field(default_factory=StopRequest)
 
@@ -83,8 +82,8 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
     trackers, wandb_mode = tracking.choose_trackers(recipe.tracking.wandb, recipe.tracking.tensorboard)
     accelerator = _accelerator(recipe, folder, trackers)
     with accelerator.main_process_first():
-        splits, is_main = load_splits(recipe.data), accelerator.is_main_process
-        train_set = open_training_set(recipe, splits, accelerator.device, is_talking=is_main)
+        splits = load_splits(recipe.data)
+        train_set = open_training_set(recipe, splits, accelerator.device)
     objective = fresh_objective(recipe)
     updates = train_set.num_updates(recipe.train.batch_size) * objective.num_replays
     if not updates:
@@ -92,16 +91,14 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
         raise ValueError(f"train.batch_size: got {recipe.train.batch_size}; expected {rule}")
 
     model = initial_model(recipe, splits)
-    smallest = recipe.train.batch_size // recipe.train.accumulate // accelerator.num_processes
-    if recipe.averaging:
-        smallest = min(smallest, recipe.evaluation.train_size)
-    try_forward(model, splits.in_chans, splits.image_size, splits.num_classes, smallest)
+    try_forward(model, splits.in_chans, splits.shape[1:])
     if recipe.train.channels_last:
-        check_channels_last(model, accelerator.device)
+        if accelerator.device.type == "cpu":  # oneDNN may write past its workspace: uxlfoundation/oneDNN#6035
+            raise ValueError("train.channels_last: got true on a CPU; expected false. It is for GPUs.")
         model = model.to(memory_format=torch.channels_last)
     has_initial = any(measure.needs_initial for measure in recipe.measures.take)
     has_guard = objective.is_single_step and recipe.train.overfitting_guard != "ignore"
-    initial = {name: value.clone() for name, value in model.state_dict().items()} if has_initial else None
+    initial = deepcopy(model.state_dict()) if has_initial else None
     base = recipe.optimizer.build(model)
     regularizer = wrap(recipe, base, model, updates)
     attack_model = cast(Classifier, torch.compile(model)) if recipe.train.compile else model
@@ -132,7 +129,13 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
         guard=CatastrophicOverfittingGuard() if has_guard else None,
         initial=initial,
     )
-    _choose_estimator(run)
+    # Let the penalty find out on a few images, before any step, how it can estimate its traces.
+    images = splits.train.subset(min(DRY_RUN_IMAGES, len(splits.train)))
+    x, y, _ = next(images.batches(len(images), device=run.device))
+    prepared.train()
+    choice = regularizer.choose_estimator(partial(objective.loss, prepared, x, x, y))
+    if choice is not None and accelerator.is_main_process:
+        print(f"penalty estimator: {name_of(choice.estimator)} ({choice.reason})", flush=True)
     return run
 
 
@@ -163,16 +166,6 @@ def _accelerator(recipe: Recipe, folder: Path, trackers: list[str]) -> Accelerat
     return accelerator
 
 
-def _choose_estimator(run: Run) -> None:
-    """Let the penalty find out on a few images, before any step, how it can estimate its traces."""
-    images = run.splits.train.subset(min(DRY_RUN_IMAGES, len(run.splits.train)))
-    x, y, _ = next(images.batches(len(images), device=run.device))
-    run.model.train()
-    choice = run.regularizer.choose_estimator(partial(run.objective.loss, run.model, x, x, y))
-    if choice is not None and run.accelerator.is_main_process:
-        print(f"penalty estimator: {name_of(choice.estimator)} ({choice.reason})", flush=True)
-
-
 # ---- saving ------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +181,7 @@ def save(run: Run) -> None:
         "optimizer": run.regularizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
         "average": None if run.average is None else {"module": run.average.state_dict()},
-        "guard": None if run.guard is None else run.guard.state_dict(),
+        "guard": None if run.guard is None else dict(vars(run.guard)),
         "objective": {name: run.accelerator.gather(value) for name, value in objective.items()},  # of all
     }
     if run.accelerator.is_main_process:
@@ -213,12 +206,11 @@ def load(run: Run) -> None:
     if run.average is not None:
         run.average.load_state_dict(state["average"]["module"])
     if run.guard is not None:
-        run.guard.load_state_dict(state["guard"])
+        vars(run.guard).update(state["guard"])
     if state.get("objective"):
         parts = {name: value.chunk(run.world)[run.rank] for name, value in state["objective"].items()}
         cast(Any, run.objective).load_state_dict({name: part.to(run.device) for name, part in parts.items()})
     run.progress = Progress(**state["progress"])
     if run.log is not None:
-        run.log.truncate(run.progress.step)
-        where = f"epoch {run.progress.epoch}, step {run.progress.step}"
-        print(f"resuming {run.folder} from {source.name}: {where}")
+        tracking.truncate(run.log, run.progress.step)
+        print(f"resuming {run.folder} from {source.name}: step {run.progress.step}")

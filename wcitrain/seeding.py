@@ -10,10 +10,9 @@ import torch
 
 
 def seed_from(*parts: object) -> int:
-    """Return a 63-bit seed that depends on every part and on nothing else.
+    """Return a 63-bit seed: a function of ``parts``, plain values that name where numbers are drawn.
 
-    ``parts`` are plain values (int, str, float, bool, None) that name one place where numbers are drawn; the
-    seed is the same on every machine, in every process and every Python version.
+    It is the same on every machine, in every process and every Python version.
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -14,13 +14,13 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, JsonValue
 
-from wcitrain.method import Count, Text, method, nearest, refuse
+from wcitrain.method import Count, Text, method
 from wcitrain.monitoring import NonFiniteLossError
 from wcitrain.progress import has_started, refuse_another_run, run_folder
 from wcitrain.recipe import Recipe, load_recipe, recipe_from_dict
@@ -43,14 +43,6 @@ class Sweep:
     )
     measure: JsonValue = Field(default=None, description="What is measured then; see commands.sweep.")
 
-    def __post_init__(self) -> None:
-        if {"seed", "name"} & set(self.grid):
-            refuse("grid", "got the key seed or name; expected other settings. Use `seeds`; names are made.")
-
-    def points(self) -> list[dict[str, Any]]:
-        """Return every combination of the grid's values, the last key changing fastest."""
-        return [dict(zip(self.grid, one, strict=True)) for one in itertools.product(*self.grid.values())]
-
 
 def run_sweep(recipes: Sequence[Recipe]) -> list[Path]:
     """Train what is not finished, after all are checked, and return the run folders in order.
@@ -67,7 +59,7 @@ def run_sweep(recipes: Sequence[Recipe]) -> list[Path]:
             refuse_another_run(load_recipe(started), recipe, folder)
     folders = []
     for folder, recipe in runs.items():
-        if is_finished(folder):
+        if (folder / "summary.json").exists():  # written whole, at the end of a run
             print(f"{folder}: finished, kept")
         else:
             print(f"\n== {folder} ==", flush=True)
@@ -91,29 +83,29 @@ def read_sweep(
         ValueError: The file is not a sweep, a recipe is wrong, or two runs share a folder.
     """
     path, sweep = Path(path), read_sweep_file(path)
+    stacks = [shlex.split(stack) for stack in sweep.methods]  # values with blanks stand in quotes
     common = [*sweep.settings, *settings]
-    given = [*common, *(part for stack in sweep.methods for part in shlex.split(stack))]
-    set_here = {text.partition("=")[0] for text in given if "=" in text}
-    if "seed" in set_here:
-        rule = "seeds in the sweep file. Change `seeds` there."
-        raise ValueError(f"{path}: got the setting seed=...; expected {rule}")
-    if both := ", ".join(sorted(key for key in set_here if _meets(key, sweep.grid))):
-        rule = "one of them. Remove one."
-        raise ValueError(f"{path}: got {both} both as a setting and in the grid; expected {rule}")
+    given = [*common, *itertools.chain(*stacks)]
+    if both := {text.partition("=")[0] for text in given if "=" in text} & {"seed", *sweep.grid}:
+        rule = "seeds, and keys of the grid, there alone. Leave the setting out."
+        raise ValueError(f"{path}: got {', '.join(sorted(both))} as a setting; expected {rule}")
+
+    def file(folder: str, name: str) -> Path:
+        is_path = name.endswith((".yaml", ".yml"))
+        return path.parent / (name if is_path else f"../{folder}/{name}.yaml")
+
     recipes: dict[Path, Recipe] = {}
-    combinations = itertools.product(sweep.seeds, bases or sweep.bases, sweep.methods, sweep.points())
+    points = [dict(zip(sweep.grid, one, strict=True)) for one in itertools.product(*sweep.grid.values())]
+    combinations = itertools.product(sweep.seeds, bases or sweep.bases, stacks, points)
     for seed, base, stack, point in combinations:
-        parts = shlex.split(stack)  # values with blanks stand in quotes
-        names = [part for part in parts if "=" not in part]
-        files = [_file(path, "bases", base), *(_file(path, "methods", name) for name in names)]
-        here = [*common, *(part for part in parts if "=" in part), f"seed={seed}"]
+        names = [file("methods", part) for part in stack if "=" not in part]
+        here = [*common, *(part for part in stack if "=" in part), f"seed={seed}"]
         here += [f"{key}={json.dumps(value)}" for key, value in point.items()]
-        recipe = load_recipe(files, here)
+        recipe = load_recipe([file("bases", base), *names], here)
         if point:
             name = f"name={recipe.name}{_point_name(point)}"
             recipe = recipe_from_dict(recipe.model_dump(mode="json"), [name])
-        folder = run_folder(recipe)
-        if folder in recipes:
+        if (folder := run_folder(recipe)) in recipes:
             rule = "one folder each. Add name=... to a method."
             raise ValueError(f"{path}: got two runs in {folder}; expected {rule}")
         recipes[folder] = recipe
@@ -132,31 +124,7 @@ def read_sweep_file(path: str | Path) -> Sweep:
         raise ValueError(f"{path}: {error}\nA sweep file is described in wcitrain/sweep.py.") from error
 
 
-def _file(sweep: Path, folder: str, name: str) -> Path:
-    """Return the file of a base or method: a path from the sweep file, or a name in the folder beside it."""
-    is_path = name.endswith((".yaml", ".yml"))
-    file = sweep.parent / (name if is_path else f"../{folder}/{name}.yaml")
-    if not file.exists():
-        near = nearest(name, [other.stem for other in file.parent.glob("*.yaml")])
-        rule = f"a file, or a name in {file.parent}. {f'Did you mean {near}?' if near else 'Correct it.'}"
-        raise ValueError(f"{sweep}: {folder}: got {name!r}; expected {rule}")
-    return file
-
-
 def _point_name(point: dict[str, Any]) -> str:
     """Return what a point of the grid adds to a run's name, such as "-eps_8_255-lr_0.1"."""
     texts = (f"{key.rpartition('.')[2]}_{value}" for key, value in point.items())
     return "".join("-" + re.sub(r"[^A-Za-z0-9._]+", "_", text).strip("_") for text in texts)
-
-
-def is_finished(folder: Path) -> bool:
-    """Tell whether a run wrote its summary."""
-    try:
-        return json.loads((folder / "summary.json").read_text())["status"] == "finished"
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _meets(key: str, others: Iterable[str]) -> bool:
-    """Tell whether a dotted key is one of the others, inside one or around one."""
-    return any(f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.") for other in others)

@@ -4,74 +4,129 @@ target = open_run("runs/wci-s0")
 model, images = target.load_model(), target.images("test")
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from wcitrain import files
 from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.build import initial_model, step_size
 from wcitrain.checkpoint import load_checkpoint
 from wcitrain.data import Images, Splits, load_splits
-from wcitrain.models import Classifier, load_exported
+from wcitrain.models import Classifier, load_exported, load_weights, read_weights
 from wcitrain.preserve import kept_random_state
 from wcitrain.recipe import Recipe, load_recipe
 from wcitrain.seeding import seed_from
-from wcitrain.weights import load_weights, read_weights
 
 FILES = (".pt", ".pth", ".safetensors")
 RECIPES = (".yaml", ".yml")
 KINDS = (
-    "a run folder (recipe.yaml), a checkpoint of one (RUN/checkpoints/last), an exported model folder "
-    f"(metadata.json), a file of weights ({', '.join(FILES)}) or a recipe ({', '.join(RECIPES)}) whose model "
-    "is pretrained"
+    "a run folder, a checkpoint of one (RUN/checkpoints/last), an exported model folder, a file of weights "
 )
-BATCH_SIZE = 100  # of ``Batches``
-Recipes = str | Path | Sequence[str | Path]
+KINDS += f"({', '.join(FILES)}) or a recipe ({', '.join(RECIPES)}) whose model is pretrained"
+BATCH_SIZE = 100
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where weights lie: kind ``"run"``, ``"export"``, ``"file"`` or ``"recipe"``, path, run folder, epoch.
+class Target:
+    """A trained model: where it lies, its recipe, and the device to compute on."""
 
-    ``at`` is ``"last"``, ``"best"``, or the name of the export or file.
-    """
-
-    kind: str
-    path: Path
-    run: Path | None
-    at: str
+    path: Path  # a run folder, an export, or a file of weights or a recipe
+    run: Path | None  # the run folder that it belongs to
+    at: str  # "last", "best", or the name of the export or file
+    export: Path | None  # what the model is loaded from, if it was exported: it says what the model is
+    recipe: Recipe
+    device: str
 
     @property
-    def exported(self) -> Path | None:
-        """The export that the model is loaded from, if it is: it says what the model is."""
-        folder = self.path / "model" / self.at if self.kind == "run" else self.path
-        return folder if self.kind in ("run", "export") and (folder / "metadata.json").is_file() else None
+    def home(self) -> Path:
+        """The run folder, or else the file or export."""
+        return self.run or self.path
+
+    @property
+    def name(self) -> str:
+        """The name of its home."""
+        return self.home.resolve().name
 
     @property
     def epoch(self) -> int | None:
         """The epoch of the weights, where the export says it."""
-        if self.exported is None:
-            return None
-        written = json.loads((self.exported / "metadata.json").read_text("utf-8")).get("epoch")
+        written = files.read_json(self.export / "metadata.json").get("epoch") if self.export else None
         return None if written is None else int(written)
 
     @property
-    def short_name(self) -> str:
-        """The name of the run folder, or of the file or export."""
-        return (self.run or self.path).resolve().name
-
-    @property
-    def name(self) -> str:
+    def title(self) -> str:
         """The name with the epoch as far as it is known: "wci-s0 (last, epoch 30)"."""
-        epoch = "" if self.epoch is None or self.at == f"epoch-{self.epoch}" else f", epoch {self.epoch}"
-        return f"{self.short_name} ({self.at}{epoch})"
+        is_known = self.epoch is not None and self.at != f"epoch-{self.epoch}"
+        return f"{self.name} ({self.at}{f', epoch {self.epoch}' * is_known})"
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Training, validation and test images; may be set to those of a target with the same data."""
+        return load_splits(self.recipe.data)
+
+    def images(self, split: str) -> Images:
+        """Return the images of ``"train"``, ``"val"`` or ``"test"``, without augmentation."""
+        return cast(Images, getattr(self.splits, split))
+
+    def batches(self, split: str, seed: int) -> "Batches":
+        """Return them as batches on the device, in an order that the seed alone decides."""
+        return Batches(self.images(split), seed, self.device)
+
+    def folder(self, kind: str, out: str | Path | None = None) -> Path:
+        """Return ``out``, or the folder ``kind`` of the run, or of that name beside the file or export."""
+        return Path(out) if out else (self.run or self.path.parent) / kind
+
+    def load_model(self) -> Classifier:
+        """Return the model with its weights, in eval mode, on the device.
+
+        Raises:
+            ValueError: Weights that are damaged, or do not fit the recipe's model or data.
+            CheckpointError: The run's checkpoint is missing or damaged.
+        """
+        num_classes, in_chans = self.splits.num_classes, self.splits.in_chans
+        if self.export:
+            try:
+                model = load_exported(self.export)
+            except (SafetensorError, RuntimeError) as error:
+                text = f"{self.export}: got weights that cannot be read ({str(error).splitlines()[0]})"
+                raise ValueError(f"{text}; expected a whole export. Write it anew.") from error
+            own = (model.mean.numel(), cast(int, model.backbone.num_classes))
+            if own != (in_chans, num_classes):
+                data = f"{in_chans} and {num_classes}"
+                text = f"got a model for {own[0]} channels and {own[1]} classes, and data of {data}; expected"
+                raise ValueError(f"{self.path}: {text} the same. Give the recipe it was trained by.")
+        elif self.path.suffix in RECIPES:
+            model = self._built(self.recipe)
+            pretrained = getattr(model.backbone, "pretrained_cfg", None) or {}
+            classes = pretrained.get("num_classes", num_classes)  # for others timm replaces the head
+            if self.recipe.model.checkpoint_path is None and classes != num_classes:
+                text = f"got weights pretrained for {classes} classes, and data of {num_classes}; expected"
+                raise ValueError(f"{self.path}: {text} the same: the head would be random.")
+        else:
+            bare = self.recipe.model.model_copy(update={"pretrained": False, "checkpoint_path": None})
+            model = self._built(self.recipe.model_copy(update={"model": bare}))
+            if self.path.is_dir():
+                state, source = load_checkpoint(self.path / "checkpoints", self.at)
+                weights = (state.get("average") or {}).get("module") or state["model"]
+            else:
+                weights, source = read_weights(self.path), self.path
+            load_weights(model, weights, str(source))
+        return model.eval().to(self.device)
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """Return the state dict before the first step."""
+        return self._built(self.recipe).state_dict()
+
+    def _built(self, recipe: Recipe) -> Classifier:
+        with kept_random_state(torch.device("cpu")):
+            return initial_model(recipe, self.splits)
 
 
 @dataclass(frozen=True)
@@ -89,101 +144,40 @@ class Batches:
         return ((x, y) for x, y, _ in batches)
 
 
-@dataclass(frozen=True)
-class Target(Place):
-    """A trained model: where it lies, its recipe, and the device to compute on."""
-
-    recipe: Recipe
-    device: str
-
-    @cached_property
-    def splits(self) -> Splits:
-        """Training, validation and test images."""
-        return load_splits(self.recipe.data)
-
-    def share_images(self, other: "Target") -> None:
-        """Take the images of another target, where they are the same: they are then read once."""
-        if self.recipe.data == other.recipe.data:
-            vars(self)["splits"] = other.splits
-
-    def images(self, split: str) -> Images:
-        """Return the images of ``"train"``, ``"val"`` or ``"test"``, without augmentation."""
-        images: Images = getattr(self.splits, split)
-        return images
-
-    def batches(self, split: str, seed: int) -> Batches:
-        """Return them as batches on the device, in an order that the seed alone decides."""
-        return Batches(self.images(split), seed, self.device)
-
-    def folder(self, kind: str, out: str | Path | None = None) -> Path:
-        """Return ``out``, or the folder ``kind`` of the run, or of that name beside the file or export."""
-        return Path(out) if out else (self.run or self.path.parent) / kind
-
-    def load_model(self) -> Classifier:
-        """Return the model with its weights, in eval mode, on the device.
-
-        Raises:
-            ValueError: Weights that do not fit the recipe's model or data.
-            CheckpointError: The run's checkpoint is missing or damaged.
-        """
-        if self.exported:
-            model = load_exported(self.exported)
-            own = (model.mean.numel(), cast(int, model.backbone.num_classes))
-            if own != (self.splits.in_chans, self.splits.num_classes):
-                data = f"{self.splits.in_chans} and {self.splits.num_classes}"
-                text = f"got a model for {own[0]} channels and {own[1]} classes, and data of {data}; expected"
-                raise ValueError(f"{self.path}: {text} the same. Give the recipe it was trained by.")
-        elif self.kind == "recipe":
-            model = self._built(self.recipe)
-            num, pretrained = self.splits.num_classes, getattr(model.backbone, "pretrained_cfg", None) or {}
-            classes = pretrained.get("num_classes", num)  # for others timm replaces the head without a word
-            if self.recipe.model.checkpoint_path is None and classes != num:
-                text = f"got weights pretrained for {classes} classes, and data of {num}; expected the same"
-                raise ValueError(f"{self.path}: {text}: the head would be random. Choose other weights.")
-        else:
-            own_weights = {"pretrained": False, "checkpoint_path": None}
-            bare = self.recipe.model.model_copy(update=own_weights)
-            model = self._built(self.recipe.model_copy(update={"model": bare}))
-            if self.kind == "run":
-                state, source = load_checkpoint(self.path / "checkpoints", self.at)
-                weights = (state.get("average") or {}).get("module") or state["model"]
-            else:
-                weights, source = read_weights(self.path), self.path
-            load_weights(model, weights, str(source))
-        return model.eval().to(self.device)
-
-    def initial_weights(self) -> dict[str, Tensor]:
-        """Return the state dict before the first step."""
-        return self._built(self.recipe).state_dict()
-
-    def _built(self, recipe: Recipe) -> Classifier:
-        with kept_random_state(torch.device("cpu")):
-            return initial_model(recipe, self.splits)
-
-
 def open_run(
     target: str | Path,
     at: str | None = None,
-    recipe: Recipes | None = None,
+    recipe: str | Path | Sequence[str | Path] | None = None,
     settings: Sequence[str] = (),
     device: str = "auto",
 ) -> Target:
     """Find a trained model and check what is asked of it; images and weights are read when they are used.
 
     Args:
-        target: ``KINDS``.
+        target: One of ``KINDS``; for others, and without a recipe that fits it, a ValueError.
         at: ``"last"`` (default), ``"best"`` or the number of an epoch that was kept, for a run.
         recipe: YAML that says data, model and threat; by default the run's own.
         settings: Settings such as ``"data.root=/data"`` that override the recipe's.
         device: ``"auto"``, or a device of torch.
-
-    Raises:
-        ValueError: The target is none of ``KINDS``, its recipe is missing or contradicts it, or the device is
-            not there.
     """
-    place = _find(Path(target), at)
-    settled = _recipe_of(place, recipe, settings)
-    return Target(**vars(place), recipe=settled, device=device_of(device, settled))
+    path, run, at, export = _find(Path(target), at)
+    changed = [text for text in settings if text.partition("=")[0].strip().partition(".")[0] == "model"]
+    if export and changed:
+        text = f"got {', '.join(changed)} with the export {export}, which says what its model is"
+        raise ValueError(f"--recipe: {text}; expected settings of other sections. Leave them out.")
+    if path.suffix in RECIPES:
+        if recipe:
+            raise ValueError(f"--recipe: got {recipe} with the recipe {path}; expected one. Leave it out.")
+        settled = load_recipe(path, settings)
+        if not (settled.model.pretrained or settled.model.checkpoint_path):
+            rule = "model.pretrained or model.checkpoint_path. Set one, or give the run it trained."
+            raise ValueError(f"{path}: got a recipe whose model is untrained; expected {rule}")
+    elif not recipe and run is None:
+        needs = "data" if export else "data and model"
+        raise ValueError(f"{path}: got no recipe; expected its {needs}. Give --recipe RECIPE.")
+    else:
+        settled = load_recipe(recipe or cast(Path, run) / "recipe.yaml", settings)
+    return Target(path, run, at, export, settled, _device_of(device, settled))
 
 
 def kept_epochs(run: Path) -> list[int]:
@@ -192,97 +186,63 @@ def kept_epochs(run: Path) -> list[int]:
     return sorted(int(file.parent.name.removeprefix("epoch-")) for file in folders)
 
 
-def _find(path: Path, at: str | None) -> Place:
-    """Return what ``path`` is; ``at`` is ``"last"``, ``"best"`` or the number of a kept epoch."""
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        if at in (None, "last", "best"):
-            return Place("run", path, path, at or "last")
+def _find(path: Path, at: str | None) -> tuple[Path, Path | None, str, Path | None]:
+    """Return path, run, epoch and export of a target, as ``Target`` has them."""
+    run = path.parent.parent
+    is_run = path.is_dir() and (path / "recipe.yaml").is_file()
+    found: tuple[Path, Path | None, str, Path | None]
+    is_checkpoint = path in (run / "checkpoints" / "last", run / "checkpoints" / "best")
+    if is_run and at not in (None, "last", "best"):
         kept = path / "model" / f"epoch-{at}"
         if not (kept / "metadata.json").is_file():
             there = ", ".join(map(str, kept_epochs(path))) or "none: set checkpoint.keep_every in its recipe"
-            rule = f"last, best, or an epoch that {path} kept ({there})."
-            raise ValueError(f"--at: got {at!r}; expected {rule}")
-        return Place("export", kept, path, kept.name)
-    run = path.parent.parent
-    is_checkpoint = path in (run / "checkpoints" / "last", run / "checkpoints" / "best")
-    if path.is_dir() and (path / "metadata.json").is_file():
+            raise ValueError(
+                f"--at: got {at!r}; expected last, best, or an epoch that {path} kept ({there})."
+            )
+        return kept, path, kept.name, kept
+    if is_run or (is_checkpoint and (run / "recipe.yaml").is_file()):
+        run, name = (path, at or "last") if is_run else (run, path.name)
+        export = run / "model" / name
+        found = run, run, name, export if (export / "metadata.json").is_file() else None
+    elif path.is_dir() and (path / "metadata.json").is_file():
         above = path.resolve().parent.parent
-        owner = above if (above / "recipe.yaml").is_file() else None
-        place = Place("export", path, owner, path.resolve().name)
-    elif is_checkpoint and (run / "recipe.yaml").is_file():
-        place = Place("run", run, run, path.name)
+        found = path, above if (above / "recipe.yaml").is_file() else None, path.resolve().name, path
     elif path.is_file() and path.suffix in (*FILES, *RECIPES):
-        place = Place("recipe" if path.suffix in RECIPES else "file", path, None, path.stem)
+        found = path, None, path.stem, None
     else:
         got = "another folder" if path.is_dir() else f"a {path.suffix or 'plain'} file"
         got = got if path.exists() else "nothing"
         raise ValueError(f"{path}: got {got}; expected {KINDS}. Check the path.")
-    if at is not None:
+    if at is not None and not is_run:
         text = f"got {at!r} with {path}, one epoch already; expected a run folder. Leave it out."
         raise ValueError(f"--at: {text}")
-    return place
+    return found
 
 
-def _recipe_of(place: Place, recipe: Recipes | None, settings: Sequence[str]) -> Recipe:
-    """Return the recipe that was given, or the one of the run that the weights belong to."""
-    changed = [text for text in settings if text.partition("=")[0].strip().partition(".")[0] == "model"]
-    if place.exported and changed:
-        text = f"got {', '.join(changed)} with the export {place.exported}, which says what its model is"
-        raise ValueError(f"--recipe: {text}; expected settings of other sections. Leave them out.")
-    if place.kind == "recipe" and recipe:
-        text = f"got {recipe} with the recipe {place.path}; expected one of them. Leave it out."
-        raise ValueError(f"--recipe: {text}")
-    if place.kind == "recipe":
-        settled = load_recipe(place.path, settings)
-        if not (settled.model.pretrained or settled.model.checkpoint_path):
-            rule = "model.pretrained or model.checkpoint_path. Set one, or give the run it trained."
-            raise ValueError(f"{place.path}: got a recipe whose model is untrained; expected {rule}")
-        return settled
-    if not recipe and place.run is None:
-        needs = "data" if place.kind == "export" else "data and model"
-        rule = f"one that says its {needs}. Give --recipe RECIPE."
-        raise ValueError(f"{place.path}: got no recipe; expected {rule}")
-    return load_recipe(recipe or cast(Path, place.run) / "recipe.yaml", settings)
-
-
-def device_of(device: str, recipe: Recipe) -> str:
+def _device_of(device: str, recipe: Recipe) -> str:
     """Return the device; ``"auto"``: cuda where there is one and the recipe does not ask for the CPU."""
     if device == "auto":
         return "cuda" if recipe.train.device == "auto" and torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=device).cpu()  # fails on "meta", too
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        there += ["mps"] * torch.backends.mps.is_available()
-        rule = f"auto, {', '.join(there)}. Choose one of them."
+        rule = "auto, cpu, cuda, cuda:1 or another device that torch finds here."
         raise ValueError(f"--device: got {device!r}; expected {rule}") from error
     return device
-
-
-# ---- the attack --------------------------------------------------------------------------------------------
-
-
-def radius(text: str | float) -> float:
-    """Return the radius that a text such as "8/255" or "0.03" stands for, in pixel units."""
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        rule = "a radius in pixel units such as 8/255 or 0.03, or with its norm l2:0.5 in `evaluate`."
-        raise ValueError(f"--eps: got {text!r}; expected {rule}") from None
 
 
 def attack_of(recipe: Recipe, options: Any) -> Attack | None:
     """Return the recipe's evaluation attack with the changes in ``options``; None is the clean loss.
 
     ``options`` has ``clean``, ``norm``, ``eps`` and ``steps``; the last three make the step 2.5 eps / steps.
+    ValueError for ``clean`` beside one of them.
     """
     given = changes_of_attack(options)
     if options.clean:
         if given:
-            rule = "no attack. Leave out one or the other."
-            raise ValueError(f"--clean: got {', '.join(given)} as well; expected {rule}")
+            raise ValueError(f"--clean: got {', '.join(given)} as well; expected no attack. Leave one out.")
         return None
-    eps = recipe.threat.eps if options.eps is None else radius(options.eps)
+    eps: Any = recipe.threat.eps if options.eps is None else options.eps  # a text such as 8/255
     threat = ThreatModel(options.norm or recipe.threat.norm, eps)
     steps = recipe.evaluation.num_steps if options.steps is None else options.steps
     length = threat.step_for(steps) if given else step_size(recipe, recipe.evaluation)

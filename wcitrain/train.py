@@ -1,6 +1,6 @@
 """``fit(recipe)``: the loop, the resume, and the step that is the method."""
 
-import sys
+import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -14,11 +14,10 @@ from tqdm import tqdm
 from wcitrain import checkpoint, files, monitoring, tracking
 from wcitrain.data import Batch
 from wcitrain.preserve import undisturbed
-from wcitrain.progress import epoch_line, has_checkpoint, last_line
+from wcitrain.progress import epoch_line, flat
 from wcitrain.recipe import Recipe
 from wcitrain.run import Run, load, save, start_run
 from wcitrain.seeding import generator_from, seed_from
-from wcitrain.summary import export, summarize
 
 
 class Interrupted(Exception):
@@ -31,8 +30,7 @@ def fit(recipe: Recipe, *, resume: bool = False, folder: str | Path | None = Non
     """Train what the recipe says and return the summary that is also written to ``summary.json``.
 
     With ``resume`` it goes on from the newest intact checkpoint in the run folder, bit for bit (CPU, same
-    versions), or from the start where there is none yet. ``folder`` is by default ``run_folder(recipe)``. The
-    summary has the last and best-by-validation accuracies on train, validation and test, gap, WCI and cost.
+    versions), or from the start where there is none yet. ``folder`` is by default ``run_folder(recipe)``.
 
     Raises:
         FileExistsError: The folder holds a run and ``resume`` is not asked for: nothing is overwritten.
@@ -49,12 +47,14 @@ def open_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None 
     run = start_run(recipe, resume=resume, folder=folder)
     monitoring.try_measures(run)
     if run.accelerator.is_main_process:
-        run.log = tracking.RunLog(run.folder)
-    if resume and (has_checkpoint(run.folder) or (run.folder / "summary.json").exists()):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.log = run.folder / "metrics.jsonl"
+    saved = ("checkpoints/last", "checkpoints/previous", "summary.json")
+    if resume and any((run.folder / name).exists() for name in saved):
         load(run)
     elif run.log is not None:
         (run.folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
-        run.log.truncate(0)  # of a run that was stopped before its first checkpoint
+        tracking.truncate(run.log, 0)  # of a run that was stopped before its first checkpoint
     run.accelerator.wait_for_everyone()
     return run
 
@@ -62,8 +62,8 @@ def open_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None 
 def train(run: Run) -> dict[str, Any]:
     """Run the remaining epochs, then measure the last and the best weights on the test set, once."""
     recipe, progress = run.recipe, run.progress
-    project, config = recipe.tracking.project, recipe.model_dump(mode="json")
-    tracking.start_trackers(run.accelerator, project, run.folder, config, run.wandb_mode)
+    config = dict(flat(recipe.model_dump(mode="json")))
+    tracking.start_trackers(run.accelerator, recipe.tracking.project, run.folder, config, run.wandb_mode)
     try:
         with run.stop:
             if not progress.step:
@@ -72,10 +72,12 @@ def train(run: Run) -> dict[str, Any]:
                 train_epoch(run)
                 finish_epoch(run)
                 stop_if_asked(run)
-        summary = summarize(run)
+        summary = monitoring.summarize(run)
         if run.log is not None:
             files.write_json(run.folder / "summary.json", summary)
-            print(last_line(summary, run.folder), flush=True)
+            test = summary["last"]["test"]
+            accuracy = f"test clean {test['clean_accuracy']:.1%}, robust {test['robust_accuracy']:.1%}"
+            print(f"{summary['method']}: {accuracy} ({summary['attack']}) -> {run.folder}", flush=True)
         return summary
     finally:
         tracking.end_trackers(run.accelerator)
@@ -107,7 +109,7 @@ def train_epoch(run: Run) -> None:
         initial=progress.update,
         desc=f"epoch {progress.epoch + 1}/{recipe.train.epochs}",
         leave=False,
-        disable=not (run.accelerator.is_main_process and sys.stderr.isatty()),  # nothing in a log
+        disable=None if run.accelerator.is_main_process else True,  # None: where there is no terminal
     )
     while progress.update < run.updates:
         if not micro_batches or progress.update % replays == 0:
@@ -200,15 +202,15 @@ def finish_epoch(run: Run) -> None:
     elif warning and run.log is not None:
         print(f"{warning}. Lower threat.eps or use objective grad_align or pgd_at.", flush=True)
     is_last = epoch == recipe.train.epochs or bool(progress.stop_reason)
-    is_best = False
+    is_best, patience = False, recipe.early_stopping.patience
     if epoch % recipe.evaluation.every == 0 or is_last:
         metrics |= monitoring.epoch_accuracies(run)
         monitoring.refuse_diverged(run, metrics)
-        is_best = metrics["val/robust_accuracy"] > progress.best_score
-        if is_best:
+        if is_best := metrics["val/robust_accuracy"] > progress.best_score:
             progress.best_score, progress.best_epoch = metrics["val/robust_accuracy"], epoch
-        elif not is_last:
-            progress.stop_reason = recipe.early_stopping.reason(epoch, progress.best_epoch) or ""
+        elif not is_last and epoch - progress.best_epoch >= (patience or math.inf):
+            lack = f"no better robust validation accuracy in {patience} epochs"
+            progress.stop_reason = f"{lack} (early_stopping.patience)"
     is_last = is_last or bool(progress.stop_reason)
     if recipe.measures.take and (epoch % recipe.measures.every == 0 or is_last):
         metrics |= monitoring.take_measures(run, recipe.measures.num_examples)
@@ -217,9 +219,10 @@ def finish_epoch(run: Run) -> None:
     metrics |= {"train_seconds": progress.train_seconds, "seconds": progress.seconds}
     progress.epoch, progress.update, progress.loss_sum, progress.epoch_seconds = epoch, 0, 0.0, 0.0
     if run.log is not None:
-        run.log.append(metrics)
+        tracking.append(run.log, metrics)
         print(epoch_line(metrics, recipe.train.epochs), flush=True)
-    tracking.log_epoch(run.accelerator, metrics, progress.step)
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    run.accelerator.log(numbers, step=progress.step)
     if is_best and run.log is not None:
         best = {"epoch": epoch, "model": run.measured.state_dict()}
         checkpoint.save_checkpoint(run.folder / "checkpoints", best, name="best")
@@ -234,7 +237,7 @@ def keep_weights(run: Run, *, is_last: bool) -> None:
     """Export the measured weights where ``checkpoint.keep_every`` asks for it; the last epoch's always."""
     every, epoch = run.recipe.checkpoint.keep_every, run.progress.epoch
     if every and (epoch % every == 0 or is_last):
-        export(run, f"epoch-{epoch}", {"epoch": epoch})
+        monitoring.export(run, f"epoch-{epoch}", {"epoch": epoch})
 
 
 def train_passes(run: Run, model: nn.Module) -> Iterator[None]:
@@ -265,6 +268,5 @@ def stop_if_asked(run: Run) -> None:
         is_asked = bool(run.accelerator.reduce(flag, reduction="sum"))
     if is_asked:
         save(run)
-        where = f"epoch {run.progress.epoch}, step {run.progress.step}"
-        advice = f"Go on with `wcitrain train --resume {run.folder}`."
-        raise Interrupted(f"stopped after {where}; everything is saved. {advice}")
+        advice = f"everything is saved. Go on with `wcitrain train --resume {run.folder}`."
+        raise Interrupted(f"stopped after step {run.progress.step}; {advice}")

@@ -1,5 +1,6 @@
 """One process of the two-process tests; writes what it got to a file, as gloo may abort at exit."""
 
+import os
 import sys
 
 import torch
@@ -17,9 +18,7 @@ def data(part: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(6, 4, generator=generator).double(), torch.randint(0, 3, (6,), generator=generator)
 
 
-def train(
-    rule: str, rank: int, world: int, steps: int = 4, normalised: nn.Module | None = None
-) -> tuple[dict, object]:
+def train(rule: str, rank: int, world: int, normalised: nn.Module | None = None) -> tuple[dict, object]:
     """``world`` processes with one micro-batch each, or one process (world 1) that accumulates two."""
     accumulate = 2 // world
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
@@ -31,7 +30,7 @@ def train(
     )
     prepared, wrapped = accelerator.prepare(model, optimizer)
     optimizer.attach(accelerator, prepared)
-    for step in range(steps):
+    for step in range(4):
         for micro in range(accumulate):
             x, y = data(2 * step + micro * world + rank)
             with accelerator.accumulate(prepared):
@@ -45,8 +44,6 @@ def train(
 
 
 if __name__ == "__main__":
-    import os
-
     torch.set_num_threads(1)
     out, kind, *rules = sys.argv[1:]
     rank = int(os.environ["RANK"])

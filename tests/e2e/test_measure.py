@@ -1,63 +1,80 @@
-"""``wcitrain measure`` on what training leaves: a run, its exports, its checkpoints, other tools' files."""
+"""``wcitrain measure`` on what training leaves: one model in detail, many measures and models, studies."""
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
-from tiny_run import TINY
+from tiny_run import TINY as BASE
 
 from wcitrain.__main__ import main
-from wcitrain.attacks import ThreatModel
+from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.checkpoint import load_checkpoint
-from wcitrain.data import load_splits
-from wcitrain.measures import measure_wci
+from wcitrain.commands.correlation import hyper_parameters
+from wcitrain.commands.study import Measured, Study, measure_all
+from wcitrain.data import Splits, load_splits
+from wcitrain.measures import MEASURES, Problem, measure_wci
 from wcitrain.models import load_exported
-from wcitrain.recipe import recipe_from_dict
+from wcitrain.progress import run_folder
+from wcitrain.recipe import load_recipe, recipe_from_dict
+from wcitrain.recipe.reading import to_yaml_text
 from wcitrain.seeding import seed_from
+from wcitrain.targets import open_run
+from wcitrain.train import fit
 
-QUICK = ["--examples", "6", "--steps", "1"]
+TINY = BASE | {
+    "train": {"epochs": 2, "batch_size": 50, "device": "cpu"},
+    "measures": {"take": ["gradient_norm", "distance_from_initialisation"], "every": 2, "num_examples": 20},
+    "checkpoint": {"keep_every": 1},
+}
+QUICK = ["--examples", "10", "--gap-examples", "20", "--steps", "1"]
 
 
-def result(path: Path) -> dict:
-    return json.loads(path.read_text())
+def in_detail(target: Path, *options: str, out: Path | None = None) -> tuple[str, dict]:
+    """Measure and return the name and the content of the one new file."""
+    folder = out or target / "measures"
+    before = set(folder.glob("*.json"))
+    assert main(["measure", str(target), *options, *(["--out", str(out)] if out else [])]) == 0
+    (file,) = set(folder.glob("*.json")) - before
+    return file.stem, json.loads(file.read_text())
 
 
 def test_a_run_is_measured_with_table_json_and_figure(run, capsys):
     """The one command a user types after training must give the library's number on the same images."""
-    assert main(["measure", str(run), "--measures", "wci", "--examples", "24"]) == 0
+    name, document = in_detail(run, "--measures", "wci", "--examples", "24")
     printed = capsys.readouterr().out
-    document = result(run / "measures" / "wci-last-train.json")
-    assert (run / "measures" / "wci-last-train.png").stat().st_size > 10_000
+    assert (run / "measures" / "wci-last-train-n24.png").stat().st_size > 10_000
     assert "(train, robust loss linf 0.1 PGD-2, 24 examples, gauss_newton)" in printed
     assert "PAC-Bayes surrogate" in printed
-    assert all(name in printed for name in document["layers"])
+    assert all(layer in printed for layer in document["layers"])
     assert document["attack"] == {"num_steps": 2, "step_size": 0.06}  # the recipe's evaluation attack
-    assert sum(layer["share"] for layer in document["layers"].values()) == pytest.approx(1)
     bound = document["pac_bayes_surrogate"]
     assert bound["terms"]["risk"] == document["mean_loss"]
-    # 200 training images less 100 for validation
-    assert bound["terms"]["complexity"] == bound["beta"] / (8 * 100)
-
-    recipe = recipe_from_dict(TINY)
-    splits = load_splits(recipe.data)
+    assert bound["terms"]["complexity"] == bound["beta"] / (
+        8 * 100
+    )  # 200 training images, 100 for validation
     again = measure_wci(
         load_exported(run / "model" / "last"),
-        splits.train.batches(100, shuffle=True, seed=seed_from(0, "measure")),
+        load_splits(recipe_from_dict(TINY).data).train.batches(
+            100, shuffle=True, seed=seed_from(0, "measure")
+        ),
         ThreatModel(eps=0.1),
         num_steps=2,
         step_size=0.06,
         num_examples=24,
     )
-    assert document["wci"] == again.total
+    assert (name, document["wci"]) == ("wci-last-train-n24", again.total)
 
 
 def test_run_export_checkpoint_and_files_are_the_same_model(run, tmp_path):
     """The same weights by every way in: a wrong prefix, stem or normalisation would give another index."""
     state = load_checkpoint(run / "checkpoints")[0]["model"]
-    recipe = str(run / "recipe.yaml")
+    recipe = ["--recipe", str(run / "recipe.yaml")]
     whole = {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}
     torch.save(whole, tmp_path / "whole.pt")
     torch.save({k.removeprefix("backbone."): v for k, v in state.items()}, tmp_path / "backbone.pth")
@@ -65,62 +82,66 @@ def test_run_export_checkpoint_and_files_are_the_same_model(run, tmp_path):
     bare = Path(shutil.copytree(run, tmp_path / "bare"))
     shutil.rmtree(bare / "model")
     alone = Path(shutil.copytree(run / "model" / "last", tmp_path / "alone"))
-    targets = {
-        run: [],
-        run / "model" / "last": [],
-        bare: [],
-        alone: ["--recipe", recipe],
-        **{tmp_path / f: ["--recipe", recipe] for f in ("whole.pt", "backbone.pth", "safe.safetensors")},
-    }
-    values = []
+    targets = {run: [], run / "model" / "last": [], bare: [], alone: recipe}
+    targets |= {tmp_path / name: recipe for name in ("whole.pt", "backbone.pth", "safe.safetensors")}
+    values = set()
     for number, (target, options) in enumerate(targets.items()):
-        out = tmp_path / f"out{number}"
-        assert main(["measure", str(target), *QUICK, "--out", str(out), *options]) == 0
-        (file,) = out.glob("*.json")
-        values.append(result(file)["wci"])
-    assert len(set(values)) == 1
+        options = ["--examples", "6", "--steps", "1", *options]
+        values.add(in_detail(target, *options, out=tmp_path / f"out{number}")[1]["wci"])
+    assert len(values) == 1
 
 
 def test_options_reach_the_measurement_and_name_the_files(run, capsys):
     """An option that is parsed and dropped measures something else under the right name."""
-    common = ["measure", str(run), "--examples", "10", "--at", "best"]
+    few = ["--examples", "10", "--at", "best"]
     own = ["--set", "wci.estimator=hutchinson", "wci.layers='*fc.weight'"]
-    assert main([*common, "--split", "val", "--clean", *own]) == 0
-    clean = result(run / "measures" / "wci-best-val-clean-hutchinson-fc.weight.json")
+    name, clean = in_detail(run, *few, "--split", "val", "--clean", *own)
+    assert re.fullmatch(r"wci-best-val-clean-n10-r[0-9a-f]{8}", name)
     assert (clean["threat"], clean["estimator"]) == (None, "hutchinson")
     assert list(clean["layers"]) == ["backbone.fc.weight"]
     assert clean["pac_bayes_surrogate"] is None  # the bound is about training images
-    attack = ["--norm", "l2", "--eps", "1/2", "--steps", "5", "--seed", "3"]
-    assert main([*common, *attack, "--recipe", "data.max_test=50"]) == 0
-    attacked = result(run / "measures" / "wci-best-train-l2-0.5-PGD-5-s3.json")
-    assert attacked["threat"] == {"norm": "l2", "eps": 0.5}
+    name, attacked = in_detail(run, *few, "--norm", "l2", "--eps", "1/2", "--steps", "5", "--seed", "3")
+    assert name == "wci-best-train-l2-0.5-PGD-5-n10-s3"
+    assert (attacked["threat"], attacked["seed"]) == ("l2 0.5", 3)
     assert attacked["attack"] == {"num_steps": 5, "step_size": 0.25}
-    assert attacked["seed"] == 3
-    capsys.readouterr()
-    quick = ["--steps", "1", "--set", "wci.layers='*fc.weight'"]
-    assert main(["measure", str(run), "--target-error", "0.001", *quick]) == 0
+    _, aimed = in_detail(run, "--target-error", "0.001", "--steps", "1", "--set", "wci.layers='*fc.weight'")
     assert "instead of 0.001: limited by examples" in capsys.readouterr().out
-    assert result(run / "measures" / "wci-last-train-linf-0.1-PGD-1-fc.weight.json")["num_examples"] == 100
+    assert aimed["num_examples"] == 100
+
+
+def test_another_measurement_never_takes_the_file_of_an_earlier_one(run):
+    """Hours of measuring gone, or a number of other images or layers under the old name."""
+    changes = [[], ["--recipe", "data.max_train=150"], ["--recipe", "threat.eps=0.11"], ["--examples", "12"]]
+    layers = [f"layers='{pattern}'" for pattern in ("*fc.weight", "*fc.weight*")]
+    changes += [["--set", f"wci.{text}"] for text in (*layers, "num_probes=3", "chunk_size=2")]
+    for change in changes:
+        _, document = in_detail(run, "--clean", "--examples", "10", *change)  # a new file
+        assert document["num_examples"] == (12 if "12" in change else 10)  # the same images, in detail
+        assert document["layers"]
+
+
+def test_test_images_are_not_opened_where_nothing_asks_for_them(trained, monkeypatch, tmp_path):
+    """Measures are of training images: a missing or broken test set is no reason to stop."""
+    monkeypatch.setattr(Splits, "test", property(lambda splits: pytest.fail("test images were opened")))
+    command = ["measure", str(trained), "--measures", "clean_loss", *QUICK, "--out", str(tmp_path)]
+    assert main([part for part in command if part not in ("--gap-examples", "20")]) == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{tmp}/nowhere"], "got nothing; expected a run folder"),
-        (["{tmp}/other.pt"], "got no recipe; expected one that says its data and model"),
-        (["{tmp}/other.pt", "--recipe", "{run}/recipe.yaml"], "1 unexpected (conv.weight); "),
-        (
-            ["{tmp}/wide.pt", "--recipe", "{run}/recipe.yaml"],
-            "(backbone.fc.weight (7, 8) instead of (10, 8))",
-        ),
-        (["{tmp}/list.pt", "--recipe", "{run}/recipe.yaml"], "got a list; expected a state dict"),
-        (["{tmp}/text.pt", "--recipe", "{run}/recipe.yaml"], "cannot read as weights alone"),
-        (["{run}", "--eps", "eight"], "--eps: got 'eight'; expected a radius"),
-        (["{run}", "--eps", "8"], "Did you mean 8/255?"),
-        (["{run}", "--clean", "--eps", "8/255"], "--clean: got --eps as well"),
-        (["{run}", "--target-error", "5"], "target_relative_error: got 5.0"),
-        (["{run}", "--set", "wci.split_qkv=true"], "split_qkv: got True, but none"),
-        (["{run}", "--recipe", "data.nothing=1"], "data.nothing"),
+        ("{tmp}/nowhere", "got nothing; expected a run folder"),
+        ("{tmp}/other.pt", "got no recipe; expected its data and model"),
+        ("{tmp}/other.pt --recipe {run}/recipe.yaml", 'Unexpected key(s) in state_dict: "conv.weight"'),
+        ("{tmp}/wide.pt --recipe {run}/recipe.yaml", "size mismatch for backbone.fc.weight: "),
+        ("{tmp}/list.pt --recipe {run}/recipe.yaml", "got a list; expected a state dict"),
+        ("{tmp}/text.pt --recipe {run}/recipe.yaml", "cannot read as weights alone"),
+        ("{run} --eps 8", "Did you mean 8/255?"),
+        ("{run} --clean --eps 8/255", "--clean: got --eps as well"),
+        ("{run} --target-error 5", "target_relative_error: got 5.0"),
+        ("{run} {run} --target-error 0.1", "--target-error: got several models or measures"),
+        ("{run} --measures margins --target-error 0.1", "--target-error: got several models or measures"),
+        ("{run} --set wci.split_qkv=true", "split_qkv: got True, but none"),
     ],
 )
 def test_wrong_input_is_explained(arguments, message, trained, tmp_path, capsys):
@@ -130,6 +151,191 @@ def test_wrong_input_is_explained(arguments, message, trained, tmp_path, capsys)
     torch.save(state | {"backbone.fc.weight": torch.zeros(7, 8)}, tmp_path / "wide.pt")
     torch.save([1], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("weights")
-    assert main(["measure", *(text.format(tmp=tmp_path, run=trained) for text in arguments)]) == 2
+    assert main(["measure", *arguments.format(tmp=tmp_path, run=trained).split()]) == 2
     assert message in capsys.readouterr().err
     assert not (trained / "measures").exists()
+
+
+def measured(*runs: Path, at=None, overrides=(), out=None, **study) -> list[Measured]:
+    """Take measures of ten images by default."""
+    targets = [open_run(run, at, settings=overrides) for run in runs]
+    return measure_all(targets, Study(**{"examples": 10} | study), out)
+
+
+def test_training_measures_what_the_recipe_names_at_the_epochs_it_says(trained, tmp_path):
+    """A measure that is named and never logged, or taken of other weights, would pass unseen."""
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert "measures/train/gradient_norm" not in lines[0]
+    subset = load_splits(load_recipe(trained / "recipe.yaml").data).train.subset(20)
+    data = [(x, y) for x, y, _ in subset.batches(20)]
+    model, attack = load_exported(trained / "model" / "epoch-2"), Attack(ThreatModel("linf", 0.1), 2, 0.06)
+    expected = MEASURES["gradient_norm"]().measure(Problem(model, data, attack))
+    # The same numbers from the same weights; the sums of float32 may be taken in another order.
+    assert lines[1]["measures/train/gradient_norm"] == pytest.approx(expected.value, rel=1e-5)
+    assert lines[1]["measures/train/distance_from_initialisation"] > 0
+    (first,) = measured(trained, at="0", measures=["distance_from_initialisation"], out=tmp_path)
+    assert first.value("distance_from_initialisation") == 0.0  # curves through training need epoch 0 too
+
+
+def test_several_measures_make_a_table_and_a_file_that_is_gone_on_with(run, capsys, monkeypatch):
+    """A study of hours that starts again from nothing after Ctrl-C is never finished."""
+    arguments = ["measure", str(run), "--measures", "gradient_norm", "frobenius_norms", "robust_gap", *QUICK]
+    assert main(arguments) == 0
+    (path,) = (run / "measures").glob("measures-*.json")
+    first = json.loads(path.read_text())["measures"]
+    assert set(first) == {"gradient_norm", "frobenius_norms", "robust_gap"}
+    assert f"{first['frobenius_norms']['value']:.4g}" in capsys.readouterr().out
+
+    def refuse(*arguments):
+        raise AssertionError("taken again")
+
+    monkeypatch.setattr(MEASURES["gradient_norm"], "measure", refuse)
+    assert main([*arguments[:3], "margins", *arguments[3:]]) == 0  # one more measure: only that one is taken
+    assert set(json.loads(path.read_text())["measures"]) == {*first, "margins"}
+    with pytest.raises(AssertionError, match="taken again"):  # other settings are another measurement
+        main([*arguments, "--set", "gradient_norm.layers=weights"])
+    for damaged in ("[]", path.read_text()[:100]):
+        path.write_text(damaged)
+        assert main(arguments) == 2
+        assert f"{path}: got" in capsys.readouterr().err
+        assert path.read_text() == damaged
+
+
+def test_results_of_other_data_are_neither_reused_nor_lost_and_two_models_never_share_a_file(run, tmp_path):
+    """Hours of measures gone as a setting was tried, or another number of images returned as this one's."""
+    (first,) = measured(run, measures=["clean_loss"])
+    (other,) = measured(run, measures=["clean_loss"], overrides=["data.max_train=150"])
+    (again,) = measured(run, measures=["clean_loss", "margins"])
+    shutil.rmtree(run / "model" / "last")
+    shutil.copytree(run / "model" / "epoch-1", run / "model" / "last")  # trained anew under its old name
+    (retrained,) = measured(run, measures=["clean_loss"])
+    assert len({first.path, other.path, retrained.path}) == 3
+    assert first.path == again.path
+    assert retrained.value("clean_loss") != first.value("clean_loss")
+    assert other.value("clean_loss") != first.value("clean_loss") == again.value("clean_loss")
+    twin = Path(shutil.copytree(run, tmp_path / "twin-s0"))
+    paths = {model.path for model in measured(run, twin, measures=["clean_loss"], out=tmp_path / "out")}
+    assert len(paths) == 2
+    gaps = [measured(run, measures=["robust_gap"], gap_examples=num)[0] for num in (10, 20)]
+    assert [gap.measures["robust_gap"]["num_examples"] for gap in gaps] == [20, 40]
+    assert gaps[0].path == gaps[1].path == retrained.path  # the other measures stay where they are
+
+
+def test_the_correlation_of_all_epochs_is_written_and_readable(run, capsys, tmp_path):
+    """--at all --correlate: one run, three epochs; the table, JSON and plots a user looks at."""
+    command = ["measure", str(run), "--at", "all", "--correlate", "--measures", "frobenius_norms", "margins"]
+    assert main([*command, *QUICK, "--out", str(tmp_path / "study")]) == 0
+    printed = capsys.readouterr().out
+    assert "3 models of 1 runs" in printed
+    assert "| frobenius_norms |" in printed
+    found = json.loads((tmp_path / "study" / "correlation.json").read_text())["correlations"]
+    assert set(found) == {"robust gap (loss)", "robust gap (accuracy)", "robust loss on test"}
+    assert -1 <= found["robust gap (loss)"]["margins"]["kendall"]["value"] <= 1
+    assert (tmp_path / "study" / "scatter-robust-gap-loss.png").stat().st_size > 10_000
+
+
+def test_hyper_parameters_are_what_differs_between_recipes(trained, tmp_path):
+    """An axis that is missing makes Ψ too good; one that says nothing (name, seed) makes groups of one."""
+    models = []
+    for i, (lr, gamma) in enumerate([(0.1, None), (0.2, None), (0.1, 0.01)]):
+        recipe = yaml.safe_load((trained / "recipe.yaml").read_text()) | {"name": f"run{i}", "seed": i}
+        recipe["optimizer"]["lr"] = lr
+        recipe |= {"perturbation": {"name": "awp", "gamma": gamma}} if gamma else {}
+        (tmp_path / f"run{i}").mkdir()
+        (tmp_path / f"run{i}" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        models.append(Measured(open_run(tmp_path / f"run{i}"), {}, tmp_path))
+    assert set(hyper_parameters(models)) == {"optimizer.lr", "perturbation"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("sharpnes", "expected names of wci, hessian_trace"),
+        ("margins --set margins.quantle=0.5", "quantle: got 0.5; expected a setting it has"),
+        ("margins --set wci.seed=1", "settings of wci, which is not measured"),
+        ("margins --set quantile=0.5", "expected measure.setting=value"),
+        ("margins --at first", "at: got 'first'; expected last, best, all"),
+        ("margins --correlate", "expected at least three"),
+        ("margins --gap-examples 0", "gap_examples: got 0; expected"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_measured(trained, capsys, arguments, message):
+    """A misspelt setting found after an hour of measuring."""
+    assert main(["measure", str(trained), *QUICK, "--measures", *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_recipe_with_a_wrong_measure_stops_before_the_run_begins(tmp_path):
+    """The first measurement may come hours after the start."""
+    wrong = {"take": [{"name": "gradient_norm", "layers": "nothing"}]}
+    recipe = recipe_from_dict(TINY | {"output": str(tmp_path), "measures": wrong})
+    with pytest.raises(ValueError, match=r"measures: layers: got 'nothing'.*a dry run"):
+        fit(recipe)
+    assert not (run_folder(recipe) / "metrics.jsonl").exists()
+
+
+def test_a_run_that_stops_early_measures_and_keeps_its_last_epoch(tmp_path):
+    """The epoch that ends the run is the one that everybody asks about."""
+    settings = {"name": "stopped", "output": str(tmp_path), "checkpoint": {"keep_every": 10}}
+    settings |= {"measures": {"take": ["gradient_norm"], "every": 10, "num_examples": 4}}
+    settings |= {"train": TINY["train"] | {"epochs": 9}, "optimizer": {"lr": 1e-9}}
+    recipe = recipe_from_dict(TINY | settings | {"early_stopping": {"patience": 1}})
+    fit(recipe)
+    last = json.loads((run_folder(recipe) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["epoch"] < 9
+    assert "measures/train/gradient_norm" in last
+    assert (run_folder(recipe) / "model" / f"epoch-{last['epoch']}").is_dir()
+
+
+def test_a_sweep_with_a_grid_trains_every_point_and_its_studies_are_drawn(tmp_path, capsys):
+    """One command from a base and methods to the figures of a paper."""
+    small = TINY | {"output": str(tmp_path / "runs"), "measures": {}, "train": TINY["train"] | {"epochs": 1}}
+    (tmp_path / "base.yaml").write_text(to_yaml_text(small))
+    (tmp_path / "at.yaml").write_text("")
+    sweep = tmp_path / "grid.yaml"
+    curves = {"at": "all", "split": "test", "seeds": [0], "measures": ["margins", "robust_loss"]}
+    correlated = {"at": "last", "measures": ["margins"], "gap_examples": 20, "correlate": True}
+    content = {
+        "bases": ["base.yaml"],
+        "methods": ["at.yaml"],
+        "grid": {"optimizer.lr": [0.05, 0.1], "threat.eps": ["8/255"]},
+        "seeds": [0, 1],
+        "measure": [study | {"examples": 10} for study in (curves, correlated)],
+    }
+    sweep.write_text(to_yaml_text(content))
+    assert main(["sweep", str(sweep)]) == 0
+    names = sorted(p.name for p in (tmp_path / "runs").iterdir() if p.name.startswith("tiny"))
+    assert names == [f"tiny-lr_{lr}-eps_8_255-s{seed}" for lr in ("0.05", "0.1") for seed in (0, 1)]
+    assert load_recipe(tmp_path / "runs" / names[0] / "recipe.yaml").optimizer.lr == 0.05
+    drawn = (
+        "measures-through-training.png",
+        "measures-against-loss.png",
+        "correlation-last-train/correlation.md",
+    )
+    for name in drawn:
+        assert (tmp_path / "runs" / "grid-report" / name).stat().st_size > 500
+    assert "4 models of 4 runs; hyper-parameters that differ: optimizer.lr" in capsys.readouterr().out
+    studies = [{"measure": ["wci"]}, {"seeds": [7]}, {"seeds": 0}, {"at": "first"}, {"measures": []}]
+    wrong = [{"grid": {"optimizer.lr": 0.1}}, {"grid": {"seed": [1]}}, {"settings": ["optimizer.lr=0.3"]}]
+    wrong += [{"settings": ["checkpoint.keep_every=null"]}, {"measure": [{"correlate": "no"}]}]
+    for change in (*wrong, *({"measure": [study]} for study in studies)):
+        sweep.write_text(to_yaml_text(content | change))
+        assert main(["sweep", str(sweep)]) == 2, change
+
+
+def test_every_measure_of_a_real_network_has_a_finite_value(trained, tmp_path):
+    """Names that lead nowhere, or measures that fail on BatchNorm and convolutions."""
+    few = {"num_draws": 1, "num_bisections": 3}
+    settings = {
+        "pac_bayes_sharpness": few,
+        "magnitude_aware_sharpness": few,
+        "lambda_max": {"tolerance": 0.1},
+    }
+    settings |= {"average_sharpness": {"num_draws": 1}, "worst_sharpness": {"ascent_steps": 1}}
+    settings |= {"average_flatness": {"num_draws": 1, "reference_restarts": 1}}
+    settings |= {"worst_flatness": {"num_restarts": 1, "num_steps": 2, "reference_restarts": 1}}
+    study = {"measures": "all", "steps": 1, "gap_examples": 10, "settings": settings}
+    (model,) = measured(trained, at="2", out=tmp_path, **study)
+    values = {name: model.value(name) for name in MEASURES}
+    assert all(math.isfinite(values[name]) for name in values if not name.endswith("_sharpness")), values
+    assert values["average_sharpness"] > -1

@@ -15,48 +15,46 @@ from wcitrain.seeding import seed_from
 from wcitrain.train import fit, open_run, train, train_epoch
 
 
+def spied(monkeypatch, kind: type, name: str) -> list[tuple]:
+    """Return a list of the calls of a method: object, arguments and result, with tensors as copies."""
+    original, calls = getattr(kind, name), []
+
+    def method(self, *arguments):
+        result = original(self, *arguments)
+        parts = (self, *arguments, result)
+        calls.append(tuple(one.detach().clone() if isinstance(one, torch.Tensor) else one for one in parts))
+        return result
+
+    monkeypatch.setattr(kind, name, method)
+    return calls
+
+
 def test_free_training_makes_its_replays_with_the_same_images(tmp_path, monkeypatch):
     """m optimizer steps a batch, the perturbation moving on; the schedule counts steps, not batches."""
     recipe = tiny(tmp_path, "objective={name: free, num_replays: 3}", "train.epochs=2")
-    seen = []
-    original = FreeAT.perturb
-
-    def perturb(self, model, x, y, generator=None):
-        x_adv = original(self, model, x, y, generator)
-        seen.append((x.clone(), x_adv.detach().clone()))
-        return x_adv
-
-    monkeypatch.setattr(FreeAT, "perturb", perturb)
+    seen = spied(monkeypatch, FreeAT, "perturb")
     run = open_run(recipe)
     train_epoch(run)
     assert len(seen) == 3 * 4  # 200 images in batches of 50
-    for number, ((x, x_adv), (next_x, next_adv)) in enumerate(pairwise(seen)):
+    for number, ((_, _, x, *_, x_adv), (_, _, next_x, *_, next_adv)) in enumerate(pairwise(seen)):
         assert torch.equal(x, next_x) == (number % 3 != 2)
         assert not torch.equal(x_adv, next_adv)
-    assert run.progress.step == 12
-    assert run.scheduler.last_epoch == 12
+    assert (run.progress.step, run.scheduler.last_epoch) == (12, 12)
 
 
 def test_the_radius_grows_linearly_and_evaluation_does_not_wait(tmp_path, monkeypatch):
     """A warm-up that never reaches eps, or that weakens the evaluation, flatters the run."""
     recipe = tiny(tmp_path, "train.eps_warmup_epochs=1", "train.epochs=2")
-    radii = []
-    original = PGDAT.perturb
-
-    def perturb(self, model, x, y, generator=None):
-        x_adv = original(self, model, x, y, generator)
-        radii.append((self.threat.eps, self.step_size, float((x_adv - x).abs().max())))
-        return x_adv
-
-    monkeypatch.setattr(PGDAT, "perturb", perturb)
+    seen = spied(monkeypatch, PGDAT, "perturb")
     run = open_run(recipe)
     train_epoch(run)
     run.progress.epoch, run.progress.update = 1, 0
     train_epoch(run)
     expected = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
-    assert [eps / 0.1 for eps, _, _ in radii] == pytest.approx(expected)
-    assert [step / 0.06 for _, step, _ in radii] == pytest.approx(expected)
-    assert [reached for _, _, reached in radii] == pytest.approx([0.1 * e for e in expected], abs=1e-6)
+    assert [one.threat.eps / 0.1 for one, *_ in seen] == pytest.approx(expected)
+    assert [one.step_size / 0.06 for one, *_ in seen] == pytest.approx(expected)
+    reached = [float((x_adv - x).abs().max()) for _, _, x, *_, x_adv in seen]
+    assert reached == pytest.approx([0.1 * e for e in expected], abs=1e-6)
 
 
 def test_soft_labels_and_noise_reach_the_loss(tmp_path, monkeypatch):
@@ -64,19 +62,12 @@ def test_soft_labels_and_noise_reach_the_loss(tmp_path, monkeypatch):
     noise = "label_noise={share: 1.0, exclude_true: true}"
     recipe = tiny(tmp_path, "mixing.mixup_alpha=1", noise, "train.epochs=1")
     run = open_run(recipe)
-    seen = []
-    original = PGDAT.loss
-
-    def loss(self, model, x, x_adv, y):
-        seen.append((x, x_adv, y))
-        return original(self, model, x, x_adv, y)
-
-    monkeypatch.setattr(PGDAT, "loss", loss)
+    seen = spied(monkeypatch, PGDAT, "loss")
     order = {"shuffle": True, "seed": seed_from(0, "data"), "epoch": 0, "drop_last": True}
     clean = run.train_set.batches(50, **order, crop_padding=recipe.data.crop_padding)
     train_epoch(run)
     assert len(seen) == 4
-    for (x, x_adv, y), batch in zip(seen, clean, strict=True):
+    for (_, _, x, x_adv, y, _), batch in zip(seen, clean, strict=True):
         noisy = recipe.label_noise.apply(batch.y, batch.index, 10, seed=0, epoch=0)
         hard = torch.nn.functional.one_hot(noisy, 10).float()
         # y = λ hard + (1 − λ) its neighbour
@@ -108,10 +99,8 @@ def test_extra_images_take_their_share_and_pseudo_labels_come_from_the_labeler(t
 def test_swa_measures_the_mean_of_the_epochs_with_statistics_of_its_own(tmp_path, monkeypatch):
     """The exported weights are w̄, and running statistics of w̄ are not those of any epoch."""
     averaging = "averaging={name: swa, start_epoch: 1}"
-    recipe = tiny(tmp_path, averaging, "train.epochs=4", "schedule={name: constant}")
-    run = open_run(recipe)
-    ends = []
-    original = SWA.after_epoch
+    recipe = tiny(tmp_path, averaging, "train.epochs=4", "schedule={name: piecewise}")
+    run, ends, original = open_run(recipe), [], SWA.after_epoch
 
     def after_epoch(self, average, model, epoch, passes):
         ends.append({k: v.clone() for k, v in model.state_dict().items()})
@@ -119,28 +108,26 @@ def test_swa_measures_the_mean_of_the_epochs_with_statistics_of_its_own(tmp_path
 
     monkeypatch.setattr(SWA, "after_epoch", after_epoch)
     train(run)
-    saved = final_state(recipe)["average"]
+    saved = final_state(recipe)["average"]["module"]
+    means = {name: sum(end[name] for end in ends[1:]) / 3 for name in ends[0]}
     names = dict(run.bare.named_parameters())
-    for name in names:
-        assert torch.allclose(saved["module"][name], sum(end[name] for end in ends[1:]) / 3, atol=1e-6), name
-    running = [name for name in ends[0] if name.endswith("running_mean")]
-    for other in (*ends, {n: sum(end[n] for end in ends[1:]) / 3 for n in running}):
-        assert all(not torch.allclose(saved["module"][n], other[n]) for n in running)
+    assert all(torch.allclose(saved[name], means[name], atol=1e-6) for name in names)
+    running = [name for name in means if name.endswith("running_mean")]
+    assert all(not torch.allclose(saved[n], other[n]) for n in running for other in (*ends, means))
     exported = run.measured.state_dict()
-    assert all(torch.equal(exported[n], saved["module"][n]) for n in names)
+    assert all(torch.equal(exported[n], saved[n]) for n in names)
 
 
 def test_patience_stops_keeps_the_best_and_stays_stopped(tmp_path, capsys):
     """Early stopping selects by validation, says so, and a resume does not train on."""
-    whole = tiny(tmp_path, "early_stopping.patience=2", "train.epochs=3", "optimizer.lr=1e-9", name="whole")
+    settings = ("early_stopping.patience=2", "optimizer.lr=1e-9")  # nothing improves
+    whole = tiny(tmp_path, *settings, "train.epochs=3", name="whole")
     assert fit(whole)["stopped_early"] is None  # all its epochs were run
-    # nothing improves
-    recipe = tiny(tmp_path, "early_stopping.patience=2", "train.epochs=30", "optimizer.lr=1e-9")
+    recipe = tiny(tmp_path, *settings, "train.epochs=30")
     summary = fit(recipe)
     reason = "no better robust validation accuracy in 2 epochs (early_stopping.patience)"
     assert summary["stopped_early"] == reason
-    assert summary["last"]["epoch"] == 3
-    assert summary["best"]["epoch"] == 1
+    assert (summary["last"]["epoch"], summary["best"]["epoch"]) == (3, 1)
     assert "stopped after epoch 3" in capsys.readouterr().out
     assert fit(recipe, resume=True)["last"]["epoch"] == 3
     assert len(metrics(recipe)) == 3
@@ -163,27 +150,20 @@ def test_catastrophic_overfitting_is_said_and_may_stop_the_run(action, epochs, t
     said = f"catastrophic overfitting: robust accuracy {where} fell from 50 % to 10 %"
     assert (said in capsys.readouterr().out) == (action != "ignore")
     assert ("catastrophic_overfitting" in metrics(recipe)[2]) == (action != "ignore")
-    assert json.loads((run_folder(recipe) / "summary.json").read_text())["stopped_early"] == (
-        f"epoch 3: {said} (train.overfitting_guard)" if action == "stop" else None
-    )
+    reason = f"epoch 3: {said} (train.overfitting_guard)" if action == "stop" else None
+    assert json.loads((run_folder(recipe) / "summary.json").read_text())["stopped_early"] == reason
 
 
 def test_the_guard_measures_the_trained_model_against_the_full_radius(tmp_path, monkeypatch):
     """The same images, attack and model at every look, or a fall may be the sample's or the warm-up's."""
-    seen = []
-    original = CatastrophicOverfittingGuard.check
-
-    def check(self, model, x, y, threat, generator=None):
-        seen.append((model, x.clone(), threat.eps, generator.initial_seed()))
-        return original(self, model, x, y, threat, generator)
-
-    monkeypatch.setattr(CatastrophicOverfittingGuard, "check", check)
+    seen = spied(monkeypatch, CatastrophicOverfittingGuard, "check")
     settings = ("objective.name=fgsm_rs", "train.eps_warmup_epochs=2", "train.epochs=2")
     recipe = tiny(tmp_path, *settings, "averaging={name: ema, decay: 0.9}")
     run = open_run(recipe)
     train(run)
-    assert [model is run.bare for model, *_ in seen] == [True, True]
-    assert torch.equal(seen[0][1], seen[1][1])
-    assert [eps for _, _, eps, _ in seen] == [0.1, 0.1]
-    assert seen[0][3] == seen[1][3]
+    (_, model, x, _, threat, generator, _), (_, later_model, later_x, _, later_threat, later, _) = seen
+    assert model is later_model is run.bare
+    assert torch.equal(x, later_x)
+    assert (threat.eps, later_threat.eps) == (0.1, 0.1)
+    assert generator.initial_seed() == later.initial_seed()
     assert metrics(recipe)[1]["train/guard_robust_accuracy"] == run.guard.last

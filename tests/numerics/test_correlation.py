@@ -26,10 +26,8 @@ def test_the_coefficients_are_scipys_and_lie_in_their_intervals():
     x = generator.normal(size=30)
     y = x**3 + generator.normal(size=30)
     result = correlate(x, y, range(30), {}, num_bootstrap=200)
-    for estimate, function in (
-        (result.kendall, scipy.stats.kendalltau),
-        (result.pearson, scipy.stats.pearsonr),
-    ):
+    pairs = (result.kendall, scipy.stats.kendalltau), (result.pearson, scipy.stats.pearsonr)
+    for estimate, function in pairs:
         assert estimate.value == pytest.approx(function(x, y).statistic, abs=1e-12)
         assert estimate.low < estimate.value < estimate.high
     assert math.isnan(result.granulated.value)  # no axis
@@ -102,13 +100,12 @@ def test_the_order_of_the_models_does_not_matter():
 
 def test_models_without_numbers_are_left_out_and_too_few_are_refused():
     """A diverged run must not turn every coefficient into NaN."""
-    nan = float("nan")
     axes = {"lr": [1, 2, 1, 2]}
-    assert correlate([1, 2, nan, 4], [1, 2, 3, 5], "abcd", axes, num_bootstrap=0).num_models == 3
+    assert correlate([1, 2, math.nan, 4], [1, 2, 3, 5], "abcd", axes, num_bootstrap=0).num_models == 3
     with pytest.raises(ValueError, match="got 2 models with finite"):
-        correlate([1, 2, nan, nan], [1, 2, 3, 5], "abcd", {})
-    with pytest.raises(ValueError, match="one length"):
-        correlate([1, 2, 3], [1, 2, 3], "abcd", {})
+        correlate([1, 2, math.nan, math.inf], [1, 2, 3, 5], "abcd", {})
+    with pytest.raises(ValueError, match=r"columns of \[4, 5\] models"):  # else the longer is cut
+        correlate([1, 2, 3, 4], [2, 3, 5, 9], "abcde", {"lr": [1, 1, 2, 2, 3]})
 
 
 def test_a_constant_measure_has_no_coefficient():

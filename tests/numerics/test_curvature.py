@@ -1,21 +1,16 @@
 """The curvature mathematics in float64 against closed forms, brute-force autograd, statistics."""
 
-import copy
-
 import pytest
 import torch
 from cases import SmoothNet
+from oracles import exact_gauss_newton_trace, exact_trace, gradients
 from torch import nn
 
-from wcitrain.curvature import (
-    Hutchinson,
-    TraceEstimate,
-    cross_entropy,
-    exact_gauss_newton_trace,
-    exact_trace,
-)
+from wcitrain.attacks import Attack, ThreatModel
+from wcitrain.curvature import Hutchinson, TraceEstimate, cross_entropy, top_layer_trace
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
-from wcitrain.curvature.hvp import signs
+from wcitrain.curvature.loss import signs
+from wcitrain.evaluation import measure_accuracy
 from wcitrain.measures import WCIMeasurement
 from wcitrain.optim import RegularizedOptimizer, WCIPenalty, WCIPosterior
 from wcitrain.params import select_layers
@@ -33,16 +28,6 @@ def smooth():
     # With these labels the Hessian is close to Gauss-Newton and its layer traces are positive
     y = model(x).argmax(1)
     return model, lambda: cross_entropy(model(x), y)
-
-
-def exact_wci_gradient(model: nn.Module, traces: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The gradient of Σ sqrt(a t) by autograd through the exact traces, and the traces."""
-    assert (traces > 0).all(), "choose another seed: the index needs positive traces"
-    a = torch.stack([p.square().sum() for p in select_layers(model).values()])
-    gradients = torch.autograd.grad((a * traces).sqrt().sum(), list(model.parameters()), allow_unused=True)
-    return [
-        torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), gradients, strict=True)
-    ], traces.detach()
 
 
 def with_known_traces(model: nn.Module, traces: torch.Tensor, seed: int, **rule) -> RegularizedOptimizer:
@@ -70,20 +55,20 @@ def test_the_gradient_converges_to_the_exact_gradient_of_the_index(name, smooth)
     """
     model, loss_fn = smooth
     of = exact_gauss_newton_trace if name == "gauss_newton" else exact_trace
-    exact, traces = exact_wci_gradient(model, of(loss_fn(), select_layers(model), create_graph=True).mean)
-    plain = torch.autograd.grad(loss_fn().total, list(model.parameters()))
+    layers, parameters, samples = select_layers(model), list(model.parameters()), []
+    traces = of(loss_fn(), layers, create_graph=True)
+    assert (traces > 0).all(), "choose another seed: the index needs positive traces"
+    a = torch.stack([p.square().sum() for p in layers.values()])
+    exact = gradients((a * traces).sqrt().sum(), parameters)  # by autograd through the exact traces
+    plain = torch.autograd.grad(loss_fn().total, parameters)
     rule, strength, num_draws = RULES[name]
-    optimizer = with_known_traces(model, traces, seed=1, **rule(strength))
-    samples = []
+    optimizer = with_known_traces(model, traces.detach(), seed=1, **rule(strength))
     for draw in range(num_draws):
         optimizer._record["step"] = draw
         optimizer.zero_grad()
         optimizer.backward(loss_fn)
-        samples.append(
-            torch.cat(
-                [((p.grad - g) / strength).flatten() for p, g in zip(model.parameters(), plain, strict=True)]
-            )
-        )
+        added = [(p.grad - g).flatten() / strength for p, g in zip(parameters, plain, strict=True)]
+        samples.append(torch.cat(added))
     samples = torch.stack(samples)
     truth = torch.cat([g.flatten() for g in exact])
     error = samples.mean(0) - truth
@@ -112,88 +97,51 @@ def test_running_averages_are_bias_corrected(smooth):
 @pytest.mark.parametrize("relative_size", [1e-3, 1.0])
 def test_on_a_quadratic_the_estimate_and_the_gradient_hold_at_every_radius(relative_size):
     """½ wᵀAw: differences of gradients are exact, and for a diagonal A the trace in every draw."""
-    torch.manual_seed(0)
-    model = nn.Linear(6, 1, bias=False).double()
-    diagonal = torch.arange(1.0, 7.0).double()
-
-    def loss_fn():
-        return 0.5 * (diagonal * model.weight[0].square()).sum()
-
-    optimizer = RegularizedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), model, perturbation=WCIPosterior(relative_size)
-    )
+    model, diagonal = nn.Linear(6, 1, bias=False).double(), torch.arange(1.0, 7.0).double()
+    base, rule = torch.optim.SGD(model.parameters(), lr=0.1), WCIPosterior(relative_size)
+    optimizer = RegularizedOptimizer(base, model, perturbation=rule)
     for _ in range(2):
         optimizer.zero_grad()
-        optimizer.backward(loss_fn)
+        optimizer.backward(lambda: 0.5 * (diagonal * model.weight[0].square()).sum())
         assert torch.allclose(model.weight.grad[0], diagonal * model.weight.detach()[0])
         optimizer.step()
         assert torch.allclose(optimizer.traces(), diagonal.sum(), rtol=1e-9)
 
 
-def test_the_frobenius_term_is_the_variational_one(smooth):
-    """(λ/2) Σ a_l / s_l has gradient λ W_l / s_l."""
-    model, loss_fn = smooth
-    traces = exact_trace(loss_fn(), select_layers(model)).mean.detach()
-    grads = []
-    for frobenius in (False, True):
-        optimizer = with_known_traces(
-            model, traces, seed=1, perturbation=WCIPosterior(strength=0.01, frobenius=frobenius)
-        )
-        optimizer.zero_grad()
-        optimizer.backward(loss_fn)
-        grads.append([p.grad.clone() for p in select_layers(model).values()])
-    a = select_layers(model).squared_norms()
-    for p, without, with_term, s in zip(
-        select_layers(model).values(), *grads, (a / traces).sqrt(), strict=True
-    ):
-        assert torch.allclose(with_term - without, 0.01 * p.detach() / s)
-
-
 def test_rescaling_a_layer_leaves_index_and_relative_perturbation():
     """(αW_1, αb_1, W_2/α) is the same ReLU network; WCI and the relative size must not notice."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
-    scaled = copy.deepcopy(model)
-    with torch.no_grad():
-        scaled[0].weight *= 5
-        scaled[0].bias *= 5
-        scaled[2].weight /= 5
-    x = torch.randn(20, 4).double()
-    index, relative = [], []
-    for net in (model, scaled):
-        layers = select_layers(net)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    x, layers, found = torch.randn(20, 4).double(), select_layers(net), []
+    for _ in range(2):
         generator = torch.Generator().manual_seed(0)
-        t = torch.stack(
-            [gauss_newton_samples(net(x), layers, generator=generator)[0] for _ in range(50)]
-        ).mean(0)
+        t = gauss_newton_samples(net(x), layers, num_probes=50, generator=generator).mean(0)
         a, d = layers.squared_norms(), layers.sizes()
-        index.append(float((a * t).sqrt().sum()))
-        sigma = WCIPosterior(strength=1e-3).posterior(a, d, t, 1.0).sigma
-        relative.append(d * sigma**2 / a)
-    assert index[0] == pytest.approx(index[1], rel=1e-9)
-    assert torch.allclose(relative[0], relative[1])
+        relative = d * WCIPosterior(strength=1e-3).posterior(a, d, t, 1.0).sigma ** 2 / a
+        found.append(torch.cat([(a * t).sqrt().sum().reshape(1), relative]))
+        with torch.no_grad():
+            net[0].weight *= 5
+            net[0].bias *= 5
+            net[2].weight /= 5
+    assert torch.allclose(*found, rtol=1e-9)
 
 
 def test_standard_errors_are_those_of_repeated_experiments():
     """An error bar nobody checked is decoration: compare with the spread over 2,000 repetitions."""
     generator = torch.Generator().manual_seed(0)
-    a = torch.tensor([2.0, 5.0]).double()
-    truth_t = torch.tensor([3.0, 1.0]).double()
-    totals, errors, means, mean_errors = [], [], [], []
+    a, t = torch.tensor([[2.0, 5.0], [3.0, 1.0]]).double()
+    rows = []
     for _ in range(2000):
-        samples = truth_t * torch.empty(12, 2).double().exponential_(generator=generator)
+        samples = t * torch.empty(12, 2).double().exponential_(generator=generator)
         m = WCIMeasurement.from_samples(("u", "v"), a, samples, torch.ones(12))
-        totals.append(m.total)
-        errors.append(m.total_stderr)
-        means.append(m.trace.mean)
-        mean_errors.append(m.trace.stderr)
-    truth = float((a * truth_t).sqrt().sum())
-    totals, errors = torch.tensor(totals), torch.tensor(errors)
+        totals = torch.tensor([m.total, m.total_stderr]).double()
+        rows.append(torch.cat([totals, m.trace.mean, m.trace.stderr]))
+    total, error, *traces = torch.stack(rows).unbind(1)
+    truth = float((a * t).sqrt().sum())
     # The plain value is biased by −(1/8)(1/12) = −1 %; corrected, what is left is of order 1/K².
-    assert abs(float(totals.mean()) - truth) < 4 * float(totals.std()) / 2000**0.5 + 0.002 * truth
-    assert float(errors.square().mean().sqrt()) == pytest.approx(float(totals.std()), rel=0.1)
-    spread = torch.stack(means).std(0)
-    assert torch.allclose(torch.stack(mean_errors).square().mean(0).sqrt(), spread, rtol=0.1)
+    assert abs(float(total.mean()) - truth) < 4 * float(total.std()) / 2000**0.5 + 0.002 * truth
+    for values, errors in ((total, error), (traces[0], traces[2]), (traces[1], traces[3])):
+        assert float(errors.square().mean().sqrt()) == pytest.approx(float(values.std()), rel=0.1)
 
 
 def test_signs_are_fair_independent_and_reproducible():
@@ -209,24 +157,16 @@ def test_signs_are_fair_independent_and_reproducible():
 
 def test_evaluation_reports_the_index_with_its_error():
     """One draw has no error bar: batches are cut so that the spread of the traces is known."""
-    from wcitrain.attacks import Attack, ThreatModel
-    from wcitrain.evaluation import measure_accuracy
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)).double()
     x, y = torch.rand(400, 1, 4, 4).double(), torch.randint(0, 3, (400,))
+    attack, layers = Attack(ThreatModel("linf", 1e-9), 1, 1e-9), select_layers(model)
     batches = [(x, y, torch.arange(400))]
-    layers = select_layers(model)
-    attack = Attack(ThreatModel("linf", 1e-9), 1, 1e-9)
-    results = [measure_accuracy(model, batches, attack, seed=seed, layers=layers) for seed in range(60)]
-    totals = torch.tensor([r.wci.total for r in results])
-    errors = torch.tensor([r.wci.total_stderr for r in results])
-    assert results[0].wci.trace.num_probes == 8
+    results = [measure_accuracy(model, batches, attack, seed=seed, layers=layers).wci for seed in range(60)]
+    spread, error = (torch.tensor([getattr(r, n) for r in results]) for n in ("total", "total_stderr"))
+    assert results[0].trace.num_probes == 8
     # The examples are the same in every repetition, so the spread over seeds is at most the reported error.
-    assert 0.3 * float(errors.mean()) < float(totals.std()) < 1.3 * float(errors.mean())
-    p = model(x).softmax(-1)
-    hidden = torch.relu(model[1](x.flatten(1)))
-    # closed form of the last layer
-    exact = (hidden.square().sum(1) * (1 - p.square().sum(1))).mean().detach()
-    last = TraceEstimate.from_samples(torch.stack([r.wci.trace.mean[1] for r in results]).unsqueeze(1))
+    assert 0.3 * float(error.mean()) < float(spread.std()) < 1.3 * float(error.mean())
+    exact = top_layer_trace(model(x), torch.relu(model[1](x.flatten(1)))).detach()
+    last = TraceEstimate.from_samples(torch.stack([r.trace.mean[1:] for r in results]))
     assert abs(float(last.mean[0]) - float(exact)) < 4 * float(last.stderr[0])

@@ -1,6 +1,7 @@
 """What every measure promises: the same number again, no trace behind on errors, frozen models, no data."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -8,9 +9,7 @@ from cases import BatchNormNet, assert_same, everything, image_batch
 from torch import nn
 
 from wcitrain.attacks import Attack, ThreatModel
-from wcitrain.measures import MEASURES, Measure, Problem
-from wcitrain.measures.gradients import InputCurvature
-from wcitrain.measures.relative_flatness import RelativeFlatness
+from wcitrain.measures import MEASURES, Measure, Measurement, Problem, take_landscape
 
 QUICK = {
     "average_flatness": {"num_draws": 2, "reference_restarts": 2},
@@ -22,9 +21,20 @@ QUICK = {
 }
 WEIGHTS_ALONE = ("frobenius_norms", "spectral_norms", "path_norm", "distance_from_initialisation")
 CLEAN = (*WEIGHTS_ALONE, "clean_loss")  # no attack has a say in them
+
+
+class Landscape(Measure):
+    """Sections through the loss, as a measure."""
+
+    name = "landscape"
+
+    def measure(self, problem: Problem) -> Measurement:
+        found = take_landscape(problem, "adversarial", num_points=3, num_directions=1)
+        return Measurement("landscape", float(found.robust[0, 2]), num_examples=found.num_examples)
+
+
 EVERY: dict[str, Measure] = {name: kind(**QUICK.get(name, {})) for name, kind in MEASURES.items()}
-EVERY["relative_flatness, probes"] = RelativeFlatness("weights", num_probes=2)
-EVERY["input_curvature, limit"] = InputCurvature(None)
+EVERY["landscape"] = Landscape()
 
 
 def attack(norm: str, eps: float) -> Attack:
@@ -53,10 +63,11 @@ class Traces:
     """All that a measure must leave alone."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.state, self.flags = model, everything(model), self.read(model)
-        self.random = torch.get_rng_state()
+        self.model, self.state, self.random = model, everything(model), torch.get_rng_state()
+        self.flags = self.read()
 
-    def read(self, model: nn.Module) -> list:
+    def read(self) -> list:
+        model = self.model
         return [
             [p.data_ptr() for p in model.parameters()],
             [m.training for m in model.modules()],
@@ -67,7 +78,7 @@ class Traces:
 
     def check(self) -> None:
         assert_same(everything(self.model), self.state)
-        assert self.read(self.model) == self.flags
+        assert self.read() == self.flags
         assert torch.equal(torch.get_rng_state(), self.random)
 
 
@@ -81,7 +92,7 @@ def test_every_measure_leaves_no_trace_and_repeats(name, adversary):
     traces.check()
     torch.rand(7)  # the global random state must not matter
     assert str(measure.measure(problem(model, adversary)).as_dict()) == str(first.as_dict())
-    assert first.name == name.split(",")[0]
+    assert first.name == name
     if name in WEIGHTS_ALONE:
         return
     assert first.num_examples == 24 * (1 + measure.needs_test)
@@ -96,11 +107,10 @@ def test_every_measure_leaves_no_trace_and_repeats(name, adversary):
 def test_every_measure_leaves_no_trace_on_exceptions(name):
     """An exception in a perturbed pass leaves perturbed weights: fail in the 2nd, 10th and 25th forward."""
     for after in (2, 10, 25):
-        model, calls = messy_model(), []
+        model, calls = messy_model(), itertools.count(1)
 
-        def fail(module: nn.Module, args: object, after: int = after, calls: list = calls) -> None:
-            calls.append(1)
-            if len(calls) == after:
+        def fail(module: nn.Module, args: object, after: int = after, calls: itertools.count = calls) -> None:
+            if next(calls) == after:
                 raise RuntimeError("stop")
 
         model.register_forward_pre_hook(fail)
@@ -118,7 +128,7 @@ def test_every_measure_takes_a_frozen_model_and_refuses_wrong_images(name):
     adversary = attack("linf", 0.1)
     traces = Traces(model)
     with torch.no_grad():
-        assert measure.measure(problem(model, adversary)).name == name.split(",")[0]
+        assert measure.measure(problem(model, adversary)).name == name
     if name not in WEIGHTS_ALONE:
         with pytest.raises(ValueError, match="no images"):
             measure.measure(Problem(model, [], adversary, test_batches=[image_batch(12)]))
@@ -127,3 +137,27 @@ def test_every_measure_takes_a_frozen_model_and_refuses_wrong_images(name):
         with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
             measure.measure(Problem(model, [(3 * x, y)], adversary, test_batches=[(x, y)]))
     traces.check()
+
+
+SCALE_FREE = {"wci", "average_flatness", "worst_flatness", "relative_flatness"}
+SCALE_FREE |= {"asam_sharpness", "awp_sharpness"}
+
+
+@pytest.mark.parametrize("name", [*sorted(SCALE_FREE), "sam_sharpness", "lambda_max", "hessian_trace"])
+def test_relative_measures_ignore_scale_between_layers(name):
+    """(W_1, b_1) c and W_2 / c is the same function: a measure that changes can be made anything.
+
+    c = 4 is exact in binary, so only norms are rounded: 1e-15, amplified by 20 attack steps.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    x, y = image_batch(40)
+    own = QUICK.get(name, {}) | ({"xi": 0.01} if name == "worst_flatness" else {})
+    measure = MEASURES[name](**own | ({"layers": "weights"} if name == "asam_sharpness" else {}))
+    before = measure.measure(Problem(model, [(x.double(), y)], ThreatModel("linf", 0.1))).value
+    with torch.no_grad():
+        model[1].weight.mul_(4)
+        model[1].bias.mul_(4)
+        model[3].weight.div_(4)
+    after = measure.measure(Problem(model, [(x.double(), y)], ThreatModel("linf", 0.1))).value
+    assert (abs(after / before - 1) < 1e-9) == (name in SCALE_FREE)

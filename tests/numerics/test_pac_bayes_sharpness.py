@@ -12,15 +12,16 @@ from wcitrain.measures.problem import Problem
 
 
 class Bias(nn.Module):
-    """Logits (w, 0) for every image: right for class 0 while w > 0. One weight, so noise is one number."""
+    """Logits (w x, shift): right for class 0 while w x > shift. One weight, so noise is one number."""
 
-    def __init__(self, w: float = 1.0) -> None:
+    def __init__(self, w: float = 1.0, shift: float = 0.0) -> None:
         super().__init__()
+        self.shift = shift
         self.weight = nn.Parameter(torch.tensor([[w]], dtype=torch.float64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         score = x.flatten(1).mean(1, keepdim=True) * self.weight
-        return torch.cat([score, torch.zeros_like(score)], 1)
+        return torch.cat([score, torch.full_like(score, self.shift)], 1)
 
 
 DATA = [(torch.full((10, 1, 2, 2), 0.5, dtype=torch.float64), torch.zeros(10, dtype=torch.long))]
@@ -89,16 +90,11 @@ def test_bounds_are_the_published_formulas(kind):
 
 
 def test_the_robust_sharpness_attacks_every_perturbed_model_anew():
-    """With a bias of −0.2 the clean score is 0.5 w − 0.2 and the robust one (0.5 − eps) w − 0.2.
+    """With a shift of 0.2 the clean score is 0.5 w − 0.2 and the robust one (0.5 − eps) w − 0.2.
 
     They fail at w + σu = 0.4 (clean) and 0.5 (robust): σ in the ratio 0.6 : 0.5, to the bisection's 6e-5.
     """
-
-    class Shifted(Bias):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) - torch.tensor([0.2, 0.0], dtype=torch.float64)
-
-    problems = [Problem(Shifted(), DATA, threat) for threat in (None, ThreatModel("linf", 0.1))]
+    problems = [Problem(Bias(shift=0.2), DATA, threat) for threat in (None, ThreatModel("linf", 0.1))]
     clean, robust = (PACBayesSharpness().measure(problem).parts["sigma"] for problem in problems)
     assert clean / robust == pytest.approx(0.6 / 0.5, rel=1e-3)
 
@@ -113,3 +109,6 @@ def test_ends_of_the_range_are_told():
     assert never.parts["sigma"] == 0
     assert never.parts["perturbed_accuracy"] == 1  # of the model itself
     assert "bound_origin" not in never.parts
+    wrong = PACBayesSharpness().measure(Problem(Bias(-1.0), DATA))  # bears every noise
+    assert math.isnan(wrong.value)
+    assert "at most max_drop" in wrong.settings

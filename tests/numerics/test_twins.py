@@ -1,15 +1,17 @@
 """The weight perturbations against straight-line references: plain tensors in float64, no wrapper."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import SmoothNet
+from oracles import exact_gauss_newton_trace, exact_trace, gradients
 from torch import Tensor, nn
 
 from wcitrain import optim
-from wcitrain.curvature import GaussNewton, Output, cross_entropy, exact_gauss_newton_trace, exact_trace
+from wcitrain.curvature import GaussNewton, cross_entropy
 from wcitrain.optim import RegularizedOptimizer, perturbation
 from wcitrain.params import select_layers
 
@@ -133,63 +135,46 @@ def seen(monkeypatch) -> list[Weights]:
 def test_the_wci_adversary_has_the_posteriors_radii_and_the_gradients_direction(seen):
     """Each layer moves by sqrt(d_l) sigma_l along its own gradient; the traces are Gauss–Newton's at W."""
     torch.manual_seed(0)
-    model = SmoothNet().double()
-    optimizer = RegularizedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=optim.WCIAdversary(0.05)
-    )
-    x, y = batch(0)
-    optimizer.step(lambda: cross_entropy(model(x), y))
-    samples = []
-    for _ in range(400):
-        optimizer.zero_grad()
-        optimizer._record["step"] += 1  # other signs
+    model, (x, y), rule = SmoothNet().double(), batch(0), optim.WCIAdversary(0.05)
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=rule)
+    samples, layers = [], select_layers(model)
+    for _ in range(400):  # every step with other signs
         optimizer.backward(lambda: cross_entropy(model(x), y))
         samples.append(optimizer._pending[-1])
-    draws, layers = torch.stack(samples), select_layers(model)
-    exact = exact_gauss_newton_trace(Output(model(x)), layers).mean
+        known = optimizer.traces()
+        optimizer.step()
+    draws, exact = torch.stack(samples), exact_gauss_newton_trace(model(x), layers)
     assert ((draws.mean(0) - exact).abs() < 4 * draws.std(0) / 20).all()
-
-    traces = optimizer.traces()
-    seen.clear()
-    optimizer.backward(lambda: cross_entropy(model(x), y))
-    posterior = optim.WCIPosterior(0.05).posterior(layers.squared_norms(), layers.sizes(), traces, 1.0)
+    posterior = optim.WCIPosterior(0.05).posterior(layers.squared_norms(), layers.sizes(), known, 1.0)
     g = torch.autograd.grad(F.cross_entropy(model(x), y), layers.tensors)
-    for u, b, sigma in zip(seen[0], g, posterior.sigma, strict=True):
+    for u, b, sigma in zip(seen[-1], g, posterior.sigma, strict=True):
         assert torch.allclose(u, sigma * u.numel() ** 0.5 * b / b.norm(), rtol=1e-10)
-    total = torch.cat([u.flatten() for u in seen[0]]).norm() / layers.squared_norms().sum().sqrt()
-    assert float(total) == pytest.approx(0.05)
+    assert float(norm(seen[-1]) / layers.squared_norms().sum().sqrt()) == pytest.approx(0.05)
     assert optimizer.metrics()["relative_size"] == pytest.approx(0.05)
 
 
 def test_noise_stability_is_isotropic_and_measures_the_trace():
     """(W ± u) with one sigma for all tensors, biases too; the mean gradient is that of the smoothed loss."""
     torch.manual_seed(0)
-    model = SmoothNet().double()
-    rule, sigma, draws = optim.NoiseStability(0.02), 0.02, 3000
-    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=rule)
-    assert len(optimizer.layers) == 4
-    x, y = batch(0)
-    layers = select_layers(model, "all")
-    plain = torch.autograd.grad(F.cross_entropy(model(x), y), layers.tensors)
-    trace = exact_trace(F.cross_entropy(model(x), y), layers, create_graph=True).mean
-    wanted = torch.autograd.grad(sigma**2 / 2 * trace.sum(), layers.tensors)
-    gradients, traces = [], []
+    model, (x, y), sigma, rows = SmoothNet().double(), batch(0), 0.02, []
+    base, layers = torch.optim.SGD(model.parameters(), lr=0.0), select_layers(model, "all")
+    optimizer = RegularizedOptimizer(base, model, perturbation=optim.NoiseStability(sigma))
+    loss = F.cross_entropy(model(x), y)
+    trace = exact_trace(loss, layers, create_graph=True)
+    plain = gradients(loss, layers.tensors)
+    smoothed = gradients(sigma**2 / 2 * trace.sum(), layers.tensors)
     for _ in range(1500):
         optimizer.zero_grad()
-        optimizer._record["step"] += 1  # another draw
         optimizer.backward(lambda: cross_entropy(model(x), y))
-        gradients.append(
-            torch.cat([(t.grad - g).flatten() for t, g in zip(layers.tensors, plain, strict=True)])
-        )
-        traces.append(optimizer._pending[-1])
-    for draws, expected in (
-        (torch.stack(gradients), torch.cat([w.flatten() for w in wanted])),
-        (torch.stack(traces), trace.detach()),
-    ):
-        # 4.5 standard errors for each of 44 numbers; truncation is of relative order sigma² / |w|² = 1e-3
-        allowed = 4.5 * draws.std(0) / len(draws) ** 0.5 + 0.01 * expected.abs()
-        assert ((draws.mean(0) - expected).abs() < allowed).all()
-        assert (draws.mean(0) - expected).norm() < 0.3 * expected.norm()  # and it is not all noise
+        added = [(t.grad - g).flatten() for t, g in zip(layers.tensors, plain, strict=True)]
+        rows.append(torch.cat([*added, optimizer._pending[-1]]))
+        optimizer.step()
+    draws, expected = torch.stack(rows), torch.cat([*(g.flatten() for g in smoothed), trace.detach()])
+    error, num = draws.mean(0) - expected, len(expected) - len(trace)
+    # 4.5 standard errors for each of 44 numbers; truncation is of relative order sigma² / |w|² = 1e-3
+    assert (error.abs() < 4.5 * draws.std(0) / len(draws) ** 0.5 + 0.01 * expected.abs()).all()
+    for part in (slice(num), slice(num, None)):  # and it is not all noise
+        assert error[part].norm() < 0.3 * expected[part].norm()
 
 
 def test_rwp_moves_every_filter_in_proportion_to_its_norm(seen):
@@ -199,22 +184,22 @@ def test_rwp_moves_every_filter_in_proportion_to_its_norm(seen):
     with torch.no_grad():
         model[0].weight[1].mul_(100)
         model[0].weight[2].zero_()
-    optimizer = RegularizedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0),
-        model,
-        perturbation=optim.RWP(0.01, schedule=optim.StrengthSchedule(ramp=1)),
+    rule, base = (
+        optim.RWP(0.01, schedule=optim.StrengthSchedule(ramp=1)),
+        torch.optim.SGD(model.parameters(), 0.0),
     )
+    optimizer = RegularizedOptimizer(base, model, perturbation=rule)
     x, y = torch.rand(4, 2, 3, 3).double(), torch.tensor([0, 1, 0, 1])
     for _ in range(300):
         optimizer.step(lambda: cross_entropy(model(x), y))
-    draws = torch.stack([u[0] for u in seen[1:]])  # [299, 3, 2, 3, 3]; the first step is at half strength
-    size = draws.square().mean((0, 2, 3, 4)).sqrt()
-    norms = model[0].weight.detach().flatten(1).norm(dim=1)
+    draws, bias = (
+        torch.stack([u[i] for u in seen[1:]]) for i in (0, 1)
+    )  # the first step is at half strength
+    size, norms = draws.square().mean((0, 2, 3, 4)).sqrt(), model[0].weight.detach().flatten(1).norm(dim=1)
     # 299 * 18 numbers a filter: their standard deviation is known to 1 %
     assert torch.allclose(size, 0.01 * norms, rtol=0.05)
-    assert size[2] == 0
-    bias = torch.stack([u[1] for u in seen[1:]]).square().mean().sqrt()
-    assert float(bias) == pytest.approx(0.01 * float(model[0].bias.detach().norm()), rel=0.15)
+    wanted = 0.01 * float(model[0].bias.detach().norm())
+    assert float(bias.square().mean().sqrt()) == pytest.approx(wanted, rel=0.15)
 
 
 def test_rwp_mixes_the_two_gradients_in_its_proportion(seen):
@@ -233,69 +218,41 @@ def test_rwp_mixes_the_two_gradients_in_its_proportion(seen):
         assert not torch.allclose(a, b, atol=1e-3)
 
 
-def test_the_coefficients_of_a_composed_penalty_are_those_of_the_unperturbed_weights():
+def test_the_coefficients_of_a_composed_penalty_are_those_of_the_unperturbed_weights(monkeypatch):
     """½ λ sqrt(a/t) with a at W + u, and ½ λ sqrt(t/a) with a at W, would be the gradient of no function."""
-    grads, (x, y) = [], batch(0)
-    for gamma in (None, 0.5):
-        torch.manual_seed(0)
-        model = SmoothNet().double()
-        optimizer = RegularizedOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.0),
-            model,
-            perturbation=None if gamma is None else optim.AWP(gamma),
-            penalty=optim.WCIPenalty(0.5, estimator="gauss_newton"),
-        )
-        optimizer.step(lambda model=model: cross_entropy(model(x), y))
-        shapes = []
-        original = optimizer.penalty.trace_coefficients
-        object.__setattr__(
-            optimizer.penalty,
-            "trace_coefficients",
-            lambda a, d, t, original=original, shapes=shapes: shapes.append(a) or original(a, d, t),
-        )
-        optimizer.step(lambda model=model: cross_entropy(model(x), y))
-        grads.append(shapes[0])
-    assert torch.equal(*grads)
+    seen, original = [], optim.WCIPenalty.trace_coefficients
+    monkeypatch.setattr(
+        optim.WCIPenalty,
+        "trace_coefficients",
+        lambda self, a, d, t: (seen.append(a), original(self, a, d, t))[1],
+    )
+    model, (x, y) = SmoothNet().double(), batch(0)
+    base, penalty = (
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        optim.WCIPenalty(0.5, estimator="gauss_newton"),
+    )
+    optimizer = RegularizedOptimizer(base, model, perturbation=optim.AWP(0.5), penalty=penalty)
+    for _ in range(2):
+        optimizer.step(lambda: cross_entropy(model(x), y))
+    assert all(torch.equal(a, select_layers(model).squared_norms()) for a in seen)
 
 
 def test_a_penalty_composed_with_an_ascent_is_the_penalty_at_the_perturbed_weights():
     """Loss plus penalty at W + u, with u from the loss alone, and the norm term at W."""
     torch.manual_seed(0)
-    model = SmoothNet().double()
-    x, y = batch(0)
-    penalty = optim.FrobeniusTracePenalty(0.01, 0.05, GaussNewton(2))
-    optimizer = RegularizedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0),
-        model,
-        perturbation=optim.AWP(0.05),
-        penalty=penalty,
-        seed=3,
-    )
-    optimizer.backward(lambda: cross_entropy(model(x), y))
-    found = [p.grad.clone() for p in model.parameters()]
-
-    layers = select_layers(model)
+    model, (x, y) = SmoothNet().double(), batch(0)
+    moved, layers = copy.deepcopy(model), select_layers(model)
     g = torch.autograd.grad(F.cross_entropy(model(x), y), layers.tensors)
-    moved = SmoothNet().double()
-    moved.load_state_dict(model.state_dict())
     with torch.no_grad():
         for t, b in zip(select_layers(moved).tensors, g, strict=True):
             t += 0.05 * t.norm() * b / b.norm()
-    alone = RegularizedOptimizer(
-        torch.optim.SGD(moved.parameters(), lr=0.0),
-        moved,
-        penalty=optim.TracePenalty(0.05, GaussNewton(2)),
-        seed=3,
-    )
-    alone.backward(lambda: cross_entropy(moved(x), y))
-    for (name, p), q, value in zip(model.named_parameters(), moved.parameters(), found, strict=True):
+    composed = optim.FrobeniusTracePenalty(0.01, 0.05, GaussNewton(2))
+    for net, rules in (
+        (model, {"perturbation": optim.AWP(0.05), "penalty": composed}),
+        (moved, {"penalty": optim.TracePenalty(0.05, GaussNewton(2))}),
+    ):
+        base = torch.optim.SGD(net.parameters(), lr=0.0)
+        RegularizedOptimizer(base, net, **rules, seed=3).backward(lambda net=net: cross_entropy(net(x), y))
+    for (name, p), q in zip(model.named_parameters(), moved.parameters(), strict=True):
         norm_term = 2 * 0.01 * p.detach() if "weight" in name else 0.0
-        assert torch.allclose(value, q.grad + norm_term, atol=1e-12), name
-    penalised = optim.WCIPenalty(0.1, estimator="gauss_newton")
-    assert RegularizedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0),
-        model,
-        perturbation=optim.SAM(),
-        penalty=penalised,
-        layers="weights",
-    ).extra_passes() == (1, 4)
+        assert torch.allclose(p.grad, q.grad + norm_term, atol=1e-12), name

@@ -11,18 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from wcitrain.attacks import (
-    ATTACK_LOSSES,
-    Attack,
-    ThreatModel,
-    fgsm,
-    msd,
-    pgd,
-    project,
-    sparse_step,
-    steepest_step,
-    uniform_in_ball,
-)
+from wcitrain import ATTACK_LOSSES, Attack, ThreatModel, fgsm, msd, pgd
+from wcitrain.attacks import project, steepest_step, uniform_in_ball
 
 NORMS = ["linf", "l2", "l1"]
 ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
@@ -33,8 +23,6 @@ def norms(delta: torch.Tensor, norm: str) -> torch.Tensor:
     """The norm of every example, [B]."""
     return torch.linalg.vector_norm(delta.flatten(1), ORDER[norm], dim=1)
 
-
-# Projections ----------------------------------------------------------------------------------------------
 
 # Coordinates (z, x) with the cases in which sorting goes wrong: equal and zero magnitudes, pixels on the
 # border (no room).
@@ -57,14 +45,11 @@ def batch_of(coordinates: list) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def best_gain(w: torch.Tensor, x: torch.Tensor | None, threat: ThreatModel) -> torch.Tensor:
-    """max <w, delta> over the ball and, for linf and l1, the box around x [B, D]: fill the steepest first."""
+    """max <w, delta> over the ball and, for l1, the box around x [B, D]: fill the steepest first."""
     if x is None:
         return threat.eps * torch.linalg.vector_norm(w, DUAL[threat.norm], dim=1)
-    room = torch.where(w > 0, 1 - x, x)
-    if threat.norm == "linf":
-        return (w.abs() * room.clamp_max(threat.eps)).sum(1)
     slope, order = w.abs().sort(dim=1, descending=True)
-    room = room.gather(1, order)
+    room = torch.where(w > 0, 1 - x, x).gather(1, order)
     left = (threat.eps - room.cumsum(1) + room).clamp_min(0)
     return (slope * torch.minimum(room, left)).sum(1)
 
@@ -75,7 +60,7 @@ def best_gain(w: torch.Tensor, x: torch.Tensor | None, threat: ThreatModel) -> t
 def test_projections_are_the_closest_points(norm, coordinates, eps):
     """A projection that is merely inside (rescaled, ball and box in turn) makes an attack weak in silence.
 
-    p is the closest point of a convex set to z if and only if no q of it has <z - p, q> above <z - p, p>.
+    p in a convex set is its closest to z if and only if no q of it has <z - p, q> above <z - p, p>.
     """
     z, x = batch_of(coordinates)
     threat = ThreatModel(norm, min(eps, 1.0) if norm == "linf" else eps)
@@ -83,24 +68,9 @@ def test_projections_are_the_closest_points(norm, coordinates, eps):
         p = project(z, threat, images)
         gap = best_gain(z - p, images, threat) - ((z - p) * p).sum(1)
         assert (gap.abs() < 1e-10).all()  # float64 rounding of sums of at most 12 products below 36
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@given(COORDINATES, RADII, st.integers(0, 1000))
-@MANY
-def test_projections_are_inside_idempotent_and_never_increase_distances(norm, coordinates, eps, seed):
-    """What every projection on a convex set is, also at points where two pieces of the formula meet."""
-    z, x = batch_of(coordinates)
-    other = z + torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).double()
-    threat = ThreatModel(norm, min(eps, 1.0) if norm == "linf" else eps)
-    for onto in (lambda d: project(d, threat), lambda d: project(d, threat, x)):
-        point = onto(z)
-        assert (norms(point, norm) <= threat.eps * (1 + 1e-12)).all()
-        assert torch.allclose(onto(point), point, rtol=0, atol=1e-10)
-        assert (norms(point - onto(other), "l2") <= norms(z - other, "l2") + 1e-10).all()
-    if norm == "l1":
-        moved = x + project(z, threat, x)
-        assert moved.clamp(0, 1).equal(moved)
+        assert (norms(p, norm) <= threat.eps * (1 + 1e-12)).all()
+        if images is not None:
+            assert (x + p).clamp(0, 1).equal(x + p)
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
@@ -110,10 +80,8 @@ def test_float32_images_are_projected_to_float32_precision(norm):
     z, x = torch.randn(8, 3, 32, 32, generator=generator), torch.rand(8, 3, 32, 32, generator=generator)
     for eps in (0.5, 12.0):
         threat = ThreatModel(norm, eps)
-        for found, exact in (
-            (project(z, threat), project(z.double(), threat)),
-            (project(z, threat, x), project(z.double(), threat, x.double())),
-        ):
+        for images, wide in ((None, None), (x, x.double())):
+            found, exact = project(z, threat, images), project(z.double(), threat, wide)
             assert found.dtype == torch.float32
             # In |z| - mu both are up to 5, so each moved coordinate is off by up to 2^-22, in l1 a dozen of
             # them at eps = 0.5.
@@ -123,9 +91,6 @@ def test_float32_images_are_projected_to_float32_precision(norm):
     assert half.dtype == torch.bfloat16
     sizes = norms(half.double(), norm)
     assert torch.allclose(sizes, torch.full((8,), 12.0).double(), rtol=2**-8)  # one rounding each
-
-
-# Steps and starts -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -148,13 +113,18 @@ def test_the_steepest_step_reaches_the_dual_norm(norm):
         assert torch.equal(step[1], g[1] / 12), "ties share"
 
 
+def sparse(g: torch.Tensor, share: float, x: torch.Tensor, step_size: float) -> torch.Tensor:
+    """The l1 step."""
+    return steepest_step(g, ThreatModel("l1", 1.0), x=x, step_size=step_size, l1_share=share)
+
+
 def test_sparse_steps_move_the_coordinates_that_gain_most():
     """Against a loop over coordinates; a step spent on pixels that cannot move is lost."""
     generator = torch.Generator().manual_seed(0)
     g, x = torch.randn(6, 10, generator=generator).double(), torch.rand(6, 10, generator=generator).double()
     x[:, :3] = torch.tensor([0.0, 1.0, 0.999])
     for share, num in ((0.01, 1), (0.1, 1), (0.25, 3), (1.0, 10)):
-        steps = sparse_step(g, share, x=x, step_size=0.2 * num)
+        steps = sparse(g, share, x, 0.2 * num)
         for row, step in enumerate(steps):
             room = [1 - p if v > 0 else p for v, p in zip(g[row].tolist(), x[row].tolist(), strict=True)]
             gain = [abs(v) * min(r, 0.2) for v, r in zip(g[row].tolist(), room, strict=True)]
@@ -163,8 +133,8 @@ def test_sparse_steps_move_the_coordinates_that_gain_most():
             expected[chosen] = g[row, chosen].sign() / len(chosen)
             assert torch.equal(step, expected)
     outward, border = torch.tensor([[1.0, -2.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.5, 0.5]])
-    assert (sparse_step(outward, 0.5, x=border, step_size=1.0) == 0).all(), "nothing can move"
-    ties = sparse_step(torch.ones(1, 4), 0.25, x=torch.zeros(1, 4), step_size=1.0)
+    assert (sparse(outward, 0.5, border, 1.0) == 0).all(), "nothing can move"
+    ties = sparse(torch.ones(1, 4), 0.25, torch.zeros(1, 4), 1.0)
     assert torch.equal(ties, torch.full((1, 4), 0.25)), "ties share"
 
 
@@ -172,9 +142,8 @@ def test_sparse_steps_move_the_coordinates_that_gain_most():
 def test_random_starts_are_uniform_in_the_ball(norm):
     """Starts that crowd at the centre (or, in l1, near the axes) make restarts repeat each other."""
     dims, eps = 5, 0.5
-    delta = uniform_in_ball(
-        torch.zeros(4000, dims).double(), ThreatModel(norm, eps), torch.Generator().manual_seed(0)
-    )
+    threat, generator = ThreatModel(norm, eps), torch.Generator().manual_seed(0)
+    delta = uniform_in_ball(torch.zeros(4000, dims).double(), threat, generator)
     # The share of the ball's volume inside radius r is (r/eps)^D: for uniform points it is uniform. By
     # symmetry all coordinates have one law and fair signs. Seven tests at 1e-3 fail a right sampler in less
     # than 1 % of the seeds.
@@ -184,12 +153,8 @@ def test_random_starts_are_uniform_in_the_ball(norm):
     if norm == "l1":  # the faces are simplices, on which a coordinate's share is Beta(1, D - 1)
         share = delta[:, 0].abs() / norms(delta, "l1")
         assert kstest((1 - (1 - share) ** (dims - 1)).numpy(), "uniform").pvalue > 1e-3
-    same = uniform_in_ball(torch.zeros(3, 1, 2, 2), ThreatModel(norm, eps), torch.Generator().manual_seed(0))
-    assert same.shape == (3, 1, 2, 2)
-    assert same.dtype == torch.float32
-
-
-# Losses ---------------------------------------------------------------------------------------------------
+    same = uniform_in_ball(torch.zeros(3, 1, 2, 2), threat)
+    assert (same.shape, same.dtype) == ((3, 1, 2, 2), torch.float32)
 
 
 def losses_by_hand(z: np.ndarray, y: int, reference: np.ndarray) -> dict[str, float]:
@@ -212,31 +177,25 @@ def test_attack_losses_are_their_definitions(name, classes):
     z, reference = 2 * torch.randn(20, classes).double(), torch.randn(20, classes).double()
     y = torch.randint(0, classes, (20,))
     assert (z.argmax(1) == y).any(), "both signs of the margin are needed"
-    expected = [
-        losses_by_hand(*row)[name] for row in zip(z.numpy(), y.tolist(), reference.numpy(), strict=True)
-    ]
-    found = ATTACK_LOSSES[name](z, y, reference)
-    assert np.allclose(found.numpy(), expected, rtol=1e-11, atol=1e-13)
+    rows = zip(z.numpy(), y.tolist(), reference.numpy(), strict=True)
+    loss, found = ATTACK_LOSSES[name], ATTACK_LOSSES[name](z, y, reference)
+    assert np.allclose(found.numpy(), [losses_by_hand(*row)[name] for row in rows], rtol=1e-11, atol=1e-13)
     one_hot = F.one_hot(y, classes)
     for soft in (one_hot.double(), 0.6 * one_hot.float() + 0.4 * one_hot.roll(1, 1).float()):
         # Beyond one-hot targets, a class loss takes the largest; mixed cross-entropy is a mean of two.
-        mixed = (
-            soft * torch.stack([ATTACK_LOSSES["ce"](z, torch.full_like(y, c)) for c in range(classes)], 1)
-        ).sum(1)
-        assert torch.allclose(
-            ATTACK_LOSSES[name](z, soft, reference), mixed if name == "ce" else found, rtol=1e-6
-        )
+        mixed = sum(soft[:, c] * ATTACK_LOSSES["ce"](z, torch.full_like(y, c)) for c in range(classes))
+        assert torch.allclose(loss(z, soft, reference), mixed if name == "ce" else found, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(ATTACK_LOSSES))
 def test_attack_losses_are_computed_in_float32_at_least(name):
     """In bfloat16 a margin of 20 is known to 0.125, and most steps would see no change."""
-    z, y, reference = 9 * torch.randn(20, 5), torch.randint(0, 5, (20,)), torch.randn(20, 5)
-    found = ATTACK_LOSSES[name](z.bfloat16(), y, reference.bfloat16())
-    assert found.dtype == torch.float32
-    assert torch.equal(found, ATTACK_LOSSES[name](z.bfloat16().float(), y, reference.bfloat16().float()))
-    assert ATTACK_LOSSES[name](z.double(), y, reference.double()).dtype == torch.float64
-    assert ATTACK_LOSSES[name](z, F.one_hot(y, 5).double(), reference).dtype == torch.float32
+    z, reference, y = 9 * torch.randn(20, 5).bfloat16(), torch.randn(20, 5), torch.randint(0, 5, (20,))
+    loss = ATTACK_LOSSES[name]
+    assert loss(z, y, reference).dtype == torch.float32
+    assert torch.equal(loss(z, y, reference), loss(z.float(), y, reference.float()))
+    assert loss(z.double(), y, reference.double()).dtype == torch.float64
+    assert loss(z.float(), F.one_hot(y, 5).double(), reference).dtype == torch.float32
 
 
 def test_dlr_does_not_see_the_scale_of_the_logits():
@@ -262,34 +221,23 @@ def test_kl_holds_the_clean_prediction_fixed():
     ATTACK_LOSSES["kl"](z, y, clean).sum().backward()
     assert clean.grad is None
     assert torch.allclose(z.grad, z.softmax(1) - clean.softmax(1), rtol=1e-10)
-    with pytest.raises(ValueError, match="kl: got no reference_logits"):
-        ATTACK_LOSSES["kl"](z, y)
-
-
-# Attacks --------------------------------------------------------------------------------------------------
-
-
-def linear_loss(w: torch.Tensor):
-    """Logistic loss of a linear model for label +1: rises along −w everywhere."""
-    return lambda x: F.softplus(-(x.flatten(1) @ w))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("attack", ["pgd", "fgsm"])
-def test_on_a_linear_model_the_attack_is_the_closed_form(norm, attack):
+def test_on_a_linear_model_the_attacks_are_the_closed_form(norm):
     """Worst linf perturbation −eps sign(w), worst l2 perturbation −eps w/||w||, far from the box."""
-    torch.manual_seed(0)
-    w = torch.randn(12).double()
-    x = torch.full((3, 3, 2, 2), 0.5).double()
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(12, generator=generator).double(), torch.full((3, 3, 2, 2), 0.5).double()
+
+    def loss(z):  # logistic, label +1: rises along −w everywhere
+        return F.softplus(-(z.flatten(1) @ w))
+
     threat = ThreatModel(norm, 0.1)
     worst = -0.1 * (w.sign() if norm == "linf" else w / w.norm())
-    if attack == "fgsm":
-        x_adv = fgsm(linear_loss(w), x, threat=threat)
-    else:
-        generator = torch.Generator().manual_seed(0)
-        # linf: 2 eps / step steps cross the ball from any start. l2: projection shrinks the error each step.
-        x_adv = pgd(linear_loss(w), x, threat=threat, num_steps=200, step_size=0.02, generator=generator)
-    assert torch.allclose(x_adv - x, worst.view(1, 3, 2, 2).expand_as(x), atol=1e-6)
+    # linf: 2 eps / step steps cross the ball from any start. l2: projection shrinks the error each step.
+    found = pgd(loss, x, threat=threat, num_steps=200, step_size=0.02, generator=generator)
+    for x_adv in (found, fgsm(loss, x, threat=threat)):
+        assert torch.allclose(x_adv - x, worst.view(1, 3, 2, 2).expand_as(x), atol=1e-6)
 
 
 def test_the_l1_attack_fills_the_steepest_pixels_one_after_the_other():
@@ -298,10 +246,8 @@ def test_the_l1_attack_fills_the_steepest_pixels_one_after_the_other():
     w, x = (torch.randn(16, 24, generator=generator).double() for _ in "wx")
     x = x.sigmoid()
     threat = ThreatModel("l1", 2.0)
-    step_size = 0.02
-    x_adv = pgd(
-        lambda z: (z * w).sum(1), x, threat=threat, num_steps=400, step_size=step_size, generator=generator
-    )
+    settings = {"threat": threat, "num_steps": 400, "step_size": 0.02}
+    x_adv = pgd(lambda z: (z * w).sum(1), x, generator=generator, **settings)
     gap = 1 - ((x_adv - x) * w).sum(1) / best_gain(w, x, threat)
     assert (gap > -1e-12).all()
     # Two of 24 pixels move a step, by 0.01 each; about ten (eps over the mean room, doubled) lack a step.
@@ -309,19 +255,15 @@ def test_the_l1_attack_fills_the_steepest_pixels_one_after_the_other():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(
-    ("loss", "start"),
-    [
-        (loss, start)
-        for loss in ATTACK_LOSSES
-        for start in ("uniform", "gaussian", "none")
-        if (loss, start) != ("kl", "none")
-    ],
-)
+@pytest.mark.parametrize("loss", ATTACK_LOSSES)
+@pytest.mark.parametrize("start", ["uniform", "gaussian", "none"])
 def test_every_attack_stays_in_ball_and_box_and_raises_its_loss(norm, loss, start):
     """Near the border of [0, 1] the box binds too."""
-    model = BatchNormNet().eval()
-    x = image_batch(20)[0]
+    if (loss, start) == ("kl", "none"):
+        with pytest.raises(ValueError, match="where the KL's gradient is zero"):
+            Attack(ThreatModel(), loss="kl", start="none")
+        return
+    model, x = BatchNormNet().eval(), image_batch(20)[0]
     x[:10] = x[:10].round()  # every pixel on the border
     # all right at first: an example whose class is already last has no way up under dlr
     y = model(x).argmax(1)
@@ -329,8 +271,7 @@ def test_every_attack_stays_in_ball_and_box_and_raises_its_loss(norm, loss, star
     attack = Attack(ThreatModel(norm, eps), num_steps=6, step_size=eps / 4, start=start, loss=loss)
     x_adv = attack(model, x, y, torch.Generator().manual_seed(0))
     assert not x_adv.requires_grad
-    assert x_adv.min() >= 0
-    assert x_adv.max() <= 1
+    assert x_adv.clamp(0, 1).equal(x_adv)
     # float32 rounding of x + delta, summed over 16 pixels in l1
     assert (norms(x_adv - x, norm) <= eps + 2e-6).all()
     if loss != "dlr":
@@ -347,10 +288,8 @@ def test_attacks_start_where_they_say():
     threat = ThreatModel("linf", 0.1)
 
     def started(**kwargs):
-        return (
-            Attack(**{"threat": threat, "num_steps": 0, **kwargs})(lambda z: z.flatten(1), x, y, generator)
-            - x
-        )
+        attack = Attack(**{"threat": threat, "num_steps": 0, **kwargs})
+        return attack(lambda z: z.flatten(1), x, y, generator) - x
 
     noise = started(start="gaussian")
     assert float(noise.std()) == pytest.approx(0.001, rel=4 / (2 * 9600) ** 0.5)  # four standard errors
@@ -359,16 +298,6 @@ def test_attacks_start_where_they_say():
     assert started(start="gaussian", threat=ThreatModel("linf", 1e-4)).abs().max() <= 1e-4 + 6e-8
     assert (started(start="none") == 0).all()
     assert 0.09 < started(start="uniform").abs().max() <= 0.1 + 6e-8
-
-
-# Unions of balls ------------------------------------------------------------------------------------------
-
-UNION = [ThreatModel("linf", 0.1), ThreatModel("l2", 0.5), ThreatModel("l1", 1.0)]
-
-
-def union(num_steps, step_sizes, **settings) -> list[Attack]:
-    """One attack for each ball."""
-    return [Attack(ball, num_steps, s, **settings) for ball, s in zip(UNION, step_sizes, strict=True)]
 
 
 def test_msd_takes_the_best_step_for_each_example():
@@ -380,27 +309,24 @@ def test_msd_takes_the_best_step_for_each_example():
     def loss(z):
         return torch.tanh(z.flatten(1) @ w).square().sum(1)
 
-    step_sizes, expected, chosen = [0.02, 0.1, 0.2], x, set()
+    balls = {ThreatModel("linf", 0.1): 0.02, ThreatModel("l2", 0.5): 0.1, ThreatModel("l1", 1.0): 0.2}
+    expected, chosen = x, set()
     for _ in range(3):
         gradient = torch.autograd.grad(loss(leaf := expected.clone().requires_grad_()).sum(), leaf)[0]
         rows = []
         for n in range(8):
-            candidates = []
-            for threat, size in zip(UNION, step_sizes, strict=True):
-                at, g = expected[n : n + 1], gradient[n : n + 1]
-                unit = steepest_step(g, threat, x=at, step_size=size, l1_share=0.05)
-                delta = project(at + size * unit - x[n : n + 1], threat, x[n : n + 1])
-                candidates.append((x[n : n + 1] + delta).clamp(0, 1))
+            candidates, one = [], slice(n, n + 1)
+            for threat, size in balls.items():
+                unit = steepest_step(gradient[one], threat, x=expected[one], step_size=size, l1_share=0.05)
+                delta = project(expected[one] + size * unit - x[one], threat, x[one])
+                candidates.append((x[one] + delta).clamp(0, 1))
             best = max(range(3), key=lambda t: float(loss(candidates[t])))
             chosen.add(best)
             rows.append(candidates[best])
         expected = torch.cat(rows)
-    found = msd(loss, x, union(3, step_sizes, start="none"))
+    found = msd(loss, x, [Attack(ball, 3, size, "none") for ball, size in balls.items()])
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
     assert len(chosen) > 1, "the example should need more than one threat"
-
-
-# What all attacks share -----------------------------------------------------------------------------------
 
 
 def test_restarts_keep_the_worst_per_example():
@@ -412,36 +338,22 @@ def test_restarts_keep_the_worst_per_example():
     def loss(z):  # several maxima
         return torch.sin(3 * z.flatten(1) @ w.T).sum(1)
 
-    threat = ThreatModel("linf", 0.2)
-    several = loss(pgd(loss, x, threat=threat, num_steps=2, step_size=0.05, num_restarts=4,
-                       generator=torch.Generator().manual_seed(1)))  # fmt: skip
+    settings = {"threat": ThreatModel("linf", 0.2), "num_steps": 2, "step_size": 0.05}
+    several = loss(pgd(loss, x, num_restarts=4, generator=torch.Generator().manual_seed(1), **settings))
     generator = torch.Generator().manual_seed(1)
-    singles = torch.stack(
-        [
-            loss(pgd(loss, x, threat=threat, num_steps=2, step_size=0.05, generator=generator))
-            for _ in range(4)
-        ]
-    )
+    singles = torch.stack([loss(pgd(loss, x, generator=generator, **settings)) for _ in range(4)])
     assert torch.equal(several, singles.max(0).values)
-    assert (singles.argmax(0) != singles.argmax(0)[0]).any(), (
-        "the worst restart should differ between examples here"
-    )
+    assert len(singles.argmax(0).unique()) > 1, "the worst restart should differ between examples here"
 
 
 def test_impossible_threats_and_losses_are_refused():
     """eps = 8 on [0, 1] images destroys them silently elsewhere."""
-    with pytest.raises(ValueError, match="Did you mean 8/255"):
-        ThreatModel("linf", 8)
-    for norm, eps in (("l2", 128), ("l1", 20000)):
-        with pytest.raises(
-            ValueError, match=rf"ThreatModel.eps: got {eps}; expected at most .* under {norm}"
-        ):
+    for norm, eps in (("linf", 8), ("l2", 128), ("l1", 20000)):
+        text = rf"ThreatModel.eps: got {eps}; expected at most .* under {norm}.*Did you mean {eps}/255"
+        with pytest.raises(ValueError, match=text):
             ThreatModel(norm, eps)
-    x, y = image_batch()
-    model = BatchNormNet().eval()
+    x = image_batch()[0]
     with pytest.raises(ValueError, match="one loss per example"):
-        pgd(lambda z: F.cross_entropy(model(z), y), x, threat=ThreatModel())
+        pgd(lambda z: z.sum(), x, threat=ThreatModel())
     with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
         pgd(lambda z: z.flatten(1).sum(1), torch.randn(3, 1, 4, 4) * 3, threat=ThreatModel())
-    with pytest.raises(ValueError, match="where the KL's gradient is zero"):
-        Attack(ThreatModel(), loss="kl", start="none")

@@ -1,9 +1,7 @@
 """The command line before a command runs: quick help, lazy names, lists and recipe names."""
 
-import os
 import subprocess
 import sys
-import types
 
 import pytest
 from pydantic import Field
@@ -11,13 +9,13 @@ from tiny_run import TINY
 
 import wcitrain
 from wcitrain.__main__ import main
-from wcitrain.commands.options import LISTS, parser
-from wcitrain.listing import as_text, describe, describe_recipes, recipe_file
+from wcitrain.commands.common import file_name
+from wcitrain.commands.options import COMMANDS, LISTS, parser
+from wcitrain.listing import describe, describe_recipes, recipe_file
 from wcitrain.method import Count, Method, method
 from wcitrain.optim import RegularizedOptimizer
 from wcitrain.recipe.reading import to_yaml_text
 
-COMMANDS = ("train", "sweep", "evaluate", "measure", "landscape", "report", "list")
 HEAVY = ("torch", "numpy", "pydantic", "timm", "sklearn", "matplotlib", "yaml")
 
 
@@ -38,7 +36,7 @@ def test_help_and_import_load_nothing_heavy():
     """Help that takes seconds is not asked for; one import at the top of a file would bring torch back."""
     code = (
         "import sys, wcitrain\nfrom wcitrain.__main__ import main\n"
-        f"for command in {COMMANDS}:\n    try: main([command, '--help'])\n    except SystemExit: pass\n"
+        f"for command in {[*COMMANDS]}:\n    try: main([command, '--help'])\n    except SystemExit: pass\n"
         f"loaded = [name for name in {HEAVY} if name in sys.modules]\nimport wcitrain.recipe\n"
         "print('loaded', loaded + [name for name in ('scipy', 'sklearn') if name in sys.modules])"
     )
@@ -55,18 +53,10 @@ def test_every_public_name_is_there_and_no_other():
         wcitrain.Fit  # noqa: B018
 
 
-def test_every_command_has_a_module():
-    """A command that is declared and cannot be run."""
-    (commands,) = (action.choices for action in parser()._actions if action.dest == "command")
-    assert set(commands) == set(COMMANDS)
-    for name in COMMANDS:
-        assert callable(__import__(f"wcitrain.commands.{name}", fromlist=["run"]).run)
-
-
 def test_a_description_is_what_the_class_says():
     """Lists and documents are made of it: a setting that is missing there is never found."""
-    entries = describe({"walk": Walk})
-    lines = [" ".join(line.split()) for line in as_text(entries).splitlines()]
+    (entry,) = describe({"walk": Walk})
+    lines = [" ".join(line.split()) for line in str(entry).splitlines()]
     assert lines == ["walk: Go on foot.", "steps 3 Steps of 1 m.", "pause null", "cost: one a step"]
 
 
@@ -82,9 +72,7 @@ def test_recipes_that_come_along_have_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert recipe_file("cifar10", ["bases"]).endswith("recipes/bases/cifar10.yaml")
     assert recipe_file("wci", ["bases", "methods"]).endswith("recipes/methods/wci.yaml")
-    with pytest.raises(
-        ValueError, match=r"cifar: got no file; expected a path, or one of .*Did you mean cif"
-    ):
+    with pytest.raises(ValueError, match="cifar: got no file; expected a path, or one of cifar10"):
         recipe_file("cifar", ["bases"])
     (tmp_path / "wci").write_text("")
     assert recipe_file("wci", ["methods"]) == "wci"
@@ -98,10 +86,7 @@ def test_settings_may_follow_an_option(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "at", "--base", "digits", "train.epochs=0"]) == 2
     assert "train.epochs: got 0" in capsys.readouterr().err
-    for wrong in (
-        ["train", "at", "--bse", "digits"],
-        ["report", "--at", "best", "run", "--no-images", "x=1"],
-    ):
+    for wrong in (["train", "at", "--bse", "digits"], ["report", "run", "--no-images", "x=1"]):
         with pytest.raises(SystemExit, match="2"):
             main(wrong)
     assert "unrecognized arguments" in capsys.readouterr().err
@@ -122,27 +107,15 @@ def test_a_dry_run_makes_a_step_and_leaves_nothing_behind(tmp_path, monkeypatch,
     assert (len(steps), [path.name for path in tmp_path.iterdir()]) == (1, ["tiny.yaml"])
 
 
-def test_the_shell_is_answered_before_anything_runs(monkeypatch):
-    """Completion that is declared and not called gives no answer."""
-    asked = []
-    fake = types.SimpleNamespace(autocomplete=asked.append)
-    monkeypatch.setitem(sys.modules, "argcomplete", fake)
-    monkeypatch.setitem(os.environ, "_ARGCOMPLETE", "1")
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert [one.prog for one in asked] == ["wcitrain"]
-
-
 def test_repeated_options_add_up():
     """Of two `--set` the first was dropped without a word: the measure ran at its default."""
-    line = ["measure", "RUN", "--set", "wci.layers=head", "--set", "wci.num_probes=3", "--measures", "wci"]
-    options = parser().parse_args([*line, "--measures", "lambda_max"])
+    line = "measure RUN --set wci.layers=head --set wci.num_probes=3 --measures wci --measures lambda_max"
+    options = parser().parse_args(line.split())
     assert options.set == ["wci.layers=head", "wci.num_probes=3"]
     assert options.measures == ["wci", "lambda_max"]
 
 
-def test_a_target_error_is_for_the_index_of_one_model(capsys):
-    """With several it was cut off at 500 examples, and nothing said that the target was missed."""
-    for line in (["a", "b"], ["a", "--measures", "margins"]):
-        assert main(["measure", *line, "--target-error", "0.1"]) == 2
-        assert "--target-error: got several models or measures" in capsys.readouterr().err
+def test_long_file_names_are_shortened_and_stay_different():
+    """A name of more than 255 bytes fails when everything is done."""
+    names = {file_name("last", "-".join(["linf 8/255"] * 30), end) for end in ("a", "b")}
+    assert [len(name) for name in names] == [120, 120]

@@ -4,14 +4,7 @@ import pytest
 import timm
 import torch
 
-from wcitrain.models import (
-    CIFAR10_MEAN,
-    CIFAR10_STD,
-    Classifier,
-    check_channels_last,
-    create_model,
-    load_exported,
-)
+from wcitrain.models import create_model, load_exported
 from wcitrain.params import select_layers
 
 
@@ -48,8 +41,7 @@ def test_preact_resnet18_is_the_published_network():
     assert sum(p.numel() for p in model.parameters()) == convs + norms + 512 * 10 + 10
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
     wrapped = create_model("preact_resnet18", num_classes=10)
-    assert wrapped.mean.flatten().tolist() == pytest.approx(CIFAR10_MEAN)
-    assert wrapped.std.flatten().tolist() == pytest.approx(CIFAR10_STD)
+    assert wrapped.mean.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
 
 
 HEADED = {
@@ -62,43 +54,31 @@ HEADED = {
 
 @pytest.mark.parametrize("name", HEADED)
 def test_a_rotation_head_changes_nothing_for_the_classes(name):
-    """Same random initialisation, same state dict of the backbone, same logits, bit for bit."""
+    """Same initialisation, state dict and logits, bit for bit; and it reads the features of the classes."""
     models = []
     for rotation_head in (False, True):
         torch.manual_seed(0)
-        models.append(create_model(name, num_classes=3, rotation_head=rotation_head, **HEADED[name]).eval())
+        models.append(create_model(name, num_classes=4, rotation_head=rotation_head, **HEADED[name]).eval())
     plain, headed = models
     assert plain.backbone.state_dict().keys() == headed.backbone.state_dict().keys()
     own = {"rotation_head.weight", "rotation_head.bias"}
     assert set(headed.state_dict()) - set(plain.state_dict()) == own
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(plain(x), headed(x))
-    assert torch.equal(headed(x), headed(x, head="classes"))
-    assert headed(x, head="rotation").shape == (2, 4)
-    with pytest.raises(ValueError, match=r"rotation_head=None.*rotation_head=True\) adds"):
+    head = getattr(headed.backbone, "fc", None) or headed.backbone.get_classifier()
+    headed.rotation_head.load_state_dict(head.state_dict())
+    # float32, another order of operations
+    assert torch.allclose(headed(x), headed(x, head="rotation"), atol=1e-6)
+    with pytest.raises(ValueError, match=r"got head='rotation'.*rotation_head=True\) adds"):
         plain(x, head="rotation")
-    with pytest.raises(ValueError, match="got head='jigsaw'"):
-        headed(x, head="jigsaw")
-    with pytest.raises(ValueError, match=r"model.rotation_head: got a Linear"):
-        Classifier(torch.nn.Linear(3, 3), [0.5], [0.5], rotation_head=True)
-
-
-def test_the_rotation_head_reads_the_features_of_the_classes():
-    """With the class head's weights it must give the class logits: same normalisation, features, pooling."""
-    for name, kwargs in HEADED.items():
-        model = create_model(name, num_classes=4, rotation_head=True, **kwargs).eval()
-        head = getattr(model.backbone, "fc", None) or model.backbone.get_classifier()
-        model.rotation_head.load_state_dict(head.state_dict())
-        x = torch.rand(2, 3, 32, 32)
-        # float32, another order of operations
-        assert torch.allclose(model(x), model(x, head="rotation"), atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"name": "resnet81"}, r"model.name: got 'resnet81'.*Did you mean .*resnet18"),
+        ({"name": "resnet81"}, r"could not build 'resnet81'.*Unknown model"),
         ({"name": "vit_tiny_patch16_224", "stem": "cifar"}, "expected a timm ResNet"),
+        ({"name": "resnet18", "stem": "Cifar"}, "model.stem: got 'Cifar'; expected default or cifar"),
         ({"name": "resnet18", "mean": [0.1, 0.2]}, "model.mean: got 2 values; expected 3"),
         ({"name": "resnet18", "std": [0.0]}, "model.std"),
         ({"name": "preact_resnet18", "pretrained": True}, "no weights are published"),
@@ -107,46 +87,16 @@ def test_the_rotation_head_reads_the_features_of_the_classes():
 )
 def test_what_cannot_be_built_is_refused_with_a_way_out(kwargs, message):
     """Otherwise the error comes from deep inside timm, or after the data have been read."""
-    extra = kwargs.pop("kwargs", {})
     with pytest.raises(ValueError, match=message):
-        create_model(**kwargs, **extra, num_classes=3)
-
-
-@pytest.mark.parametrize(
-    ("in_channels", "out_channels", "settings", "device", "is_fine"),
-    [
-        (4, 8, {"stride": 2}, "cpu", False),
-        (2, 8, {"stride": (1, 3)}, "cpu", False),
-        (8, 8, {"stride": 2}, "cpu", True),  # a whole register
-        (1, 8, {"stride": 2}, "cpu", True),  # channels last and first are the same
-        (4, 8, {"stride": 1}, "cpu", True),
-        (6, 8, {"stride": 2, "groups": 2}, "cpu", True),
-        (4, 8, {"kernel_size": 3, "stride": 2}, "cpu", True),
-        (4, 8, {"stride": 2}, "cuda", True),
-    ],
-)
-def test_channels_last_is_refused_for_strided_1x1_convolutions_of_few_channels(
-    in_channels, out_channels, settings, device, is_fine
-):
-    """The heap checker of the C library finds damage for these layers and for no other ones of this list."""
-    conv = torch.nn.Conv2d(in_channels, out_channels, **({"kernel_size": 1} | settings))
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(conv))
-    if is_fine:
-        check_channels_last(model, torch.device(device))
-        return
-    with pytest.raises(ValueError, match=rf"with 1.0, a 1x1 .* and {in_channels} input channels; expected"):
-        check_channels_last(model, torch.device(device))
+        create_model(**kwargs, num_classes=3)
 
 
 def test_layers_are_weight_matrices_only():
     """Biases, norms, tokens and embeddings are not layers; tied tensors count once."""
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=1)
     names = list(select_layers(vit))
-    assert "cls_token" not in names
-    assert "pos_embed" not in names
-    assert "patch_embed.proj.weight" in names
-    assert "blocks.0.attn.qkv.weight" in names
-    assert not any("norm" in n or n.endswith("bias") for n in names)
+    assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(names)
+    assert not any(n in ("cls_token", "pos_embed") or "norm" in n or n.endswith("bias") for n in names)
     tied = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.Embedding(4, 3))
     tied[1].weight = tied[0].weight
     assert list(select_layers(tied)) == ["0.weight"]

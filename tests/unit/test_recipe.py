@@ -1,11 +1,8 @@
 """The recipe: what is read, what is refused, and how the refusal reads."""
 
-import logging
 import math
 import re
-import warnings
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -13,10 +10,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from wcitrain.attacks import ThreatModel
-from wcitrain.method import Choice, fields_of, fraction_text, method
+from wcitrain.method import fraction_text
 from wcitrain.objectives import PGDAT
 from wcitrain.optim import AWP
 from wcitrain.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
+from wcitrain.recipe.loading import KEYS
 from wcitrain.recipe.reading import read_yaml, to_yaml_text
 
 
@@ -45,8 +43,8 @@ def lines_of(data: str | Path | list[Path], *overrides: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-def line_of(data: str | Path | list[Path], *overrides: str) -> str:
-    """Return the only line of the error that ``data`` must cause."""
+def one_line(data: str | Path | list[Path], *overrides: str) -> str:
+    """Return the only line of it."""
     (line,) = lines_of(data, *overrides)
     return line
 
@@ -54,9 +52,6 @@ def line_of(data: str | Path | list[Path], *overrides: str) -> str:
 def rows(table: str, separator: str = " => ") -> list:
     """Return the rows of a table written as text, for ``parametrize``."""
     return [tuple(map(str.strip, row.split(separator))) for row in table.strip().splitlines()]
-
-
-# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def test_an_empty_file_is_the_default_recipe(write):
@@ -96,24 +91,20 @@ def test_overrides_are_read_as_yaml_and_leave_the_caller_s_dict_alone():
 CHANGES = """
 perturbation | name: awp, gamma: 0.1, schedule: {every: 3} | name: wci | name: wci, schedule: {every: 3}
 perturbation | name: awp, gamma: 0.1 | name: awp, schedule: {every: 3} | gamma: 0.1, name: awp, schedule: {every: 3}
-perturbation | name: awp, gamma: 0.1 | name: none | name: none
 perturbation | name: sam, rho: 0.1 | name: asam | name: asam, rho: 0.1
 penalty | name: wci, strength: 3 | estimator: {name: hutchinson} | name: wci, strength: 3, estimator: hutchinson
-penalty | name: wci, estimator: {name: hutchinson} | name: trace | name: trace, estimator: {name: hutchinson}
 penalty | name: wci, estimator: {name: hutchinson, radius: 0.1} | estimator: auto | name: wci
 penalty | name: wci, estimator: hutchinson | estimator: {radius: 1} | name: wci, estimator: {name: hutchinson, radius: 1}
 objective | num_steps: 3, attack_bn: train | name: trades | name: trades, num_steps: 3, attack_bn: train
-schedule | milestones: [1], warmup_epochs: 2 | name: cosine | name: cosine, warmup_epochs: 2
 optimizer | lr: 1e-4, momentum: 0.5 | name: adamw | name: adamw, lr: 1e-4
 optimizer | lr: 1e-4, momentum: 0.5, kwargs: {dampening: 0} | name: lamb | name: lamb, lr: 1e-4, momentum: 0.5
 """  # noqa: E501
 
 
 @pytest.mark.parametrize(("section", "below", "above", "expected"), rows(CHANGES, "|"))
-@pytest.mark.filterwarnings("ignore:penalty.name. got frobenius")
 def test_another_kind_keeps_the_settings_it_shares_and_drops_the_rest(write, section, below, above, expected):
     """A rate of 1e-4 would turn into a default of 0.1, or keys of the old kind stop the run as unknown."""
-    base = write(f"{section}: {{{below}}}\n", "base.yaml")
+    base = write(f"data: {{source: digits}}\n{section}: {{{below}}}\n", "base.yaml")
     path = write(f"{section}: {{{above}}}\n", "above.yaml")
     based = write(f"base: base.yaml\n{section}: {{{above}}}\n")
     changes = read_yaml(f"{{{above}}}").items()
@@ -123,47 +114,38 @@ def test_another_kind_keeps_the_settings_it_shares_and_drops_the_rest(write, sec
     assert load_recipe(base, overrides) == load_recipe(base, overrides[::-1]) == wanted
 
 
-def test_what_a_changed_name_on_the_command_line_keeps_and_drops_is_said(caplog, write):
-    """``optimizer.name=adamw`` on a file's SGD: nobody would know which of its settings still hold.
-
-    A file says so itself.
-    """
-    optimizer = "optimizer: {lr: 1e-4, momentum: 0.5}\n"
-    base = write(optimizer + "penalty: {name: wci, estimator: {name: hutchinson, radius: 0.1}}\n")
-    with caplog.at_level(logging.INFO, "wcitrain.recipe"):
-        load_recipe([base, write("optimizer: {name: adamw}\npenalty: {estimator: auto}\n", "above.yaml")])
-        load_recipe(base, ["optimizer.momentum=0.1", "optimizer.name=sgd", "schedule.name=cosine"])
-        assert caplog.messages == []
-        load_recipe(base, ["optimizer.name=adamw", "optimizer.weight_decay=0", "penalty.estimator=auto"])
-        load_recipe(base, ["optimizer.name=lamb", "optimizer.lr=0.1"])
-    assert caplog.messages == [
-        "penalty.estimator.name: hutchinson became auto; dropped: radius=0.1",
-        "optimizer.name: sgd became adamw; kept: lr=0.0001; dropped: momentum=0.5",
-        "optimizer.name: sgd became lamb; kept: momentum=0.5",
-    ]
+def test_two_methods_that_are_one_choice_and_a_base_above_a_method_are_refused(write):
+    """``wci awp`` would train AWP under both names, ``wci digits`` without what holds for digits."""
+    base = write("name: base\ndata: {source: digits}\nperturbation: sam\n", "base.yaml")
+    wci, awp = (
+        write(f"name: {name}\nperturbation: {{name: {name}}}\n", f"{name}.yaml") for name in ("wci", "awp")
+    )
+    with pytest.raises(
+        RecipeError, match=r"awp\.yaml: perturbation: got awp, and wci by .*wci\.yaml; expected one"
+    ):
+        load_recipe([base, wci, awp])
+    with pytest.raises(
+        RecipeError, match=r"base\.yaml: got a base after a method; expected bases before methods"
+    ):
+        load_recipe([wci, base])
+    assert load_recipe([base, wci, wci]).perturbation == load_recipe([base, wci]).perturbation
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_a_name_alone_and_its_settings_go_together_on_the_command_line(write, order):
+def test_a_name_alone_and_its_settings_go_together_on_the_command_line(write):
     """``perturbation=noise perturbation.relative_size=0.5`` would train the file's rule, at noise's size."""
     base = write("perturbation: {name: wci, relative_size: 0.2}\n")
-    overrides = ["perturbation=noise", "perturbation.relative_size=0.5"][::order]
-    assert load_recipe(base, overrides) == recipe_of("perturbation: {name: noise, relative_size: 0.5}")
+    overrides = ["perturbation=noise", "perturbation.relative_size=0.5"]
+    for one in (overrides, overrides[::-1]):
+        assert load_recipe(base, one) == recipe_of("perturbation: {name: noise, relative_size: 0.5}")
 
 
 def test_a_method_is_given_by_name_as_a_mapping_or_as_an_object():
     """A notebook has the object at hand, a file its name."""
-    given = ("awp", {"name": "awp"}, AWP())
-    by_name, as_mapping, as_object = (recipe_from_dict({"perturbation": one}) for one in given)
-    assert by_name == as_mapping == as_object == Recipe(perturbation=AWP(0.01))
+    for one in ("awp", {"name": "awp"}, AWP()):
+        assert recipe_from_dict({"perturbation": one}) == Recipe(perturbation=AWP(0.01))
     assert recipe_of("perturbation: null") == recipe_of("perturbation: none") == Recipe()
-
-    @method
-    class Mine(AWP):
-        """A class that no name stands for could not be read again."""
-
     with pytest.raises(RecipeError, match="expected a mapping with a name"):
-        recipe_from_dict({"perturbation": Mine(0.02)})
+        recipe_from_dict({"perturbation": object()})
 
 
 def test_null_and_empty_mappings_take_away_what_was_there():
@@ -171,7 +153,7 @@ def test_null_and_empty_mappings_take_away_what_was_there():
     below = "perturbation: awp, model: {kwargs: {layers: [1]}}"
     recipe = recipe_of(below, "model.kwargs={}", "perturbation=null")
     assert (recipe.model.kwargs, recipe.perturbation) == ({}, None)
-    assert "got an unknown key" in line_of(below, "perturbation=null", "perturbation.gamma=0.3")
+    assert "got an unknown key" in one_line(below, "perturbation=null", "perturbation.gamma=0.3")
 
 
 def test_an_objective_with_another_threat_is_refused():
@@ -181,9 +163,6 @@ def test_an_objective_with_another_threat_is_refused():
         recipe_from_dict({"objective": objective})
     recipe = recipe_from_dict({"objective": objective, "threat": threat})
     assert recipe.objective.threat == recipe.threat
-
-
-# ---- files on one another ----------------------------------------------------------------------------------
 
 
 def test_files_are_laid_on_one_another_and_name_the_run_together(write):
@@ -221,51 +200,32 @@ def test_a_method_file_says_what_holds_for_one_base_alone(write):
     assert load_recipe(method).seed == 0
 
 
-def test_what_by_base_cannot_do_is_said(write, caplog):
-    """A misspelt base, a number for a name or a run's name there would have no effect, without a word."""
-    base = write("name: digits\n", "base.yaml")
-    misspelt = write("name: m\nby_base: {digit: {seed: 3}, cifar10: {seed: 4}}\n", "method.yaml")
-    assert load_recipe([base, misspelt]).seed == 0
-    assert "nothing is said for digits, which lies below; is digit meant?" in caplog.text
-    write("name: m\nby_base: {digits: {name: special}}\n", "method.yaml")
-    assert "got a name; expected other keys" in line_of([base, misspelt])
-    wrong_inside = write("name: m\nby_base:\n  digits:\n    train:\n      epochs: 0\n", "method.yaml")
-    assert line_of([base, wrong_inside]).startswith(f"{wrong_inside}:5: train.epochs: got 0")
-    write("name: 3\n", "base.yaml")
-    assert line_of([base, write("name: m\n", "method.yaml")]).startswith("the files' names: name: got 3")
-
-
-@pytest.mark.parametrize("by_base", ["3", "null", "[small]", "{small: null}", "{1: {seed: 3}}"])
+@pytest.mark.parametrize("by_base", ["3", "null", "[small]", "{small: null}"])
 def test_sections_for_bases_of_another_shape_are_refused_beside_other_problems(write, by_base):
     """A base's settings would be left out without a word."""
     base = write("name: small\n", "small.yaml")
     method = write(f"seed: -1\nby_base: {by_base}\n", "method.yaml")
     by_base_line, seed_line = lines_of([base, method])
     assert by_base_line.startswith(f"{method}:2: by_base: got ")
-    assert by_base_line.endswith("expected sections for each base. Write by_base: {NAME: {...}}.")
     assert seed_line.startswith(f"{method}:1: seed: got -1")
+    method = write("by_base:\n  small:\n    train:\n      epochs: 0\n", "method.yaml")
+    assert one_line([base, method]).startswith(f"{method}:4: train.epochs: got 0")
 
 
-# ---- scalars: YAML 1.2 -------------------------------------------------------------------------------------
+SCALARS_OF_1_2 = [
+    *[(text, text) for text in ("1:30", "1_000", "no", "off", "yes", "On", "y", "2024-01-01", "0b1", "1e")],
+    *[("=", "="), ("0o9", "0o9"), ("8/255", "8/255"), ("'no'", "no"), ("'010'", "010"), ("!!str 3", "3")],
+    *[("010", 10), ("0o10", 8), ("0x1F", 31), ("-0", 0), ("+3", 3), ("1e-4", 1e-4), ("1E3", 1e3)],
+    *[("-1.5e+3", -1500.0), (".5", 0.5), ("5.", 5.0), (".inf", math.inf), ("-.INF", -math.inf)],
+    *[("~", None), ("", None), ("NULL", None), ("true", True), ("False", False)],
+    ("{<<: {a: 1}, b: 2}", {"a": 1, "b": 2}),
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        *[(text, text) for text in ("1:30", "1_000", "no", "off", "yes", "On", "y")],
-        *[(text, text) for text in ("2024-01-01", "0b1", "1e", "=", "0o9")],
-        *[("010", 10), ("0o10", 8), ("0x1F", 31), ("-0", 0), ("+3", 3), ("007", 7)],
-        *[("1e-4", 1e-4), ("1E3", 1e3)],
-        *[("-1.5e+3", -1500.0), (".5", 0.5), ("5.", 5.0), (".inf", math.inf), ("-.INF", -math.inf)],
-        *[("~", None), ("", None), ("NULL", None), ("true", True), ("False", False)],
-        *[("'no'", "no"), ("'010'", "010")],
-        *[("8/255", "8/255"), ("{<<: {a: 1}, b: 2}", {"a": 1, "b": 2}), ("!!str 3", "3")],
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "value"), SCALARS_OF_1_2)
 def test_plain_scalars_are_those_of_yaml_1_2(text, value):
     """1:30 would be ninety, 010 eight, no false, 1_000 a thousand, 1e-4 a text."""
-    read = read_yaml(text)
-    assert (read, type(read)) == (value, type(value))
+    assert repr(read_yaml(text)) == repr(value)  # the type too
 
 
 WORDS = ["no", "1:30", "010", "0o7", "1_000", "1e5", "2024-01-01", "~", "<<", "=", "1.", ".inf", "0x", " "]
@@ -281,18 +241,8 @@ def _nested(inner: st.SearchStrategy) -> st.SearchStrategy:
 @settings(max_examples=200, deadline=None)
 def test_what_is_written_reads_as_what_it_was(data):
     """A stored recipe would repeat another run: a text "010" read back as ten, 1e5 as a text."""
-    text = to_yaml_text(data)
-    assert _typed(read_yaml(text)) == _typed(data)
+    assert repr(read_yaml(to_yaml_text(data))) == repr(data)  # types too
 
-
-def _typed(value):
-    """Return ``value`` with its types, as True == 1 == 1.0."""
-    if isinstance(value, dict):
-        return {key: _typed(one) for key, one in value.items()}
-    return [_typed(one) for one in value] if isinstance(value, list) else (type(value), value)
-
-
-# ---- writing -----------------------------------------------------------------------------------------------
 
 CASES = [
     "",
@@ -322,35 +272,27 @@ def test_the_resolved_yaml_gives_an_equal_recipe(write, text):
 def test_the_resolved_yaml_writes_every_default_and_exact_fractions():
     """A later change of a default would change what an old run's recipe means; 0.031 would pass for 8/255."""
     text = recipe_of("objective: {step_size: 0.0078}").to_yaml()
-    for line in ("  eps: 8/255\n", "  step_size: 0.0078\n", "  crop_padding: 0\n"):
-        assert line in text
+    assert all(f"  {line}\n" in text for line in ("eps: 8/255", "step_size: 0.0078", "crop_padding: 0"))
     numbers = {8 / 255: "8/255", 0.031: 0.031, 0: 0, 1.0: 1.0, 2.0: 2.0, 0.2: 0.2, 1e300: 1e300}
     assert {value: fraction_text(value) for value in numbers} == numbers
 
 
-# ---- wrong files -------------------------------------------------------------------------------------------
-
-
 def test_a_duplicate_key_names_both_lines(write):
     """YAML would silently keep the last of two values."""
-    path = write("train:\n  epochs: 3\n  epochs: 4\nseed: 1\nseed: 2\nmodel: {kwargs: {a: [{b: 1, b: 2}]}}\n")
-    lines = lines_of(path)
+    path = write("train:\n  epochs: 3\n  epochs: 4\nmodel: {kwargs: {a: [{b: 1, b: 2}]}}\n")
+    first, second = lines_of(path)
     got = "train.epochs: got the key a second time"
-    assert lines[0].startswith(f"{path}:3: {got} (first: {path}:2); expected each key once.")
-    assert lines[1].startswith(f"{path}:5: seed: got the key a second time")
-    assert lines[2].startswith(f"{path}:6: model.kwargs.a.0.b: got the key a second time")
+    assert first.startswith(f"{path}:3: {got} (first: {path}:2); expected each key once.")
+    assert second.startswith(f"{path}:4: model.kwargs.a.0.b: got the key a second time")
 
 
-def test_a_missing_base_or_a_circle_names_the_file_that_asked(write):
-    """In a chain of three files nobody would know which one to correct, or reading would never end."""
-    middle = write("seed: 1\nbase: gone.yaml\n", "middle.yaml")
-    line = line_of(write("base: middle.yaml\n"))
-    assert line.startswith(f"{middle}:2: base: got ")
-    assert "gone.yaml' (No such file or directory); expected a readable YAML file" in line
+def test_a_missing_base_or_a_circle_names_a_file(write):
+    """Nobody would know which one to correct, or reading would never end."""
+    write("seed: 1\nbase: gone.yaml\n", "middle.yaml")
+    assert "gone.yaml: got [Errno 2] No such file or directory" in one_line(write("base: middle.yaml\n"))
     circle = write("base: recipe.yaml\n", "other.yaml")
-    line = line_of(write("base: other.yaml\n"))
-    assert line.startswith(f"{circle}:1: base: got 'recipe.yaml', which leads back to")
-    assert "leads back to" in line_of(write("base: ./self.yaml\n", "self.yaml"))
+    line = one_line(write("base: other.yaml\n"))
+    assert line.startswith(f"{circle}:1: base: got 'recipe.yaml'; expected the path of one file")
 
 
 @pytest.mark.parametrize(
@@ -358,263 +300,155 @@ def test_a_missing_base_or_a_circle_names_the_file_that_asked(write):
     [
         ("train: {epochs: 3\nseed: 1\n", ":2: got text that is not YAML"),
         ("- 1\n", ": got a list; expected sections"),
-        ("a: &x {b: *x}\n", "contains itself"),
+        ("a: &x {b: *x}\n", "recursion"),
         ("train: !!python/object:os.system {}\n", ":1: got text that is not YAML"),
-        ("base: [a.yaml, b.yaml]\n", ":1: base: got ['a.yaml', 'b.yaml']; expected the path of one file"),
+        ("base: [a.yaml, b.yaml]\n", ":1: base: got ['a.yaml', 'b.yaml']; expected the path"),
         ("seed: 1\n---\nseed: 2\n", ":2: got text that is not YAML"),
         ("train: {epochs: !!timestamp foo}\n", "got text that is not YAML"),  # PyYAML's own errors there
-        (b"\xff\xfe\xfa", "not UTF-8 text"),
+        (b"\xff\xfe\xfa", "can't decode byte 0xff"),
     ],
 )
 def test_a_file_that_is_no_recipe_says_where_and_why(tmp_path, text, expected):
     """The user would see a stack trace of the YAML reader."""
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert str(path) in line_of(path)
-    assert expected in line_of(path)
+    assert str(path) in one_line(path)
+    assert expected in one_line(path)
 
 
-@pytest.mark.parametrize(
-    "override", ["train.epochs", "train..epochs=3", "=3", "train.epochs=[", "seed=!!bool foo"]
-)
-def test_an_override_that_cannot_be_read_is_shown(override):
+def test_an_override_that_cannot_be_read_is_shown():
     """It would be ignored, and the run would go on without it."""
-    line = line_of("", override)
-    assert line.startswith("command line: ")
-    assert override.split("=")[0] in line
+    for override in ("train.epochs", "train..epochs=3", "=3", "train.epochs=[", "seed=!!bool foo"):
+        assert re.match(f"command line: .*{override.split('=')[0]}", one_line("", override))
 
-
-def test_a_text_in_place_of_the_list_of_overrides_is_refused():
-    """Each letter would be taken for an override."""
-    with pytest.raises(TypeError, match=r"Write \['train.epochs=3'\]"):
-        recipe_from_dict({}, "train.epochs=3")
-
-
-# ---- what is refused ---------------------------------------------------------------------------------------
 
 # What a recipe says => its line after "recipe: ", parts of it that follow each other with " ... " between.
 UNKNOWN = """
-optimizer: {wieght_decay: 1} => optimizer.wieght_decay: got an unknown key ... Did you mean weight_decay?
-optimizer: {epochs: 1} => optimizer.epochs: got ... It belongs under train.
+optimizer: {wieght_decay: 1} => optimizer.wieght_decay: got an unknown key; expected one of name, lr, ... Did you mean weight_decay?
 batch_size: 1 => batch_size: got ... It belongs under train or evaluation.
-eps: 1 => eps: got ... It belongs under threat.
-optimiser: {} => optimiser: got ... Did you mean optimizer?
-epoch: 1 => epoch: got ... Did you mean epochs under train?
-train: {zzzzzzz: 1} => train.zzzzzzz: got ... Remove it.
-base: x.yaml => base: got an unknown key
-perturbation: {name: wci, gamma: 1} => perturbation.gamma: got an unknown key; expected one of name, ... It belongs to perturbation.name awp: set
-perturbation: {relative_size: 1} => perturbation.relative_size: got an unknown key; expected one of name. ... belongs to perturbation.name wci_adversary or wci or noise: set
-perturbation: {name: apw} => perturbation.name: got "apw"; expected one of none, sam, asam, ... Did you mean awp?
-objective: none => objective.name: got "none"; expected one of standard, pgd_at,
-optimizer: {name: 3} => optimizer.name: got 3; expected one of sgd, adamw, a name for Timm ... Choose one of them.
+perturbation: {name: wci, gamma: 1} => perturbation.gamma: got an unknown key; expected one of name, relative_size, ... It belongs to another perturbation.name.
+perturbation: {relative_size: 1} => perturbation.relative_size: got an unknown key; expected one of name.
+optimizer: {name: 3} => optimizer.name: got 3; expected one of sgd, adamw, a name for Timm
 optimizer: adamww => optimizer.name: got 'adamww'; expected sgd ... Did you mean adamw?
-optimizer: {name: lamb, nesterov: true} => optimizer.nesterov: got ... or remove the key.
-train: {seed: 1} => train.seed: got an unknown key ... It belongs under no section.
 objective: {threat: {eps: 1}} => objective.threat: got ... It belongs under no section.
-penalty: {name: wci, estimator: {name: gauss_newton, radius: 0.1}} => penalty.estimator.radius: ... expected one of name, num_probes. It belongs to penalty.estimator.name hutchinson: set that name, or remove the key.
-perturbation: {name: awp, schedule: {strat: 1}} => perturbation.schedule.strat: got an unknown key; expected one of start, ramp, every. Did you mean start?
-perturbation: {name: awp, schedule: {start_epoch: 1}} => perturbation.schedule.start_epoch: got an unknown key ... Did you mean start?
-objective: {name: union, threats: [{norm: l2, eps: 1}, {norm: l1, eps: 1, step_sise: 1}]} => objective.threats.1.step_sise: got an unknown key; expected one of norm, eps, step_size. Did you mean step_size?
-schedule: {name: null} => schedule.name: got null; expected one of constant ... Choose one of them.
-penalty: 3 => penalty: got 3; expected a mapping with a name. Write penalty: {name: ...}, or leave penalty out.
-penalty: {name: wci, estimator: null} => penalty.estimator: got null; expected a mapping with a name. Write estimator: {name: ...}, or leave estimator out.
-perturbation: {name: awp, schedule: late} => perturbation.schedule: got "late"; expected a mapping of keys. Write schedule: {start: ...}, or leave schedule out.
-train: null => train: got null; expected a mapping of keys. Write train: {epochs: ...}, or leave train out.
-train: {3: 4} => train.3: got 3; expected a key that is text. Put quotes around it.
-"""  # noqa: E501
-WITH_OLD_NAMES = """
-train: {ema_decay: 0.9} => train.ema_decay: got ... Did you mean decay under averaging?
-measures: {names: [wci]} => measures.names: got ... measures.take has taken its place.
-measures: {settings: {wci: {layers: all}}} => measures.settings: got ... measures.take has taken its place.
-train: {patience: 3} => train.patience: got ... It belongs under early_stopping.
 penalty: {name: wci, num_probes: 2} => penalty.num_probes: got ... It belongs under penalty.estimator.
-perturbation: {name: wci, layers: all} => perturbation.layers: got ... It belongs under wrapper.
-perturbation: {name: awp, every: 2} => perturbation.every: got ... It belongs under perturbation.schedule.
-"""
+penalty: {name: wci, estimator: {name: gauss_newton, radius: 0.1}} => penalty.estimator.radius: ... expected one of name, num_probes.
+objective: {name: union, threats: [{norm: l2, eps: 1}, {norm: l1, eps: 1, epss: 1}]} => objective.threats.1.epss: got an unknown key; expected one of norm, eps. Did you mean eps?
+schedule: {name: null} => schedule.name: got null; expected one of piecewise
+penalty: 3 => penalty: got 3; expected a mapping with a name. What is added to the loss. Correct it.
+perturbation: {name: awp, schedule: late} => perturbation.schedule: got "late"; expected a mapping of keys.
+train: null => train: got null; expected a mapping of keys.
+train: {3: 4} => train.3: got 3; expected a key that is text.
+"""  # noqa: E501
 WRONG = """
 train: {epochs: true} => train.epochs: got true; expected a valid integer.
-train: {epochs: "3"} => train.epochs: got "3"; expected a valid integer.
-train: {epochs: 0} => train.epochs: got 0; expected a number greater than or equal to 1.
-train: {compile: 1} => train.compile: got 1; expected a valid boolean.
+train: {epochs: 0} => train.epochs: got 0; expected a number greater than or equal to 1. Passes over the training images.
 optimizer: {lr: "1e-2"} => optimizer.lr: got "1e-2"; expected a valid number.
 optimizer: {lr: .nan} => optimizer.lr: got NaN; expected a finite number.
-optimizer: "" => optimizer.name: got ""; expected at least 1 character. Name for timm
-objective: {step_size: -1} => objective.step_size: got -1; expected a number greater than 0. Length of an attack step; null: 2.5 eps / num_steps. Correct it, or leave it out for the default, null.
-penalty: {name: wci, estimator: {name: hutchinson, radius: 2}} => penalty.estimator.radius: got 2; expected a number less than or equal to 1. Norm of the step over that of the weights, in (0, 1]. Correct it, or leave it out for the default, 0.01.
+optimizer: "" => optimizer.name: got ""; expected at least 1 character.
+penalty: {name: wci, estimator: {name: hutchinson, radius: 2}} => penalty.estimator.radius: got 2; expected a number less than or equal to 1. Norm of the step over that of the weights, in (0, 1]. Correct it.
 averaging: swa => averaging.start_epoch: got nothing; expected a value. Epochs before the first sample; then one sample an epoch. Set it.
-objective: {name: union, threats: [{norm: l2}, {norm: l1, eps: 2}]} => objective.threats.0.eps: got nothing; expected a value. Radius of the ball
-objective: {name: union, threats: [{norm: l2, eps: 1}, {norm: l1, eps: -2}]} => objective.threats.1.eps: got -2; expected a number greater than or equal to 0. Radius of the ball in [0, 1] pixel units. Correct it.
-schedule: {milestones: 3} => schedule.milestones: got 3; expected a list. Epochs after which the rate drops.
 schedule: {milestones: [1, x]} => schedule.milestones.1: got "x"; expected a valid number.
-data: {in_memory: 1} => data.in_memory: got 1; expected true, false or 'auto'.
-data: {source: cifar} => data.source: got "cifar"; ... Did you mean cifar10?
-name: a/b => name: got "a/b"; expected letters, digits
+model: {kwargs: {a: [2, .nan]}} => model.kwargs.a.list.1.float: got NaN; expected a finite number.
 name: .. => name: got ".."; expected letters, digits
-name: 3 => name: got 3; expected a valid string. Put quotes around it.
-output: "" => output: got ""; expected at least 1 character.
-train: {precision: fp16} => train.precision: got "fp16"; expected 'no' or 'bf16'. Did you mean bf16?
-train: {precision: true} => train.precision: got true; expected 'no' or 'bf16'. Choose one of them.
+train: {precision: fp16} => train.precision: got "fp16"; expected 'no' or 'bf16'.
 threat: {eps: 8} => threat.eps: got 8; expected at most 1 under linf: pixels lie in [0, 1]. Did you mean 8/255?
-threat: {eps: 128, norm: l2} => threat.eps: got 128; expected at most 100 under l2
 """  # noqa: E501
 # One setting contradicts another, of its own section or of another one.
 CONTRADICTIONS = """
 data: {source: folder} => data.root: got null with source folder; expected a folder.
-data: {source: timm, root: x} => data.name: got null with source timm;
-data: {name: x} => data.name: got "x" with source digits; expected null.
-data: {root: images} => data.root: got "images" with source digits, which are embedded; expected the default.
-data: {download: true} => data.download: got true with source digits
-data: {max_train: 200} => data.val_size: got 200; expected fewer than max_train = 200.
+data: {name: x} => data.name: got "x" with source digits; expected a data set name with timm alone.
 model: {mean: [0.5]} => model.std: got null; expected a list like model.mean. Set both or none.
-model: {mean: [0, 0], std: [1]} => model.std: got 1 values; expected 2 as in model.mean.
-model: {kwargs: {num_classes: 3}} => model.kwargs: got num_classes
-optimizer: {kwargs: {lr: 3.0}} => optimizer.kwargs: got lr
-optimizer: {momentum: 0, nesterov: true} => optimizer.nesterov: got true with momentum 0
-mixing: {probability: 0.5} => mixing.probability: got settings that mix nothing
-augment: {magnitude: 3} => augment.magnitude: got 3 with policy none
-augment: {policy: cutout} => augment.cutout_size: got null with policy cutout
 extra: {fraction: 0.7} => extra.path: got null beside other keys
 extra: {path: x.npz, labels: pseudo} => extra.labeler: got null with labels pseudo
 extra: {path: x.npz, labeler: run} => extra.labeler: got "run" with labels given
 label_noise: {resample: false} => label_noise.share: got 0 beside other keys
-schedule: {milestones: [3, 2]} => schedule.milestones: got [3.0, 2.0]; expected increasing epochs.
-schedule: {milestones: [3, 20]} => schedule.milestones: ... expected epochs before train.epochs = 20.
+mixing: {probability: 0.5} => mixing.probability: got settings that mix nothing
+mixing: {mixup_alpha: 1, switch_probability: 0.9} => mixing.switch_probability: got 0.9 without two kinds
+augment: {policy: trivialaugment, num_ops: 1} => augment.num_ops: got 1 with policy trivialaugment
+data: {root: images} => data.root: got "images" with source digits; expected the default
+schedule: {milestones: [3, 20]} => schedule.milestones: got 20; expected less than train.epochs = 20.
 schedule: {name: cosine, warmup_epochs: 21} => schedule.warmup_epochs: got 21; expected at most
 threat: {eps: 0} => threat.eps: got 0 with objective AT; expected a positive radius.
-objective: {step_size: 17/255} => objective.step_size: got 17/255; expected at most twice threat.eps = 8/255
-objective: {step_size: 2} => objective.step_size: got 2.0; expected at most twice threat.eps ... Did you mean 2/255?
-threat: {norm: l2, eps: 0.5}, evaluation: {step_size: 2/255} => evaluation.step_size: got 2/255; expected at least threat.eps
-objective: {num_steps: 3, step_size: 2/255} => objective.step_size: got 2/255; expected at least threat.eps = 8/255 over num_steps = 3
-objective: {name: trades, random_start: false} => objective.random_start: got False with attack_loss 'kl'; expected True
+objective: {step_size: 17/255} => objective.step_size: got 0.06667; expected at most twice the radius of linf 8/255
+threat: {norm: l2, eps: 0.5}, evaluation: {step_size: 2/255} => evaluation.step_size: got 0.007843; expected to reach the radius of l2 0.5
 objective: free, train: {accumulate: 2} => train.accumulate: got 2 with free AT m=8
-objective: free, penalty: wci => objective.name: got free AT m=8 with wci penalty 0, whose passes would move its image
-objective: free, perturbation: rwp => objective.name: got free AT m=8 with RWP σ=0.01 α=0.5, whose passes would move
+objective: free, penalty: wci => objective.name: got free AT m=8 with a rule whose passes would move its image
 train: {accumulate: 3} => train.accumulate: got 3; expected a divisor of train.batch_size = 128.
-train: {eps_warmup_epochs: 2}, objective: standard => train.eps_warmup_epochs: got 2 with objective standard, which attacks nothing; expected 0.
-train: {eps_warmup_epochs: 21} => train.eps_warmup_epochs: got 21; expected at most train.epochs = 20
-train: {overfitting_guard: stop} => train.overfitting_guard: got stop with objective AT, which has no single
+averaging: {name: swa, start_epoch: 20} => averaging.start_epoch: got 20; expected less than train.epochs = 20
+perturbation: {name: wci, strength: 1, relative_size: 1} => perturbation.strength: got 1 beside relative_size=1; expected one of them.
+perturbation: {name: awp, schedule: {start: 20}} => perturbation.schedule.start: got 20; expected less than train.epochs = 20
+perturbation: awp, penalty: {name: wci, estimator: hutchinson} => penalty.estimator: got hutchinson beside AWP γ=0.01; expected gauss_newton
+perturbation: gsam, penalty: wci => penalty: got wci penalty 0 beside GSAM ρ=0.05 α=0.2; expected a rule that takes the gradient at W + u alone ... Leave one of the two out.
+perturbation: noise, penalty: {name: frobenius_trace, trace_weight: 1} => penalty: got F+T penalty 0, 1 beside noise r=1; ... Leave one of the two out.
+perturbation: sam, penalty: frobenius => wrapper.layers: got null with SAM ρ=0.05, which is published for all tensors,
+train: {eps_warmup_epochs: 2}, objective: standard => train.eps_warmup_epochs: got 2.0, which nothing uses; expected an attack
 train: {compile: true}, objective: grad_align => train.compile: got true with GradAlign
 train: {compile: true}, input_regularizer: cure => train.compile: got true with CURE 4
-averaging: {name: swa, start_epoch: 20} => averaging.start_epoch: got 20; expected less than train.epochs = 20
-early_stopping: {patience: 2}, evaluation: {every: 3} => early_stopping.patience: got 2; expected at least evaluation.every = 3.
-perturbation: {name: wci, strength: 1, relative_size: 1} => perturbation.strength: got 1 beside relative_size=1; expected one of them.
-perturbation: {name: rwp, statistics: clean} => perturbation.statistics: got clean with mixing below 1
-perturbation: {name: awp, schedule: {start: 20}} => perturbation.schedule.start: got 20; expected less than train.epochs = 20, or it never acts.
-perturbation: awp, penalty: {name: wci, estimator: hutchinson} => penalty.estimator.name: got hutchinson, which moves the weights itself, beside AWP γ=0.01;
-perturbation: gsam, penalty: wci => penalty.name: got wci penalty 0 beside GSAM ρ=0.05 α=0.2; expected a rule that takes the gradient at W + u alone ... it mixes gradients of several points, of which the penalty would see one.
-perturbation: noise, penalty: {name: frobenius_trace, trace_weight: 1} => penalty.name: got F+T penalty 0, 1 beside noise r=1; ... it measures the traces by itself. Leave one of the two out.
-perturbation: sam, penalty: frobenius => wrapper.layers: got null with SAM ρ=0.05, which is published for all tensors,
-wrapper: {layers: all} => wrapper.layers: got "all" without a rule that uses it; expected the default, null.
-wrapper: {trace_decay: 0.5}, perturbation: awp => wrapper.trace_decay: got 0.5 without a rule that uses it; expected the default, 0.9.
+train: {overfitting_guard: stop} => train.overfitting_guard: got "stop", which nothing uses; expected an objective of a single
+wrapper: {layers: all} => wrapper.layers: got "all", which nothing uses; expected a perturbation or penalty
+wrapper: {trace_decay: 0.5}, perturbation: awp => wrapper.trace_decay: got 0.5, which nothing uses; expected a rule that takes
+early_stopping: {patience: 2}, evaluation: {every: 3} => early_stopping.patience: got 2, over before the next measurement; expected at least 3.
+measures: {take: [wci, margins, wci]} => measures.take: got wci twice; expected each measure once.
 """  # noqa: E501
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [*rows(UNKNOWN), *rows(WITH_OLD_NAMES), *rows(WRONG), *rows(CONTRADICTIONS)]
-)
+@pytest.mark.parametrize(("text", "expected"), [*rows(UNKNOWN), *rows(WRONG), *rows(CONTRADICTIONS)])
 def test_what_would_train_something_else_is_refused_with_its_rule_and_the_way_out(text, expected):
     """A misspelt key would train with the default; of two settings at odds one would have no effect."""
     parts = [re.escape(part) for part in expected.split(" ... ")]
-    line = line_of(text)
+    line = one_line(text)
     assert re.match(rf"recipe: .*{'.*'.join(parts)}", line), line
 
 
 ACCEPTED = """
-data: {max_train: 200, val_size: 199}
-data: {max_train: 100, val_split: val, source: folder, root: x}
 threat: {eps: 0}, objective: standard
-threat: {eps: 8, norm: l2}
 objective: {step_size: 16/255}
-objective: {step_size: 2/255, num_steps: 4, random_start: false}
-threat: {eps: 33/255}, objective: {step_size: 3/255, num_steps: 11, random_start: false}
-perturbation: {name: wci, strength: 1}
-perturbation: {name: wci, strength: null}
+objective: {step_size: 2/255, num_steps: 4}
+threat: {eps: 33/255}, objective: {step_size: 3/255, num_steps: 11}
 perturbation: {name: awp, schedule: {start: 19}}
-penalty: wci, perturbation: awp
 penalty: wci, perturbation: {name: rwp, mixing: 1}, wrapper: {layers: weights}
-penalty: {name: wci, estimator: top_layer}, wrapper: {layers: weights}
-wrapper: {trace_decay: 0.5}, penalty: wci
-early_stopping: {patience: 3}, evaluation: {every: 3}
-penalty: frobenius_trace, perturbation: awp
-penalty: frobenius, perturbation: wci
 schedule: {milestones: [3, 19.5]}
 schedule: {name: one_cycle, peak_epoch: 20}
 """  # 11 * (3/255) falls short of 33/255 by its last bit
 
 
-@pytest.mark.parametrize("text", ACCEPTED.strip().splitlines())
-def test_settings_on_the_right_side_of_each_rule_are_accepted(text):
+def test_settings_on_the_right_side_of_each_rule_are_accepted():
     """A rule off by one would refuse a run that makes sense."""
-    recipe_of(text)
+    for text in ACCEPTED.strip().splitlines():
+        recipe_of(text)
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("8/255", 8 / 255),
-        (" 8 / 255", 8 / 255),
-        ("1.5/255", 1.5 / 255),
-        (0.03, 0.03),
-        ("3e-2", 0.03),
-        (1, 1.0),
-    ],
-)
-def test_a_radius_is_a_fraction_or_a_number(value, expected):
-    """The usual way to write a radius would be refused, or differ from 8/255 in the last bit."""
-    assert recipe_from_dict({"threat": {"eps": value}}).threat.eps == expected
-
-
-@pytest.mark.parametrize(
-    "value", ["nan", "inf", "8/0", "-1/255", "8/255/2", "eight", "''", ".nan", -0.1, "true", "~"]
-)
-def test_a_radius_that_is_no_radius_is_refused(value):
-    """Training would go on with an attack that does nothing, or with NaN."""
-    assert re.match(r"recipe: threat.eps: got .* number", line_of(f"threat: {{eps: {value}}}"))
-
-
-def test_a_strength_replaces_the_default_relative_size():
-    """The user would have to know about, and switch off, a default they never asked for."""
-    perturbation = recipe_of("", "perturbation.name=wci", "perturbation.strength=2").perturbation
-    assert (perturbation.strength, perturbation.relative_size) == (2.0, None)
-    assert str(recipe_of("perturbation: {name: wci, relative_size: null}").perturbation) == "WCI r=1"
-
-
-def test_frobenius_penalty_with_weight_decay_warns():
-    """The same tensors would be decayed twice without a word."""
-    with pytest.warns(UserWarning, match=r"optimizer\.weight_decay=0\.0005"):
-        recipe_of("penalty: {name: frobenius, strength: 1e-3}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        recipe_of("penalty: {name: frobenius, strength: 1e-3}, optimizer: {weight_decay: 0}")
-        recipe_of("penalty: {name: frobenius, strength: 0}")
-
-
-# ---- the error as a whole ----------------------------------------------------------------------------------
+def test_a_radius_is_a_fraction_or_a_number():
+    """The usual way to write a radius would differ from 8/255 in the last bit, or nan attack nothing."""
+    radii = {"8/255": 8 / 255, " 8 / 255": 8 / 255, "1.5/255": 1.5 / 255, 0.03: 0.03, "3e-2": 0.03, 1: 1.0}
+    for value, expected in radii.items():
+        assert recipe_from_dict({"threat": {"eps": value}}).threat.eps == expected
+    for value in ("nan", "inf", "8/0", "-1/255", "8/255/2", "eight", "''", ".nan", -0.1, "true", "~"):
+        assert re.match(r"recipe: threat.eps: got .* number", one_line(f"threat: {{eps: {value}}}"))
 
 
 def test_one_error_lists_every_problem_with_its_place(write):
     """The user would correct one line, wait, and be told of the next."""
-    base = write("train:\n  epochs: 0\n  accumulate: 3\nperturbation: {name: gsam, alpha: -1}\n", "base.yaml")
+    base = write("train:\n  epochs: 0\nperturbation: {name: gsam, alpha: -1}\n", "base.yaml")
     path = write(
-        "base: base.yaml\nseed: 1\nseed: 2\nthreat:\n  eps: 8\nobjective:\n  num_step: 3\n"
-        "model: {mean: [1]}\naveraging: swa\npenalty:\n  name: wci\n  schedule:\n    strat: 3\n"
-        "  estimator:\n    name: hutchinson\n    radius: 2\n"
+        "base: base.yaml\nseed: 1\nseed: 2\nthreat:\n  eps: 8\naveraging: swa\n"
+        "penalty:\n  name: wci\n  schedule:\n    strat: 3\n  estimator: {name: hutchinson,\n    radius: 2}\n"
     )
-    cosine = "seed: 1\nschedule: {name: cosine, milestones: [3],\n           final_fraction: 2}\n"
-    method = write(cosine, "method.yaml")
+    method = write(
+        "seed: 1\nschedule: {name: cosine, milestones: [3],\n  final_fraction: 2}\n", "method.yaml"
+    )
     starts = [
         f"{path}:3: seed: got the key a second time",
         "command line: got 'foo'; expected section.key=value",
-        f"{path}:8: model.std: got null",
         f"{path}:5: threat.eps: got 8",
-        f"{path}:7: objective.num_step: got an unknown key",
-        f"{base}:4: perturbation.alpha: got -1",
+        f"{base}:3: perturbation.alpha: got -1",
         "command line: penalty.strength: got -1",
-        f"{path}:16: penalty.estimator.radius: got 2",
-        f"{path}:13: penalty.schedule.strat: got an unknown key",
+        f"{path}:12: penalty.estimator.radius: got 2",
+        f"{path}:10: penalty.schedule.strat: got an unknown key",
         f"{method}:3: schedule.final_fraction: got 2",
         f"{method}:2: schedule.milestones: got an unknown key",
-        f"{path}:9: averaging.start_epoch: got nothing",
+        f"{path}:6: averaging.start_epoch: got nothing",
         f"{base}:2: train.epochs: got 0",
         "command line: train.epoch: got an unknown key",
     ]
@@ -622,51 +456,23 @@ def test_one_error_lists_every_problem_with_its_place(write):
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
 
 
-def test_contradictions_are_listed_at_the_first_of_their_keys_that_is_written(write):
-    """The error would point to the top of the file, where neither key is written."""
-    path = write(
-        "train:\n  accumulate: 3\n  epochs: 4\nperturbation: gsam\npenalty: wci\n"
-        "schedule:\n  warmup_epochs: 5\n"
-    )
-    lines = lines_of(path)
-    places = [f"{path}:5: penalty.name", f"{path}:7: schedule.warmup_epochs", f"{path}:2: train.accumulate"]
-    assert [line.split(": got")[0] for line in lines] == places
-
-
 def test_a_dropped_section_leaves_no_place_behind(write):
     """An error would point to a line of the base that no longer counts."""
     base = write("perturbation:\n  name: wci\n  relative_size: 2\n  floor: 0.1\n", "base.yaml")
     path = write("base: base.yaml\nperturbation:\n  name: awp\n  schedule: {start: 50}\n")
-    assert line_of(path).startswith(f"{path}:4: perturbation.schedule.start")
-    assert line_of(base, "perturbation.name=noise", "perturbation.floor=0.2").startswith("command line: ")
+    assert one_line(path).startswith(f"{path}:4: perturbation.schedule.start")
+    assert one_line(base, "perturbation.name=noise", "perturbation.floor=0.2").startswith("command line: ")
     union = "objective:\n  name: union\n  threats:\n    - {norm: linf, eps: 0.1}\n    - {norm: l2, eps: -1}\n"
-    assert line_of(write(union)).startswith(f"{path}:5: objective.threats.1.eps")  # the list began above
+    assert one_line(write(union)).startswith(f"{path}:5: objective.threats.1.eps")  # the list began above
 
 
-WITHOUT_DEFAULT = {"SWA.start_epoch", "TimmOptimizer.name", "UnionThreat.norm", "UnionThreat.eps"}
+WITHOUT_DEFAULT = {("averaging", "start_epoch")}
 
 
 def test_every_key_has_a_description_and_a_default():
     """A key would be explained nowhere, or its default would live in the code that uses it."""
-    seen, todo = set(), [Recipe]
-    while todo:
-        section = todo.pop()
-        if section in seen:
-            continue
-        seen.add(section)
-        for name, field in fields_of(section).items():
-            assert (field.description or "").endswith("."), (section, name)
-            assert field.is_required() == (f"{section.__name__}.{name}" in WITHOUT_DEFAULT), (section, name)
-            choices = [part for part in field.metadata if isinstance(part, Choice)]
-            parts = [kind for choice in choices for kind in (*choice.table.values(), choice.fallback) if kind]
-            todo += parts or [
-                one for one in _classes(field.annotation) if hasattr(one, "__pydantic_fields__")
-            ]
-    names = {one.__name__ for one in seen}
-    assert {"Data", "AWP", "Hutchinson", "StrengthSchedule", "UnionThreat", "TimmOptimizer"} <= names
-    assert all((section.__doc__ or "").strip() for section in seen)
-
-
-def _classes(annotation) -> list:
-    """Return the classes in an annotation."""
-    return [annotation, *(inner for one in get_args(annotation) for inner in _classes(one))]
+    for key, field in KEYS:
+        assert (field.description or "").endswith("."), key
+        assert field.is_required() == (key in WITHOUT_DEFAULT), key
+    names = {key[-1] for key, _ in KEYS}
+    assert {"crop_padding", "gamma", "ramp", "radius", "num_replays", "patience"} <= names

@@ -2,18 +2,15 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from wcitrain import targets
 from wcitrain.checkpoint import save_checkpoint, save_exported_model
-from wcitrain.models import Classifier, create_model
-from wcitrain.recipe import recipe_from_dict
+from wcitrain.models import Classifier, create_model, load_weights
 from wcitrain.recipe.reading import to_yaml_text
-from wcitrain.targets import attack_of, open_run
-from wcitrain.weights import load_weights
+from wcitrain.targets import open_run
 
 MODEL = {"name": "resnet18", "stem": "cifar", "kwargs": {"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]}}
 CONTENT = {"name": "tiny", "data": {"source": "digits"}, "model": MODEL}
@@ -31,12 +28,7 @@ def first_weights(model: Classifier) -> list:
 
 def export(folder: Path, model: Classifier, num_classes: int = 10, in_chans: int = 1) -> Path:
     """Write a model as a run exports it."""
-    metadata = {
-        "architecture": "resnet18",
-        "kwargs": json.dumps(MODEL["kwargs"]),
-        "stem": "cifar",
-        "seed": "0",
-    }
+    metadata = {"architecture": "resnet18", "kwargs": json.dumps(MODEL["kwargs"]), "stem": "cifar"}
     metadata |= {"num_classes": str(num_classes), "in_chans": str(in_chans)}
     metadata |= {name: json.dumps(getattr(model, name).flatten().tolist()) for name in ("mean", "std")}
     save_exported_model(folder, model.backbone.state_dict(), metadata)
@@ -63,7 +55,7 @@ def test_a_checkpoint_folder_means_its_run_at_that_epoch(run):
     for seed, at in enumerate(("last", "best")):
         target = open_run(run / "checkpoints" / at)
         assert target == open_run(run, at)
-        assert (target.kind, target.path, target.run, target.at) == ("run", run, run, at)
+        assert (target.path, target.run, target.at, target.export) == (run, run, at, None)
         assert first_weights(target.load_model()) == first_weights(classifier(seed))
     with pytest.raises(ValueError, match="one epoch already"):
         open_run(run / "checkpoints" / "last", "best")
@@ -76,12 +68,7 @@ def test_a_recipe_with_weights_is_a_model_without_a_run(tmp_path):
     torch.save(classifier(7).backbone.state_dict(), tmp_path / "weights.pth")
     path = write_recipe(tmp_path / "published.yaml", checkpoint_path=str(tmp_path / "weights.pth"))
     target = open_run(path, settings=["threat.eps=0.1"])
-    assert (target.kind, target.run, target.at, target.recipe.threat.eps) == (
-        "recipe",
-        None,
-        "published",
-        0.1,
-    )
+    assert (target.run, target.at, target.recipe.threat.eps) == (None, "published", 0.1)
     torch.manual_seed(3)
     model = target.load_model()
     after = torch.rand(1)
@@ -91,17 +78,13 @@ def test_a_recipe_with_weights_is_a_model_without_a_run(tmp_path):
     assert not model.training
 
 
-def test_a_recipe_without_weights_or_with_another_recipe_is_refused(tmp_path):
-    """A model as it was before the first step is seldom meant, and of two recipes one would be ignored."""
+def test_a_recipe_whose_weights_are_not_those_of_its_model_is_refused(tmp_path, monkeypatch):
+    """A model before its first step is seldom meant; timm replaces a head of other classes without a word."""
     path = write_recipe(tmp_path / "untrained.yaml")
     with pytest.raises(ValueError, match=r"model is untrained; expected model\.pretrained or model\.checkp"):
         open_run(path)
     with pytest.raises(ValueError, match=r"--recipe: got other\.yaml with the recipe"):
         open_run(path, recipe="other.yaml", settings=["model.pretrained=true"])
-
-
-def test_pretrained_weights_of_other_classes_are_refused(tmp_path, monkeypatch):
-    """Timm replaces the head by a random one without a word."""
     built = classifier(0)
     monkeypatch.setattr(targets, "initial_model", lambda recipe, splits: built)
     target = open_run(write_recipe(tmp_path / "published.yaml", stem="default", pretrained=True))
@@ -117,9 +100,8 @@ def test_settings_of_the_model_are_refused_where_an_export_says_what_it_is(run, 
     alone, recipe = export(tmp_path / "alone", classifier(0)), run / "recipe.yaml"
     torch.save(classifier(0).state_dict(), tmp_path / "w.pt")
     for target in (run, tmp_path / "w.pt"):
-        assert (
-            open_run(target, recipe=recipe, settings=["model.name=resnet34"]).recipe.model.name == "resnet34"
-        )
+        other = open_run(target, recipe=recipe, settings=["model.name=resnet34"])
+        assert other.recipe.model.name == "resnet34"
     export(run / "model" / "last", classifier(0))
     for target in (run, run / "model" / "last", alone):
         for setting in ("model.name=resnet34", " model.stem = default", "model={name: resnet34}"):
@@ -139,6 +121,19 @@ def test_an_export_for_other_data_is_refused(num_classes, in_chans, tmp_path):
         target.load_model()
 
 
+def test_a_damaged_export_is_named(tmp_path):
+    """A traceback does not say which of forty folders to look at."""
+    path = export(tmp_path / "export", classifier(0))
+    target = open_run(path, recipe=write_recipe(tmp_path / "recipe.yaml"))
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"export: got weights that cannot be read"):
+        target.load_model()
+    (path / "metadata.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"metadata\.json: got \[\]; expected a JSON object"):
+        print(target.title)
+
+
 def test_a_normalisation_in_a_file_must_be_the_models():
     """Weights behind another normalisation are another network, and every number of it would be wrong."""
     model, weights = classifier(0), dict(classifier(1).state_dict())
@@ -151,14 +146,6 @@ def test_a_normalisation_in_a_file_must_be_the_models():
         with pytest.raises(ValueError, match=rf"file: got .* normalised with {name} .*Set model\.{name}"):
             load_weights(fresh, weights | {name: value}, "file")
         assert first_weights(fresh) == first_weights(classifier(0))
-
-
-@pytest.mark.parametrize("eps", [float("inf"), "1/0", "eight"])
-def test_a_radius_that_is_no_number_is_explained(eps):
-    """A traceback does not say what to do."""
-    options = SimpleNamespace(clean=False, norm=None, eps=eps, steps=None)
-    with pytest.raises(ValueError, match="--eps: got"):
-        attack_of(recipe_from_dict(CONTENT), options)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])

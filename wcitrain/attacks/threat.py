@@ -7,7 +7,7 @@ step: of g_i) before it leaves the box. Every function treats each example on it
 
 import math
 from dataclasses import replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,20 +28,17 @@ class ThreatModel:
     eps: Radius = setting(8 / 255, "Radius in [0, 1] pixel units: 8/255, not 8; e.g. 0.5 under l2.")
 
     def __post_init__(self) -> None:
-        largest = LARGEST_EPS[self.norm]
-        if self.eps > largest:
-            hint = f"Did you mean {self.eps:g}/255?" if self.norm == "linf" else "Write e.g. 128/255."
-            rule = f"expected at most {largest} under {self.norm}: pixels lie in [0, 1]"
-            refuse("eps", f"got {self.eps:g}; {rule}. {hint}")
+        if self.eps > LARGEST_EPS[self.norm]:
+            rule = f"at most {LARGEST_EPS[self.norm]} under {self.norm}: pixels lie in [0, 1]"
+            refuse("eps", f"got {self.eps:g}; expected {rule}. Did you mean {self.eps:g}/255?")
 
     def __str__(self) -> str:
-        radius = self.eps if self.norm == "l1" else fraction_text(self.eps)  # l1 is a sum over the image
-        return f"{self.norm} {radius if isinstance(radius, str) else f'{radius:g}'}"
+        radius = fraction_text(self.eps)
+        is_share = isinstance(radius, str) and self.norm != "l1"  # l1 is a sum over the image
+        return f"{self.norm} {radius if is_share else f'{self.eps:g}'}"
 
     def scaled(self, factor: float) -> Self:
-        """Return the same norm with radius ``factor * eps``; ``factor`` in [0, 1], 1 returns itself."""
-        if not 0 <= factor <= 1:
-            raise ValueError(f"ThreatModel.scaled: got {factor!r}; expected 0 to 1. Give a larger eps.")
+        """Return the same norm with radius ``factor * eps``; 1 returns itself."""
         return self if factor == 1 else replace(self, eps=self.eps * factor)
 
     def step_for(self, num_steps: int, step_size: float | None = None) -> float:
@@ -58,10 +55,6 @@ def project(delta: Tensor, threat: ThreatModel, x: Tensor | None = None) -> Tens
     with mu = 0 where that lies in the ball, else the mu > 0 that puts it on the sphere. With images ``x``,
     which linf and l2 ignore, (2) is the closest point of ball *and* box: projecting on one after the other
     makes l1 attacks weak (Croce & Hein 2021, arXiv 2103.01208, section 3.1). The dtype is kept.
-
-    >>> x = torch.tensor([[0.9, 0.5, 0.5]])  # the first has room for 0.1: more is left for the second
-    >>> project(torch.tensor([[3.0, 2.0, 0.2]]), ThreatModel("l1", 0.4), x)
-    tensor([[0.1000, 0.3000, 0.0000]])
     """
     if threat.norm == "linf":
         return delta.clamp(-threat.eps, threat.eps)
@@ -79,18 +72,8 @@ def steepest_step(
 ) -> Tensor:
     """Return the step of unit norm from ``x`` along which the loss rises fastest; zero for a zero gradient.
 
-    linf: sign(g). l2: g / ||g|| per example.                                                              (3)
-    l1: ``sparse_step``, since one coordinate a step is too slow; only it needs the other arguments.
-    """
-    if threat.norm == "linf":
-        return gradient.sign()
-    if threat.norm == "l2":
-        return gradient / _norms(gradient).clamp_min(_TINY)
-    return sparse_step(gradient, l1_share, x=x, step_size=step_size)
-
-
-def sparse_step(gradient: Tensor, share: float = 0.05, *, x: Tensor, step_size: float) -> Tensor:
-    """Return the l1 step of unit norm that moves a ``share`` of the coordinates, those it gains most from.
+    linf: sign(g). l2: g / ||g|| per example. Only l1 needs the other arguments, as one coordinate a step is
+    too slow: it moves a share of the coordinates, those it gains most from,                               (3)
 
         d_i = sign(g_i) / |S| on S = the K = ceil(share D) coordinates of largest gain > 0, 0 elsewhere    (4)
         gain_i = |g_i| min( r_i, step_size / K ),   that of the linearised loss before the box's border
@@ -99,12 +82,16 @@ def sparse_step(gradient: Tensor, share: float = 0.05, *, x: Tensor, step_size: 
     would step outwards waste their share. Ranking by |g_i| among the pixels strictly inside is not enough:
     full pixels moved off the border by a hair would win every step anew. Ties at the last place count.
     """
+    if threat.norm == "linf":
+        return gradient.sign()
+    if threat.norm == "l2":
+        return gradient / _norms(gradient).clamp_min(_TINY)
     size, room = gradient.abs().flatten(1), _room(gradient, x).flatten(1)
-    num_moves = math.ceil(share * size.shape[1])
+    num_moves = math.ceil(l1_share * size.shape[1])
     gain = size * room.clamp_max(step_size / num_moves)
     last = gain.topk(num_moves, dim=1).values[:, -1:]
     moves = ((gain >= last) & (gain > 0)).reshape(gradient.shape)
-    return gradient.sign() * moves / _shaped(moves.flatten(1).sum(1).clamp_min(1), gradient)
+    return gradient.sign() * moves / shaped(moves.flatten(1).sum(1).clamp_min(1), gradient)
 
 
 def uniform_in_ball(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:
@@ -114,19 +101,20 @@ def uniform_in_ball(x: Tensor, threat: ThreatModel, generator: torch.Generator |
     random signs (Dirichlet with D + 1 equal parts).
     """
     device = generator.device if generator is not None else x.device
+    draw: dict[str, Any] = {"generator": generator, "device": device}
     if threat.norm == "linf":
-        unit = torch.rand(x.shape, generator=generator, device=device, dtype=x.dtype) * 2 - 1
-        return (unit * threat.eps).to(x.device)
-    if threat.norm == "l2":
-        normal = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-        radius = torch.rand(len(x), generator=generator, device=device, dtype=x.dtype) ** (1 / x[0].numel())
-        return (normal / _norms(normal).clamp_min(_TINY) * _shaped(radius, x) * threat.eps).to(x.device)
-    flat = precise(x).flatten(1)
-    parts = torch.empty(len(x), flat.shape[1] + 1, device=device, dtype=flat.dtype)
-    parts.exponential_(generator=generator)
-    sign = torch.randint(0, 2, flat.shape, generator=generator, device=device) * 2 - 1
-    unit = sign * parts[:, :-1] / parts.sum(1, keepdim=True)
-    return (unit * threat.eps).reshape(x.shape).to(x)
+        unit = torch.rand(x.shape, dtype=x.dtype, **draw) * 2 - 1
+    elif threat.norm == "l2":
+        normal = torch.randn(x.shape, dtype=x.dtype, **draw)
+        radius = torch.rand(len(x), dtype=x.dtype, **draw) ** (1 / x[0].numel())
+        unit = normal / _norms(normal).clamp_min(_TINY) * shaped(radius, x)
+    else:
+        flat = precise(x).flatten(1)
+        parts = torch.empty(len(x), flat.shape[1] + 1, device=device, dtype=flat.dtype)
+        parts.exponential_(generator=generator)
+        sign = torch.randint(0, 2, flat.shape, **draw) * 2 - 1
+        unit = (sign * parts[:, :-1] / parts.sum(1, keepdim=True)).reshape(x.shape)
+    return (unit * threat.eps).to(x)
 
 
 _TINY = 1e-12  # floor of a norm before division; far below any pixel difference
@@ -134,10 +122,10 @@ _TINY = 1e-12  # floor of a norm before division; far below any pixel difference
 
 def _norms(x: Tensor) -> Tensor:
     """Return the l2 norm of every example, shaped [B, 1, ...] to broadcast against ``x``."""
-    return _shaped(x.flatten(1).norm(dim=1), x)
+    return shaped(x.flatten(1).norm(dim=1), x)
 
 
-def _shaped(values: Tensor, like: Tensor) -> Tensor:
+def shaped(values: Tensor, like: Tensor) -> Tensor:
     """Return one value per example [B] as [B, 1, ...], to broadcast against ``like``."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 

@@ -2,7 +2,6 @@
 
 import argparse
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,14 +10,13 @@ import torch
 
 from wcitrain import files
 from wcitrain.attacks import ThreatModel
+from wcitrain.commands.common import file_name, number_parts, opened, recipe_part
 from wcitrain.commands.options import recipe_and_settings
-from wcitrain.commands.output import file_name, opened, refuse_several_processes
 from wcitrain.data import Images, ImageSet
-from wcitrain.digest import digest
 from wcitrain.evaluation import Corruptions, Evaluation, PreflightWarning, compare, evaluate, parse_attack
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import generator_from
-from wcitrain.targets import Target, radius
+from wcitrain.targets import Target
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,19 +30,11 @@ def run(options: argparse.Namespace) -> int:
         result = compare(Evaluation.load(a), Evaluation.load(b))
         print(f"A = {a}\nB = {b}\n{result.num_examples} images\n\n{result.table()}")
         return 0
-    refuse_several_processes()
     options.attacks = [parse_attack(name).name for name in options.attacks]
     target = opened(options, options.target, options.at)
-    threats = _threats(target.recipe, options.norm, options.eps)
-    corrupted = _corruptions(options)
-    if options.batch_size < 1 or (options.examples is not None and options.examples < 1):
-        got = f"num_examples={options.examples}, batch_size={options.batch_size}"
-        raise ValueError(f"evaluate: got {got}; expected at least 1.")
-    evaluation = _evaluated(target, threats, corrupted, options)
-    order = ", in random order" if evaluation.index is not None else ", the first of a stream"
-    order = "" if evaluation.num_examples == len(target.images(options.split)) else order
-    title = f"{target.name}, {evaluation.num_examples} images of {options.split}{order}"
-    notes = dict.fromkeys(note for result in evaluation.attacks for note in result.notes)
+    evaluation = _evaluated(target, options)
+    num_images = f"{evaluation.num_examples} of {len(target.images(options.split))} images"
+    title = f"{target.title}, {num_images} of {options.split}"
     findings = (f"{finding.severity}: {finding}" for finding in evaluation.findings)
     table = evaluation.table()
     try:
@@ -52,39 +42,31 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         text = "The state of every attack is kept; here is what was not written:"
         raise OSError(f"{error}\n{text}\n{table}") from error
-    print("\n".join([title, "", table, "", *notes, *findings]))
+    print("\n".join([title, "", table, "", *findings]))
     print(f"Written: {', '.join(map(str, written))}")
     return 0
 
 
-def _corruptions(options: argparse.Namespace) -> Corruptions | None:
-    """Return the corrupted images that were asked for: files, of the test images only."""
-    if not options.corruptions:
-        return None
-    root, split = options.corruptions_root, options.split
-    if root is None or split != "test":
-        got = f"{' '.join(options.corruptions)} with --corruptions-root {root} and --split {split}"
-        rule = "expected the folder of CIFAR-10-C, CIFAR-100-C or ImageNet-C, and test images. Give both."
-        raise ValueError(f"--corruptions: got {got}; {rule}")
-    return Corruptions.find(root, options.corruptions)
-
-
-def _evaluated(
-    target: Target, threats: Sequence[ThreatModel], corrupted: Corruptions | None, options: argparse.Namespace
-) -> Evaluation:
-    """Attack the images that were asked for.
-
-    The state of every attack is kept in ``state/`` beside the results, under a digest of weights, images and
-    settings: the same command goes on where a killed one was.
-    """
-    folder = target.folder("evaluations", options.out)
+def _evaluated(target: Target, options: argparse.Namespace) -> Evaluation:
+    """Attack the images that were asked for; a killed command goes on from ``state/`` beside the results."""
+    threats = _threats(target.recipe, options)
+    root, corrupted = options.corruptions_root, None
+    if options.corruptions and (root is None or options.split != "test"):
+        got = f"{' '.join(options.corruptions)} with --corruptions-root {root} and --split {options.split}"
+        rule = "the folder of CIFAR-10-C, CIFAR-100-C or ImageNet-C, and test images. Give both."
+        raise ValueError(f"--corruptions: got {got}; expected {rule}")
+    if options.batch_size < 1 or (options.examples is not None and options.examples < 1):
+        got = f"--examples {options.examples} and --batch-size {options.batch_size}"
+        raise ValueError(f"evaluate: got {got}; expected at least 1.")
+    if options.corruptions:
+        corrupted = Corruptions.find(root, options.corruptions)
     images, index = chosen(target.images(options.split), options.examples)
     if corrupted:
         if not isinstance(images, ImageSet):
             text = "got images that are read front to back; expected ones with places. Use other data."
             raise ValueError(f"--corruptions: {text}")
         corrupted = replace(corrupted, places=images.positions)
-    model = target.load_model()
+    model, folder = target.load_model(), target.folder("evaluations", options.out)
     folder.mkdir(parents=True, exist_ok=True)  # where that fails, it does so before the attacks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PreflightWarning)  # the text has them
@@ -117,16 +99,16 @@ def chosen(images: Images, num: int | None) -> tuple[Images, torch.Tensor | None
 def _write(evaluation: Evaluation, target: Target, title: str, options: argparse.Namespace) -> list[Path]:
     """Write flags, numbers, and a curve of each norm with several radii."""
     recipe, settings = recipe_and_settings(options.recipe)
-    num, num_all = evaluation.num_examples, len(target.images(options.split))
+    number, seed = number_parts(options, evaluation.num_examples, len(target.images(options.split)))
     name = file_name(
         f"{target.at}-{options.split}",
         "" if options.attacks == ["pgd-20", "margin-20"] else "+".join(options.attacks) or "clean",
         "-".join(map(str, evaluation.threats)) if options.norm or options.eps else "",
-        "" if num == num_all else f"n{num}",
+        number,
         "corruptions" if options.corruptions == ["all"] else "+".join(options.corruptions),
         "" if options.batch_size == 200 else f"b{options.batch_size}",
-        f"s{options.seed}" if options.seed else "",
-        f"r{digest([target.recipe.model_dump_json()])[:8]}" if options.recipe else "",
+        seed,
+        recipe_part(options, target),
     )
     document: dict[str, Any] = {
         "target": str(target.path),
@@ -150,12 +132,14 @@ def _write(evaluation: Evaluation, target: Target, title: str, options: argparse
     return written
 
 
-def _threats(recipe: Recipe, norm: str | None, eps: Sequence[str]) -> list[ThreatModel]:
+def _threats(recipe: Recipe, options: argparse.Namespace) -> list[ThreatModel]:
     """Return the balls that were asked for, each once, or the recipe's."""
-    own = recipe.threat
-    if not eps and norm not in (None, own.norm):
+    own, norm = recipe.threat, options.norm
+    if (options.eps or norm) and not options.attacks:
+        raise ValueError("--attacks: got none, with --eps or --norm; expected an attack to use them in.")
+    if not options.eps and norm not in (None, own.norm):
         text = f"got {norm} without --eps, and a recipe whose radius {own.eps:g} is for {own.norm}"
         raise ValueError(f"--norm: {text}; expected a radius for it. Give --eps.")
-    pairs = [text.rpartition(":") for text in eps]
-    threats = [ThreatModel(cast(Any, first or norm or own.norm), radius(last)) for first, _, last in pairs]
+    pairs = [text.rpartition(":") for text in options.eps]
+    threats = [ThreatModel(cast(Any, first or norm or own.norm), cast(Any, last)) for first, _, last in pairs]
     return list(dict.fromkeys(threats)) or [own]

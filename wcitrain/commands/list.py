@@ -6,20 +6,15 @@ from typing import Any
 
 from wcitrain.attacks import ATTACK_LOSSES, fgsm
 from wcitrain.curvature import ESTIMATORS
-from wcitrain.evaluation.autoattack import EnsemblePlan
-from wcitrain.listing import as_text, describe, describe_recipes
+from wcitrain.evaluation.plans import EnsemblePlan
+from wcitrain.listing import describe, describe_recipes
 from wcitrain.measures import MEASURES
 from wcitrain.objectives import INPUT_REGULARIZERS, OBJECTIVES
 from wcitrain.optim import PENALTIES, PERTURBATIONS
 
-ATTACKS = {  # as `evaluate --attacks` names them
-    "fgsm": fgsm,
-    **{
-        f"{name.replace('ce', 'pgd')}-STEPS[xRESTARTS]": ATTACK_LOSSES[name]
-        for name in ("ce", "margin", "dlr")
-    },
-    "autoattack": EnsemblePlan,
-}
+LOSSES = {"pgd": "ce", "margin": "margin", "dlr": "dlr"}
+ATTACKS: dict[str, Any] = {f"{name}-STEPS[xRESTARTS]": ATTACK_LOSSES[loss] for name, loss in LOSSES.items()}
+ATTACKS = {"fgsm": fgsm, **ATTACKS, "autoattack": EnsemblePlan}  # as `evaluate --attacks` names them
 TABLES: dict[str, Mapping[Any, Any]] = {
     "objectives": OBJECTIVES | INPUT_REGULARIZERS,
     "perturbations": PERTURBATIONS,
@@ -33,5 +28,5 @@ TABLES: dict[str, Mapping[Any, Any]] = {
 def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
     entries = describe_recipes() if options.kind == "recipes" else describe(TABLES[options.kind])
-    print(as_text(entries))
+    print(*entries, sep="\n")
     return 0

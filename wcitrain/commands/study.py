@@ -2,9 +2,8 @@
 
 import json
 import math
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from wcitrain import files
 from wcitrain.attacks import Attack
-from wcitrain.commands.output import attack_part, file_name
+from wcitrain.commands.common import attack_part, file_name, number_parts
 from wcitrain.digest import digest
 from wcitrain.measures import MEASURES, Measure, Problem
 from wcitrain.method import Count, PositiveCount, Text, fields_of, method, refuse
@@ -30,8 +29,11 @@ def _every(names: Any) -> Any:
     return [*MEASURES] if names in ("all", ["all"]) else names
 
 
-def _text(epoch: Any) -> Any:
-    return str(epoch) if type(epoch) is int else epoch
+def _epoch(at: Any) -> Any:
+    at = str(at) if type(at) is int else at
+    if at not in (None, "last", "best", "all") and not (isinstance(at, str) and at.isdecimal()):
+        raise ValueError("last, best, all or the number of a kept epoch")
+    return at
 
 
 @method
@@ -41,9 +43,7 @@ class Study:
     measures: Annotated[list[Text], BeforeValidator(_every)] = Field(
         default=["wci"], min_length=1, description="Names of measures, or all."
     )
-    at: Annotated[Text | None, BeforeValidator(_text)] = Field(
-        default=None, description="last, best, all or the number of a kept epoch."
-    )
+    at: Annotated[str | None, BeforeValidator(_epoch)] = None
     split: Literal["train", "val", "test"] = "train"
     examples: PositiveCount | None = Field(default=None, description="Images, at least one.")
     gap_examples: PositiveCount = Field(default=1000, description="Images of each split in robust_gap.")
@@ -57,28 +57,31 @@ class Study:
     correlate: bool = False
 
     def __post_init__(self) -> None:
-        for name in (*self.measures, *self.settings):
-            if name not in MEASURES:
-                rule = f"names of {', '.join(MEASURES)}. Correct the spelling."
-                refuse("measures", f"got {name!r}; expected {rule}")
-            if name not in self.names:
-                rule = "those of measures that are. Add it, or drop them."
-                refuse("settings", f"got settings of {name}, which is not measured; expected {rule}")
+        if wrong := [name for name in (*self.measures, *self.settings) if name not in MEASURES]:
+            refuse("measures", f"got {wrong[0]!r}; expected names of {', '.join(MEASURES)}.")
+        if idle := [name for name in self.settings if name not in self.given()]:
+            rule = "those of measures that are. Add it, or drop them."
+            refuse("settings", f"got settings of {idle[0]}, which is not measured; expected {rule}")
         try:
             self.made()
         except ValueError as error:
             refuse("settings", str(error))
 
-    @property
-    def names(self) -> list[str]:
-        """The measures, each once; with the gap where they are correlated with it."""
-        return list(dict.fromkeys([*self.measures, *[GAP] * self.correlate]))
+    def given(self) -> dict[str, dict[str, Any]]:
+        """Return the measures, with the gap where they are correlated with it, and what is set of each.
+
+        ``steps`` are also those of measures with an attack of their own.
+        """
+        given = {}
+        for name in dict.fromkeys([*self.measures, *[GAP] * self.correlate]):
+            has_steps = self.steps is not None and "num_steps" in fields_of(MEASURES[name])
+            steps = {"num_steps": self.steps} if has_steps else {}
+            given[name] = steps | self.settings.get(name, {})
+        return given
 
     def made(self) -> dict[str, Measure]:
-        """Return the measures with their settings, and ``steps`` for those with an attack of their own."""
-        steps = {} if self.steps is None else {"num_steps": self.steps}
-        shared = {name: steps if "num_steps" in fields_of(MEASURES[name]) else {} for name in self.names}
-        return {name: MEASURES[name](**shared[name] | self.settings.get(name, {})) for name in self.names}
+        """Return the measures by name."""
+        return {name: MEASURES[name](**settings) for name, settings in self.given().items()}
 
 
 @dataclass(frozen=True)
@@ -91,22 +94,16 @@ class Measured:
 
     def value(self, name: str, part: str | None = None) -> float:
         """Return a measure, or a part of one; NaN where it has no finite value."""
-        measurement = self.measures.get(name, {})
-        number = measurement.get("value") if part is None else measurement.get("parts", {}).get(part)
+        measurement = self.measures[name]
+        number = measurement["value"] if part is None else measurement["parts"].get(part)
         return math.nan if number is None else float(number)
 
 
-def read_study(content: Mapping[str, Any], name_of: Callable[[str], str]) -> Study:
-    """Return ``Study(**content)``; errors call a key ``name_of(key)``."""
-    try:
-        return Study(**content)
-    except ValueError as error:
-        text = re.sub(r"^Study\.(\w+)", lambda key: name_of(key[1]), str(error), flags=re.MULTILINE)
-        raise ValueError(text) from error
-
-
 def settings_by_measure(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return settings such as ``"average_flatness.xi=0.25"`` by measure and name; values are YAML."""
+    """Return settings such as ``"average_flatness.xi=0.25"`` by measure and name; values are YAML.
+
+    ValueError for other texts.
+    """
     settings: dict[str, dict[str, Any]] = {}
     for text in texts:
         place, equals, value = text.partition("=")
@@ -119,44 +116,42 @@ def settings_by_measure(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def epochs(path: str | Path, at: str | None) -> list[str | None]:
-    """Return the epochs that ``at`` means for a run: one, or with ``"all"`` every kept one."""
+    """Return the epochs that ``at`` means for a run: one, or with ``"all"`` every kept one, if there is any.
+
+    ValueError for ``"all"`` of a run that kept none.
+    """
     if at != "all":
         return [at]
-    kept = kept_epochs(Path(path))
-    if not kept:
-        rule = "a run with checkpoint.keep_every."
-        raise ValueError(f"--at: got all with {path}, which kept no epoch; expected {rule}")
-    return list(map(str, kept))
+    if kept := kept_epochs(Path(path)):
+        return list(map(str, kept))
+    raise ValueError(f"--at: got all with {path}, which kept no epoch; expected checkpoint.keep_every in it.")
 
 
 def measure_all(targets: Sequence[Target], study: Study, out: str | Path | None = None) -> list[Measured]:
     """Take measures of models and write ``measures-<at>-<split>[...].json`` for each.
 
-    What a file holds already, taken of the same weights in the same way, is not taken again.
-
-    Raises:
-        ValueError: Before anything is measured: too few models to correlate, or a wrong attack.
+    What a file holds already, taken of the same weights in the same way, is not taken again. Too few models
+    to correlate, or a wrong attack, are a ValueError before anything is measured.
     """
     if study.correlate and len(targets) < 3:
-        rule = "at least three. Name more runs, or --at all."
-        raise ValueError(f"correlate: got {len(targets)} models; expected {rule}")
+        raise ValueError(f"correlate: got {len(targets)} models; expected at least three. Name more runs.")
     attacks = [attack_of(target.recipe, study) for target in targets]
     models: list[Measured] = []
     bar = tqdm(targets, unit="model", disable=not sys.stderr.isatty())
     for target, attack in zip(bar, attacks, strict=True):
-        bar.set_postfix_str(f"{target.short_name} {target.at}")
-        if models:
-            target.share_images(models[-1].target)
+        if models and models[-1].target.recipe.data == target.recipe.data:  # then they are read once
+            vars(target)["splits"] = models[-1].target.splits
         models.append(_measure(target, study, attack, out))
     return models
 
 
-def _measure(target: Target, study: Study, attack: Attack | None, out: str | Path | None) -> Measured:
-    """Take the measures that are not there yet, saving after each."""
-    model = target.load_model()
-    num = study.examples or NUM_EXAMPLES
+def header(
+    target: Target, study: Study, attack: Attack | None, num: int | None, model: Classifier
+) -> dict[str, Any]:
+    """Return what a file of measures says of how they were taken."""
     data = target.recipe.model_dump(mode="json")["data"]
-    header: dict[str, Any] = {
+    document = {
+        "target": str(target.path),
         "at": target.at,
         "epoch": target.epoch,
         "split": study.split,
@@ -164,54 +159,43 @@ def _measure(target: Target, study: Study, attack: Attack | None, out: str | Pat
         "num_examples": num,
         "data": {key: data[key] for key in data if key not in ("crop_padding", "flip", "num_workers")},
         "threat": attack and str(attack.threat),
-        "attack": lengths(attack),
+        "attack": {"num_steps": attack.num_steps, "step_size": attack.step_size} if attack else {},
         "weights": digest(part for item in model.state_dict().items() for part in item),
     }
-    header = json.loads(json.dumps(header))
-    folder = Path(out) / target.short_name if out else target.folder("measures")
-    name = file_name(
-        f"measures-{target.at}-{study.split}",
-        attack_part(study, attack),
-        "" if num == NUM_EXAMPLES else f"n{num}",
-        f"s{study.seed}" if study.seed else "",
-    )
-    path = folder / f"{name}.json"
-    if (before := _read(path)) and {key: before.get(key) for key in header} != header:
-        path = folder / f"{name}-{digest([header])[:8]}.json"  # other weights or data: that file stays
-        before = _read(path)
-    document: dict[str, Any] = {"target": str(target.path), **header, "measures": {}} | before
-    taken = document["measures"]
-    given = {name: study.settings.get(name, {}) for name in study.names}
+    return json.loads(json.dumps(document))
+
+
+def file_of(kind: str, target: Target, study: Study, attack: Attack | None, usual: int, *more: str) -> str:
+    """Return the name of a file of measures: ``<kind>-<at>-<split>`` and what differs from the defaults."""
+    numbers = number_parts(study, study.examples, usual)
+    return file_name(f"{kind}-{target.at}-{study.split}", attack_part(study, attack), *numbers, *more)
+
+
+def _measure(target: Target, study: Study, attack: Attack | None, out: str | Path | None) -> Measured:
+    """Take the measures that are not there yet, saving after each."""
+    model, num = target.load_model(), study.examples or NUM_EXAMPLES
+    document = header(target, study, attack, num, model)
+    folder = Path(out) / target.name if out else target.folder("measures")
+    path = folder / f"{file_of('measures', target, study, attack, NUM_EXAMPLES)}.json"
+    before = files.read_json(path) if path.is_file() else {}
+    same = {key: value for key, value in document.items() if key != "target"}
+    if before and {key: before.get(key) for key in same} != same:
+        path = path.with_name(f"{path.stem}-{digest([same])[:8]}.json")  # that file stays
+        before = files.read_json(path) if path.is_file() else {}
+    document = document | {"measures": {}} | before
+    taken, given, made = document["measures"], study.given(), study.made()
     if GAP in given:
         given[GAP] = {"num_examples": study.gap_examples}
-    made = study.made()
-    if study.steps is not None:  # of measures with an attack of their own
-        own = {name for name, one in made.items() if "num_steps" in fields_of(type(one))}
-        given = {
-            name: ({"num_steps": study.steps} if name in own else {}) | one for name, one in given.items()
-        }
     missing = {name: made[name] for name in given if taken.get(name, {}).get("given") != given[name]}
     initial = target.initial_weights() if any(one.needs_initial for one in missing.values()) else None
-    problem = Problem(
-        model, target.batches(study.split, study.seed), attack, study.seed, num, initial=initial
-    )
+    batches = target.batches(study.split, study.seed)
+    problem = Problem(model, batches, attack, study.seed, num, initial=initial)
     for name, one in missing.items():
-        here = _gap_problem(target, model, study, attack) if name == GAP else problem
-        taken[name] = {**one.measure(here).as_dict(), "given": given[name]}
+        if name == GAP:  # of training images, with test images beside them
+            train, test = (target.batches(split, study.seed) for split in ("train", "test"))
+            both = Problem(model, train, attack, study.seed, study.gap_examples, test)
+            taken[name] = {**one.measure(both).as_dict(), "given": given[name]}
+        else:
+            taken[name] = {**one.measure(problem).as_dict(), "given": given[name]}
         files.write_json(path, document)
-    return Measured(target, {name: taken[name] for name in study.names}, path)
-
-
-def _gap_problem(target: Target, model: Classifier, study: Study, attack: Attack | None) -> Problem:
-    """Return the problem on training images, with test images beside them."""
-    train, test = (target.batches(split, study.seed) for split in ("train", "test"))
-    return Problem(model, train, attack, study.seed, study.gap_examples, test_batches=test)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-
-
-def lengths(attack: Attack | None) -> dict[str, Any]:
-    """Return the steps of an attack as JSON has them; nothing for the clean loss."""
-    return {"num_steps": attack.num_steps, "step_size": attack.step_size} if attack else {}
+    return Measured(target, {name: taken[name] for name in given}, path)

@@ -1,10 +1,12 @@
 """The estimators by name, and which of them a model and its loss allow.
 
-Not every operation can be differentiated twice (fused attention, hardsigmoid, anything compiled). A dry run
-of the very derivatives on one batch tells. It leaves weights, gradients, buffers and random state alone.
+Not every operation can be differentiated twice (fused attention, hardsigmoid, anything compiled): a dry run
+on one batch tells, and leaves no trace.
 """
 
 from typing import NamedTuple
+
+import torch
 
 from wcitrain.curvature.estimator import Estimator
 from wcitrain.curvature.gauss_newton import GaussNewton
@@ -12,7 +14,7 @@ from wcitrain.curvature.hutchinson import Hutchinson
 from wcitrain.curvature.passes import Passes
 from wcitrain.curvature.top_layer import TopLayer
 from wcitrain.method import PositiveCount, method, setting
-from wcitrain.preserve import kept_random_state, undisturbed
+from wcitrain.params import is_compiled
 
 FUSED_ATTENTION = "scaled_dot_product"  # in torch's message about every fused kernel of attention
 
@@ -29,12 +31,11 @@ class Auto(Estimator):
     label = "auto"
     source = "none: it chooses, and says which and why"
     cost = "that of the estimator chosen, and a dry run on one batch before the first step"
-    moves_weights = True
 
-    def candidates(self, needs_gradient: bool) -> tuple[Estimator, ...]:
+    def candidates(self, needs_gradient: bool) -> list[Estimator]:
         """Return what is tried, in order."""
         first = GaussNewton(self.num_probes)
-        return (first,) if needs_gradient else (first, Hutchinson(self.num_probes))
+        return [first] if needs_gradient else [first, Hutchinson(self.num_probes)]
 
     def extra_passes(self, is_active: bool) -> tuple[int, int]:
         """Return those of the first candidate."""
@@ -57,28 +58,25 @@ class Choice(NamedTuple):
     use_math_attention: bool = False
 
 
-def choose(
-    wanted: Estimator, passes: Passes, *, needs_gradient: bool, may_move_weights: bool = True
-) -> Choice:
+def choose(wanted: Estimator, passes: Passes, *, needs_gradient: bool) -> Choice:
     """Return the estimator to use, after a dry run on one batch; of `Auto` the first possible candidate.
 
-    Measuring (no ``needs_gradient``) needs fewer derivatives; beside a weight perturbation none may move
-    weights. Where fused attention is what stands in the way, ``passes.use_math_attention`` is set.
-
-    Raises:
-        ValueError: None is possible: what stands in the way, and what to do.
+    Measuring (no ``needs_gradient``) needs fewer derivatives. ValueError where none is possible: what stands
+    in the way, and what to do.
     """
-    candidates = wanted.candidates(needs_gradient) if isinstance(wanted, Auto) else (wanted,)
+    candidates = wanted.candidates(needs_gradient) if isinstance(wanted, Auto) else [wanted]
     obstacles: list[str] = []
     for candidate in candidates:
-        reason: str | None = "it moves the weights itself, as the perturbation does."
-        if may_move_weights or not candidate.moves_weights:
-            reason = _refusal(candidate, passes, needs_gradient)
-        if reason is None:
-            why = "as asked" if candidate is wanted else "; ".join(["the dry run passed", *obstacles])
-            why += ", with attention unfused" if passes.use_math_attention else ""
-            return Choice(candidate, why, passes.use_math_attention)
-        obstacles.append(f"{name_of(candidate)} is not possible here: {reason}")
+        for use_math in (False, True):
+            passes.use_math_attention = use_math
+            obstacle = _obstacle(candidate, passes, needs_gradient)
+            if obstacle is None:
+                why = "as asked" if candidate is wanted else "; ".join(["the dry run passed", *obstacles])
+                return Choice(candidate, why + ", with attention unfused" * use_math, use_math)
+            if FUSED_ATTENTION not in obstacle:
+                break
+        passes.use_math_attention = False
+        obstacles.append(f"{name_of(candidate)} is not possible here: {obstacle}")
     text = f"estimator: got {name_of(wanted)}; expected one that this model and loss allow."
     raise ValueError(" ".join([text, *obstacles]))
 
@@ -89,14 +87,22 @@ def name_of(estimator: Estimator) -> str:
     return next(names, type(estimator).__name__)
 
 
-def _refusal(estimator: Estimator, passes: Passes, needs_gradient: bool) -> str | None:
-    """Return what stands in the way of an estimator, also with attention by its plain formula."""
-    before = passes.use_math_attention
-    with undisturbed(passes.model, training=None), kept_random_state(passes.device), passes.local():
-        reason = estimator.refuses(passes, needs_gradient)
-        if reason is not None and FUSED_ATTENTION in reason:
-            passes.use_math_attention = True
-            reason = estimator.refuses(passes, needs_gradient)
-    if reason is not None:
-        passes.use_math_attention = before
-    return reason
+def _obstacle(estimator: Estimator, passes: Passes, needs_gradient: bool) -> str | None:
+    """Try the estimator on a batch; return what stands in the way, and the way out."""
+    model = passes.model
+    with passes.undone(on_success=True), passes.local():
+        try:
+            if needs_gradient:
+                estimator.add_gradient(passes, torch.ones_like(passes.layers.sizes()), 1.0)
+            else:
+                estimator.draw(passes, 1, passes.generator("dry run"))
+        except ValueError as error:  # a loss or a derivative that does not fit, seen without failing
+            return str(error)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            compiled = any(map(is_compiled, model.modules()))
+            way_out = "the model before torch.compile" if compiled else "the rule WCIPosterior (wci)"
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            return f"its passes fail: {reason}. Use {way_out}."
+    return None

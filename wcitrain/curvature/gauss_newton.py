@@ -8,33 +8,26 @@ With independent signs ε_n in {−1, +1}^C and u_n = √w_n S_n ε_n; for cross
     t_l = Tr(G_l) = (1/N) Σ_n w_n ||J_nlᵀ S_n||_F²  =  E (1/N) || Σ_n J_nlᵀ u_n ||²                        (1)
 
 The signs remove the terms between examples, so examples may interact (BatchNorm in train mode). With p in the
-graph the gradient of (1) is unbiased too; with sampled labels in place of signs (as in Sophia) it would not
-be: their score-function term is lost. Several outputs share one backward pass, with independent signs.
+graph the gradient of (1) is unbiased too; with sampled labels in place of signs (as in Sophia) it is not.
+Several outputs share one backward pass, with independent signs.
 
 For networks of piecewise linear units with normalisation in eval mode Tr(G_l) *is* the trace of the layer's
 Hessian block; with GELU, SiLU or train-mode normalisation it is only its positive part. Targets do not enter.
-Variance of one probe: about 2 ||G_l||_F² from pairs of examples, whatever N, plus a term of order 1/N:
-several small batches tell more than one large one.
+Variance of one probe: about 2 ||G_l||_F², whatever N: several small batches tell more than one large one.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from wcitrain.curvature.estimate import TraceEstimate
-from wcitrain.curvature.estimator import Estimator, backward_with, obstacle, trained, weighted
-from wcitrain.curvature.hvp import refuse_wrong_derivatives
-from wcitrain.curvature.loss import Output, Outputs, outputs_of
+from wcitrain.curvature.estimator import Estimator, backward_with
+from wcitrain.curvature.loss import Output, Outputs, outputs_of, refuse_wrong_derivatives
 from wcitrain.curvature.passes import Passes, Step
 from wcitrain.method import PositiveCount, method, setting
 from wcitrain.params import Layers, precise
-
-NO_OUTPUTS = (
-    "the loss does not say which outputs it was computed from. Return wcitrain.cross_entropy(model(x_adv), "
-    'y), or on a smooth network set estimator "hutchinson".'
-)
 
 
 @method
@@ -48,7 +41,6 @@ class GaussNewton(Estimator):
     label = "Gauss–Newton"
     source = "as in Sophia (Liu et al., arXiv 2305.14342), with signs in place of sampled labels"
     cost = "3 backward passes more a probe as a penalty, 1 to measure only"
-    probe_cost = 2
 
     def draw(self, passes: Passes, num_probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return draws of (1)."""
@@ -58,36 +50,14 @@ class GaussNewton(Estimator):
 
     def add_gradient(self, passes: Passes, shape: Tensor, strength: float) -> Step:
         """Differentiate the draws on the outputs of the one pass."""
-        loss = passes.evaluate()
-        traces = gauss_newton_samples(
-            loss,
-            passes.layers,
-            num_probes=self.num_probes,
-            generator=passes.generator("gauss_newton"),
-            create_graph=strength > 0,
-            retain_graph=True,
-        ).mean(0)
-        added = weighted(traces, strength * shape, loss.total) if strength else None
-        return Step(backward_with(passes, loss.total, added), traces.detach())
+        loss, generator = passes.evaluate(), passes.generator("gauss_newton")
+        draw = partial(gauss_newton_samples, num_probes=self.num_probes, generator=generator)
+        traces = draw(loss, passes.layers, create_graph=strength > 0, retain_graph=True).mean(0)
+        return backward_with(passes, loss.total, traces, shape, strength)
 
     def extra_passes(self, is_active: bool) -> tuple[int, int]:
         """Return one backward a probe, three where it is differentiated."""
         return 0, (3 if is_active else 1) * self.num_probes
-
-    def refuses(self, passes: Passes, needs_gradient: bool) -> str | None:
-        """Refuse a loss without outputs, and operations without (right) second derivatives."""
-        loss = passes.evaluate()
-        if not loss.outputs:
-            return NO_OUTPUTS
-
-        def attempt() -> None:
-            layers = passes.layers
-            samples = gauss_newton_samples(loss, layers, create_graph=needs_gradient, retain_graph=True)
-            passes.layer_gradients(loss.total, create_graph=samples.requires_grad)
-            if samples.requires_grad:  # not so for a linear model under squared error
-                torch.autograd.grad(samples.sum(), trained(passes.model), allow_unused=True)
-
-        return obstacle(passes, attempt)
 
 
 def gauss_newton_samples(
@@ -105,44 +75,21 @@ def gauss_newton_samples(
     layer that they do not depend on gets zero. The generator may be on any device. ``create_graph`` keeps the
     draws differentiable, ``retain_graph`` the graph of the logits for later.
 
-    Raises:
-        ValueError: No outputs; or ``create_graph`` and a second derivative that torch gets wrong (``hvp``).
+    ValueError: no outputs; or ``create_graph`` and a second derivative that torch gets wrong.
     """
-    terms = outputs_of(outputs, "gauss_newton")
+    terms, sized, samples = outputs_of(outputs, "gauss_newton"), Layers(layers), []
+    logits = [term.logits for term in terms]
     if create_graph:
-        for term in terms:
-            refuse_wrong_derivatives(term.logits, 2)
-    sized = Layers(layers)
-    samples = []
+        for z in logits:
+            refuse_wrong_derivatives(z)
     for probe in range(num_probes):
         cotangents = [_square_root_times_signs(term, generator, create_graph) for term in terms]
+        keep = create_graph or retain_graph or probe + 1 < num_probes
         gradients = torch.autograd.grad(
-            [term.logits for term in terms],
-            sized.tensors,
-            cotangents,
-            allow_unused=True,
-            create_graph=create_graph,
-            retain_graph=create_graph or retain_graph or probe + 1 < num_probes,
+            logits, sized.tensors, cotangents, keep, create_graph=create_graph, allow_unused=True
         )
         samples.append(sized.squares(gradients))
     return torch.stack(samples)
-
-
-def gauss_newton_trace(
-    outputs: Outputs, layers: Mapping[str, Tensor], *, num_probes: int = 8, **settings: Any
-) -> TraceEstimate:
-    """Return the estimate of ``Tr(G_l)`` on one batch; arguments as for ``gauss_newton_samples``.
-
-    The standard error is that of the probes on this batch, not of the batch as a sample. The graph stays
-    usable.
-
-    >>> model = torch.nn.Linear(2, 3, bias=False)
-    >>> t = gauss_newton_trace(model(torch.ones(4, 2)), dict(model.named_parameters()), num_probes=16)
-    >>> bool(t.mean > 0), t.num_probes
-    (True, 16)
-    """
-    samples = gauss_newton_samples(outputs, layers, num_probes=num_probes, retain_graph=True, **settings)
-    return TraceEstimate.from_samples(samples)
 
 
 def _square_root_times_signs(term: Output, generator: torch.Generator | None, create_graph: bool) -> Tensor:
@@ -155,12 +102,12 @@ def _square_root_times_signs(term: Output, generator: torch.Generator | None, cr
         root = (z.log_softmax(-1) / 2).exp()  # √p, differentiable where p underflows
         u = root * eps - p * (root * eps).sum(-1, keepdim=True)
     elif term.kind == "bce":
-        u = ((torch.nn.functional.logsigmoid(z) + torch.nn.functional.logsigmoid(-z)) / 2).exp() * eps
+        u = ((logsigmoid(z) + logsigmoid(-z)) / 2).exp() * eps
     else:
         u = 2**0.5 * eps
     weight = term.weight
     if isinstance(weight, Tensor):
-        u = weight.to(u).sqrt().reshape(-1, *[1] * (u.ndim - 1 if weight.ndim else 0)) * u
+        u = weight.to(u).sqrt().reshape(-1, 1) * u
     elif weight != 1:
         u = weight**0.5 * u
     return (u / len(z) ** 0.5).to(term.logits.dtype)

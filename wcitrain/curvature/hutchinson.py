@@ -14,21 +14,17 @@ The gradient of Σ_l c_l t_l with c_l ≥ 0 constant: with u_l = √c_l v_l the 
     ∇_θ Σ_l c_l t_l = E ∇_θ (uᵀ H u)  ≈  E [ (H(W + h u) u − H(W − h u) u) / (2h) ]_θ.                     (3)
 
 By differences, since the third derivatives do not exist for BatchNorm in train mode and are wrong in PyTorch
-for ``F.layer_norm``. PyHessian (arXiv 1912.07145) runs (1) for all parameters as one block and stops when the
-running mean settles, which biases it; here K is fixed and the spread is reported.
+for ``F.layer_norm``. K is fixed: stopping when the running mean settles, as PyHessian does, biases (1).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wcitrain.curvature.estimate import TraceEstimate
-from wcitrain.curvature.estimator import Estimator, obstacle, trained
-from wcitrain.curvature.hvp import gradients_with_graph, hvp, signs
-from wcitrain.curvature.loss import Loss
+from wcitrain.curvature.estimator import Estimator
+from wcitrain.curvature.loss import Loss, gradients_with_graph, hvp, signs
 from wcitrain.curvature.passes import Passes, Step, carry_nan, slopes
 from wcitrain.method import PositiveCount, PositiveShare, method, setting
 from wcitrain.params import Layers, wide
@@ -48,7 +44,6 @@ class Hutchinson(Estimator):
     source = "Hutchinson 1990, Commun. Stat. Simul. Comput. 19(2); the gradient is this project's"
     cost = "2 forward and 6 backward passes more a probe as a penalty; to measure 1 + 2 a probe backward"
     moves_weights = True
-    probe_cost = 4
 
     def draw(self, passes: Passes, num_probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return draws of (1)."""
@@ -60,15 +55,17 @@ class Hutchinson(Estimator):
         """Add (3), or with strength zero measure by ⟨u, H u⟩, u_l = √shape_l v_l."""
         if strength:
             return self._by_differences(passes, shape, strength)
-        layers, loss = passes.layers, passes.evaluate()
-        gradients = passes.layer_gradients(loss.total, create_graph=True)
+        layers = passes.layers
+        with sdpa_kernel(SDPBackend.MATH):
+            total = passes.evaluate().total
+        gradients = gradients_with_graph(total, layers.tensors)
         terms = []
         for probe in range(self.num_probes):
             u, sigma = passes.random_direction(shape.sqrt(), probe)
             terms.append(layers.dots(u, hvp(gradients, layers.tensors, u)))
         traces = torch.stack(terms).mean(0) / wide(sigma).square()
-        passes.backward(loss.total)
-        return Step(loss.total.detach(), torch.where(layers.missing(gradients), torch.nan, traces))
+        passes.backward(total)
+        return Step(total.detach(), torch.where(layers.missing(gradients), torch.nan, traces))
 
     def _by_differences(self, passes: Passes, shape: Tensor, strength: float) -> Step:
         """Return (3) with ||h u|| = radius ||W||; the traces are the means of those at W ± h u."""
@@ -86,7 +83,9 @@ class Hutchinson(Estimator):
                         for side in (+1, -1):
                             move(side)
                             loss = passes.evaluate().total
-                            product = _inner(passes.layer_gradients(loss, create_graph=True), u, loss)
+                            pairs = zip(gradients_with_graph(loss, layers.tensors), u, strict=True)
+                            terms = [(g * x).sum() for g, x in pairs if g is not None and g.requires_grad]
+                            product = torch.stack([0 * loss, *terms]).sum()  # ⟨u, g⟩
                             weight = side / (2 * h * self.num_probes)
                             with slopes(layers, u) as sums:
                                 passes.backward(product, weight)
@@ -99,16 +98,6 @@ class Hutchinson(Estimator):
         """Return what ``cost`` says."""
         return (2 * self.num_probes, 6 * self.num_probes) if is_active else (0, 1 + 2 * self.num_probes)
 
-    def refuses(self, passes: Passes, needs_gradient: bool) -> str | None:
-        """Refuse operations without (right) second derivatives."""
-        loss, tensors = passes.evaluate(), passes.layers.tensors
-
-        def attempt() -> None:
-            ones = [torch.ones_like(t) for t in tensors]
-            hvp(loss, tensors, ones, rows=trained(passes.model) if needs_gradient else tensors)
-
-        return obstacle(passes, attempt)
-
 
 def hutchinson_samples(
     loss: Tensor | Loss,
@@ -120,10 +109,8 @@ def hutchinson_samples(
     """Return independent unbiased draws of ``Tr(H_l)`` by (1) as a tensor [K, L] in float64.
 
     The graph of the scalar loss stays usable; a layer that it does not depend on gets zero. The generator may
-    be on any device. Cost: one backward with graph, then one Hessian product a probe.
-
-    Raises:
-        ValueError: A derivative that PyTorch gets wrong (``hvp``).
+    be on any device. Cost: one backward with graph, then one Hessian product a probe. ValueError for a
+    derivative that PyTorch gets wrong.
     """
     sized = Layers(layers)
     gradients = gradients_with_graph(loss, sized.tensors)
@@ -132,16 +119,3 @@ def hutchinson_samples(
         v = signs(sized.tensors, generator)
         samples.append(sized.dots(v, hvp(gradients, sized.tensors, v)))
     return torch.stack(samples)
-
-
-def hutchinson_trace(
-    loss: Tensor | Loss, layers: Mapping[str, Tensor], *, num_probes: int = 8, **settings: Any
-) -> TraceEstimate:
-    """Return the estimate of ``Tr(H_l)`` on one batch; arguments as for ``hutchinson_samples``."""
-    return TraceEstimate.from_samples(hutchinson_samples(loss, layers, num_probes=num_probes, **settings))
-
-
-def _inner(gradients: Sequence[Tensor | None], direction: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Return <g, u> with its graph, over the layers whose gradient has one; ``0 · like`` where none has."""
-    pairs = [(g, u) for g, u in zip(gradients, direction, strict=True) if g is not None and g.requires_grad]
-    return torch.stack([0 * like, *((g * u).sum() for g, u in pairs)]).sum()

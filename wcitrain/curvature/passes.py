@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wcitrain.curvature.hvp import signs
-from wcitrain.curvature.loss import Loss, LossFn, as_loss
+from wcitrain.curvature.loss import Loss, LossFn, as_loss, signs
 from wcitrain.params import Layers
 from wcitrain.preserve import put_back_buffers, random_state, saved_buffers, set_random_state
 from wcitrain.seeding import generator_from
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+TINY = 1e-30
 
 
 class Step(NamedTuple):
@@ -47,13 +48,20 @@ class Passes:
     key: tuple[object, ...] = (0,)  # names the micro-batch: every random direction is a function of it
     accelerator: "Accelerator | None" = None  # None in a plain loop
     use_math_attention: bool = False  # the plain formula: fused kernels cannot be differentiated twice
+    traces: Tensor | None = None  # running averages of t_l [L], where known
+    memory: list[Tensor] | None = None  # what the rule's last ``Step`` carried
 
     def __post_init__(self) -> None:
         self.device = self.layers.tensors[0].device
         self._states = random_state(self.device)
+        everything = (*self.parameters, *self.model.parameters())
+        self._trained = list({id(p): p for p in everything if p.requires_grad}.values())
 
-    def evaluate(self, needs_graph: bool = True) -> Loss:
-        """Call ``loss_fn`` with the random numbers that every pass sees, and check what it returns."""
+    def evaluate(self) -> Loss:
+        """Call ``loss_fn`` with the random numbers that every pass sees.
+
+        RuntimeError where it changes gradients, TypeError where it returns no scalar loss with its graph.
+        """
         set_random_state(self._states, self.device)
         before = self._gradient_versions()
         with sdpa_kernel(SDPBackend.MATH) if self.use_math_attention else nullcontext():
@@ -62,18 +70,14 @@ class Passes:
             text = "loss_fn called backward() or zero_grad() itself. Return the loss and leave the gradients"
             raise RuntimeError(f"RegularizedOptimizer: {text} alone.")
         total: Any = loss.total
-        if not isinstance(total, Tensor) or total.ndim != 0 or (needs_graph and not total.requires_grad):
-            got = f"a tensor of shape {tuple(total.shape)}" if isinstance(total, Tensor) else repr(total)
-            raise TypeError(
-                f"RegularizedOptimizer: loss_fn returned {got}; expected a scalar loss with its graph. "
-                "Return the mean loss and do not call backward, item or detach on it."
-            )
+        if not isinstance(total, Tensor) or total.ndim != 0 or not total.requires_grad:
+            rule = "a scalar loss with its graph. Return the mean loss, without item or detach."
+            raise TypeError(f"RegularizedOptimizer: loss_fn returned {total!r:.60}; expected {rule}")
         return loss
 
     def backward(self, total: Tensor, weight: float = 1.0) -> None:
         """Add ``weight`` times the gradients of ``total``, in this micro-batch's share, to ``.grad``."""
-        with explained():
-            (total if weight == 1 == self.share else total * (weight * self.share)).backward()
+        (total if weight == 1 == self.share else total * (weight * self.share)).backward()
 
     def plain(self, weight: float = 1.0) -> Tensor:
         """Evaluate once, add ``weight`` times the gradients, return the loss, detached."""
@@ -84,32 +88,34 @@ class Passes:
     def plain_weighed(self, weigh: Callable[[list[Tensor]], float]) -> Tensor:
         """As ``plain``, with a weight that ``weigh`` computes from the layers' gradients of this very pass.
 
-        Among several processes gradients are reduced while they are computed, so the weight must be known
-        first: that takes a second backward. In one they are scaled before they join what is in ``.grad``.
+        Among processes gradients are reduced while they are computed: a first backward finds the weight.
         """
         total = self.evaluate().total
         if self.accelerator is not None and self.accelerator.num_processes > 1:
-            gradients = self.layer_gradients(total, retain_graph=True)
-            self.backward(total, weigh(self.filled(gradients)))
+            self.backward(total, weigh(self.layer_gradients(total, retain_graph=True)))
             return total.detach()
-        parameters = self._trained()
-        earlier = [p.grad for p in parameters]
-        for p in parameters:
+        earlier = [p.grad for p in self._trained]
+        for p in self._trained:
             p.grad = None
-        with explained():
-            total.backward()
+        total.backward()  # not ``autograd.grad``: reentrant checkpoints write into .grad
         weight = weigh(self.filled([t.grad for t in self.layers.tensors])) * self.share
-        for p, gradient in zip(parameters, earlier, strict=True):
+        for p, gradient in zip(self._trained, earlier, strict=True):
             if p.grad is None:
                 p.grad = gradient
             else:
                 p.grad = p.grad.mul_(weight) if gradient is None else gradient.add_(p.grad, alpha=weight)
         return total.detach()
 
-    def layer_gradients(self, total: Tensor, **graph: Any) -> Sequence[Tensor | None]:
+    def layer_gradients(self, total: Tensor, retain_graph: bool) -> list[Tensor]:
         """Return the gradients in the layers' tensors, on this process, without touching ``.grad``."""
-        with explained():
-            return torch.autograd.grad(total, self.layers.tensors, allow_unused=True, **graph)
+        return self.filled(
+            torch.autograd.grad(total, self.layers.tensors, retain_graph=retain_graph, allow_unused=True)
+        )
+
+    def filled(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the layers' gradients, zero where there is none."""
+        pairs = zip(self.layers.tensors, gradients, strict=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in pairs]
 
     def generator(self, *names: object) -> torch.Generator:
         """Return the random numbers of this micro-batch that go by these names."""
@@ -121,16 +127,19 @@ class Passes:
         """Return u_l = σ_l v_l, v signs or normal numbers, and σ as rounded to the weights' dtype."""
         detached = [t.detach() for t in self.layers.tensors]
         rounded = sigma.to(detached[0].dtype)
-        names = [probe] if probe else []
-        direction = self.gaussian() if gaussian else signs(detached, self.generator(*names))
+        g = self.generator(*[probe] if probe else [])
+        if gaussian:
+            direction = [torch.randn(t.shape, generator=g, device=t.device, dtype=t.dtype) for t in detached]
+        else:
+            direction = signs(detached, g)
         for u, factor in zip(direction, self.layers.spread(rounded), strict=True):
             u.mul_(factor)
         return direction, rounded
 
-    def gaussian(self) -> list[Tensor]:
-        """Return standard normal numbers shaped like the layers' tensors."""
-        g, tensors = self.generator(), self.layers.tensors
-        return [torch.randn(t.shape, generator=g, device=t.device, dtype=t.dtype) for t in tensors]
+    def relative_size(self, direction: list[Tensor]) -> Tensor:
+        """Return ||u|| / ||W||."""
+        length = self.layers.squares(direction).sum()
+        return (length / self.layers.squared_norms().sum().clamp_min(TINY)).sqrt()
 
     def add_norm_gradients(self, coefficients: Tensor | None, factor: float = 1.0) -> None:
         """Add ``factor · coefficient_l · W_l``, in this share, to ``.grad``; the same on every rank."""
@@ -146,28 +155,19 @@ class Passes:
         return nullcontext() if self.accelerator is None else self.accelerator.no_sync(self.model)
 
     @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
-        """On an exception put gradients, buffers and random state back: all passes count or none."""
-        parameters = self._trained()
-        gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
-        buffers = saved_buffers(self.model)
+    def undone(self, *, on_success: bool = False) -> Iterator[None]:
+        """Put gradients, buffers and random state back on an exception, or always: a dry run."""
+        gradients = [None if p.grad is None else p.grad.clone() for p in self._trained]
+        buffers, counts = saved_buffers(self.model), False
         try:
             yield
-        except BaseException:
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = gradient
-            put_back_buffers(buffers)
-            set_random_state(self._states, self.device)
-            raise
-
-    def _trained(self) -> list[Tensor]:
-        """Return the optimizer's and the model's parameters, each once."""
-        return list({id(p): p for p in (*self.parameters, *self.model.parameters())}.values())
-
-    def filled(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """Return the layers' gradients, zero where there is none."""
-        pairs = zip(self.layers.tensors, gradients, strict=True)
-        return [torch.zeros_like(t) if g is None else g for t, g in pairs]
+            counts = not on_success
+        finally:
+            if not counts:
+                for p, gradient in zip(self._trained, gradients, strict=True):
+                    p.grad = gradient
+                put_back_buffers(buffers)
+                set_random_state(self._states, self.device)
 
     def _gradient_versions(self) -> list[tuple[int, int | None]]:
         """Return what changes when somebody writes to the layers' gradients."""
@@ -178,8 +178,7 @@ class Passes:
 def collected(layers: Layers, part: Callable[[int, Tensor], Tensor]) -> Iterator[list[Tensor | None]]:
     """Yield a list in which the one backward pass inside puts ``part(i, gradient of tensor i)``, else None.
 
-    The gradient is this process's own, before it is added to ``.grad`` or reduced. Reentrant checkpointing
-    hands it over in several pieces, which are added up.
+    The gradient is this process's own; reentrant checkpointing hands it over in pieces, which are added up.
     """
     sums: list[Tensor | None] = [None] * len(layers.tensors)
 
@@ -198,19 +197,6 @@ def collected(layers: Layers, part: Callable[[int, Tensor], Tensor]) -> Iterator
 def slopes(layers: Layers, direction: Sequence[Tensor]) -> AbstractContextManager[list[Tensor | None]]:
     """Collect ⟨u_l, g_l⟩ of the one backward pass inside, in float64, the parts of a tensor together."""
     return collected(layers, lambda index, gradient: layers.sum_parts(index, direction[index] * gradient))
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Say what to do where a graph was used up: torch advises to keep it, which would be passes at old W."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        advice = "Compute it inside loss_fn, and call no backward there."
-        text = "loss_fn returned a loss that was differentiated before"
-        raise RuntimeError(f"RegularizedOptimizer: {text}. {advice}") from error
 
 
 def carry_nan(loss: Tensor, other: Tensor | float) -> Tensor:

@@ -1,10 +1,8 @@
 """Images in [0, 1]: sources by name, splits, and batches as a function of (seed, epoch, position) alone."""
 
-from wcitrain.data.augment import Augmentation
-from wcitrain.data.extra import Extra, load_extra, pseudo_label
-from wcitrain.data.mixed import MixedSet
-from wcitrain.data.mixing import LabelNoise, Mixing
+from wcitrain.data.augment import Augmentation, LabelNoise, Mixing
+from wcitrain.data.extra import Extra, MixedSet, load_extra, pseudo_label
 from wcitrain.data.sets import Batch, Images, ImageSet, Reading
-from wcitrain.data.settings import Data
+from wcitrain.data.sources import Data
 from wcitrain.data.splits import Splits, load_splits
 from wcitrain.data.stream import StreamSet

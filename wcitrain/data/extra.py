@@ -1,47 +1,58 @@
-"""Extra training images: generated sets as ``.npz``, image folders, pseudo-labels for missing labels.
+"""Training on labelled images and on extra ones, a fixed share of every batch.
 
-Generated images are the largest single gain in adversarial training (Gowal et al. 2110.09468, Wang et al.
-2302.04638); real unlabelled images with pseudo-labels came before (Carmon et al. 1905.13736). `MixedSet` puts
-a share of them into every batch. That none of them is a test image is the reader's to know.
+Generated images (Gowal et al. 2110.09468, Wang et al. 2302.04638), or real ones with pseudo-labels (Carmon et
+al. 1905.13736). That none of them is a test image is the reader's to know.
+
+An epoch is one sequence of places, of which a share f belongs to extra images. Place n is extra where
+
+    e(n+1) > e(n),    e(n) = ⌊n f + 1/2⌋,                                                                  (1)
+
+so that any B places in a row hold B f extra images if that is whole, and else the whole number below or
+above: batches, micro-batches and the parts of the ranks are cuts of one sequence, each with its share.
+Place n shows labelled image n - e(n) of the epoch, as without extra images, or extra image e(n).
+
+Extra images are drawn without replacement, pass after pass over them: with X of them an epoch, the t-th of
+epoch k is number c = k X + t of all, and comes from pass ⌊c/M⌋. Passes do not end with epochs.
+
+Legend: B batch, f share, M extra images, N labelled images, X extra places of an epoch.
 """
 
-import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
-from wcitrain.data.decoding import ArraySource, Decoder, FileSource
-from wcitrain.data.sets import ImageSet
-from wcitrain.data.settings import Data
-from wcitrain.data.sources import list_images, name_some, scan_folder
-from wcitrain.data.splits import Splits, check_limit, choose
+from wcitrain.data.sets import ArraySource, Batch, Epoch, Images, ImageSet, Reading, Source
+from wcitrain.data.sources import Data, list_images, scan_folder
+from wcitrain.data.splits import Splits, choose
 from wcitrain.method import Method, Positive, PositiveCount, Text, method, refuse, setting, show
 from wcitrain.preserve import undisturbed
 from wcitrain.seeding import generator_from, seed_from
+
+ExtraShare = Annotated[Positive, Field(ge=0.001, le=0.999)]
+Places = TypeVar("Places", int, Tensor)
 
 
 @method
 class Extra(Method):
     """Generated or unlabelled images beside the training images.
 
-    A ``.npz`` holds ``image`` or ``images``, uint8 [N, H, W, C] or [N, C, H, W] (gray also [N, H, W]), and
-    ``label`` or ``labels``, whole numbers [N]; it is read once, into N C H W bytes of memory. A folder holds
-    ``<class>/**/<image>``, with the classes of the training images, or any images where labels are not read.
+    A ``.npz`` holds ``image``, uint8 [N, H, W, 3] or, gray, [N, H, W], and ``label``, whole numbers [N]; it
+    is read once, into N C H W bytes of memory. A folder holds ``<class>/**/<image>``, with the classes of the
+    training images, or any images where labels are not read.
     """
 
     path: Text | None = setting(None, "A .npz or a folder of images; null: none.")
     labels: Literal["given", "pseudo"] = setting("given", "given reads them; pseudo lets a model give them.")
     labeler: Text | None = setting(None, "Exported model for pseudo-labels, such as runs/NAME-s0/model/last.")
-    fraction: Annotated[Positive, Field(ge=0.001, le=0.999)] = setting(
-        0.5, "Share of extra images in every batch, 0.001 to 0.999."
-    )
-    max_images: PositiveCount | None = setting(
-        None, "Extra images kept, in turns over the classes if labelled; null: all."
-    )
+    fraction: ExtraShare = setting(0.5, "Share of extra images in every batch, 0.001 to 0.999.")
+    max_images: PositiveCount | None = setting(None, "Extra images kept, balanced if labelled; null: all.")
     label: ClassVar[str] = "extra {labels} {fraction:g}"
 
     def __post_init__(self) -> None:
@@ -56,38 +67,43 @@ class Extra(Method):
 def load_extra(extra: Extra, data: Data, like: Splits) -> ImageSet:
     """Open extra training images of the channels, size and classes of ``like``, which ``data`` described.
 
-    With ``labels="pseudo"`` all labels are -1, for `pseudo_label`. ``split_seed`` chooses the images of
-    ``max_images``. Raises ValueError where images are missing, unreadable or do not fit.
+    With ``labels="pseudo"`` all labels are -1, for `pseudo_label`. ``split_seed`` chooses ``max_images``.
     """
     path, is_labelled = Path(str(extra.path)), extra.labels == "given"
-    source: ArraySource | FileSource
     if not path.is_dir():
-        source = _open_npz(path, like, is_labelled)
+        source: Source = _open_npz(path, like, is_labelled)
     elif is_labelled:
         source = scan_folder(path, like.class_names, key="extra.path")
     else:
         paths = list_images(path, "extra.path")
-        source = FileSource(torch.full((len(paths),), -1), like.class_names, paths)
-    seed, limit = (data.split_seed, "max_images"), extra.max_images
-    if is_labelled:
-        positions = choose(source.labels, limit, seed_from(*seed), "extra.max_images")
-    else:
-        check_limit("extra.max_images", limit, len(source.labels))
-        order = torch.randperm(len(source.labels), generator=generator_from("cpu", *seed))
-        positions = order[:limit].sort().values
+        source = Source(torch.full((len(paths),), -1), like.class_names, paths)
+    seed = seed_from(data.split_seed, "max_images")
+    positions = choose(source.labels, extra.max_images, seed, "extra.max_images")
+    train: Any = like.train  # an `ImageSet`, of the same shape
+    return ImageSet.load(source, positions, data.image_size, data.in_memory, data.num_workers, train)
+
+
+def _open_npz(path: Path, like: Splits, is_labelled: bool) -> ArraySource:
+    """Read the images, and the labels or -1, of a ``.npz``."""
+    names = ("image", "label") if is_labelled else ("image",)
     try:
-        decoder = Decoder(source, data.image_size, first=int(positions[0]))
-        if decoder.shape == like.shape:
-            if isinstance(source, ArraySource) and decoder.shape[1:] == source.pixels.shape[1:3]:
-                levels = torch.from_numpy(source.pixels)  # no second copy where all are taken
-                levels = levels if len(positions) == len(levels) else levels[positions]
-                levels = levels[:, None] if levels.ndim == 3 else levels.permute(0, 3, 1, 2)
-                return ImageSet(decoder, positions, levels, data.num_workers)
-            return ImageSet.load(decoder, positions, data.in_memory, data.num_workers)
-    except ValueError as error:  # an image that cannot be read, or sizes that differ
-        raise ValueError(f"extra.path: {error}") from error
-    text = f"got images {list(decoder.shape)} in {path}; expected {list(like.shape)}, those of training."
-    raise ValueError(f"extra.path: {text} Convert them, or set data.image_size.")
+        # Opened here, as NumPy leaves a file open that turns out to be no archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            images, *rest = [arrays[name] for name in names]
+    except Exception as error:  # NumPy and zipfile raise many kinds for other files
+        rule = f"expected a folder, or a .npz of plain arrays {' and '.join(names)}. Write it anew."
+        raise ValueError(f"extra.path: got {path} ({error}); {rule}") from error
+    labels = rest[0] if rest else np.full(len(images), -1)
+    layout = () if like.in_chans == 1 else (like.in_chans,)
+    if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] != layout or not len(images):
+        got = f"images {images.dtype} {list(images.shape)} in {path}"
+        raise ValueError(f"extra.path: got {got}; expected uint8 {['N', 'H', 'W', *layout]}. Convert them.")
+    is_whole = labels.shape == (len(images),) and labels.dtype.kind in "iu"
+    if not is_whole or labels.min() < -(not is_labelled) or labels.max() >= like.num_classes:
+        got = f"labels {labels.dtype} {list(labels.shape)} from {labels.min()} to {labels.max()} in {path}"
+        rule = f"expected whole numbers [{len(images)}] from 0 to {like.num_classes - 1}. Correct them."
+        raise ValueError(f"extra.path: got {got}; {rule}")
+    return ArraySource(torch.from_numpy(labels.astype(np.int64)), like.class_names, str(path), images)
 
 
 def pseudo_label(images: ImageSet, model: nn.Module, device: torch.device | str) -> tuple[ImageSet, float]:
@@ -96,55 +112,85 @@ def pseudo_label(images: ImageSet, model: nn.Module, device: torch.device | str)
     Returns the images with these labels, and the mean probability of the label. Raises ValueError where the
     model has other classes than the images, or its logits are not numbers. Costs one forward pass.
     """
-    num_classes = len(images.decoder.source.class_names)
+    num_classes = len(images.source.class_names)
     labels, confidence = [], 0.0
     with undisturbed(model, training=False), torch.no_grad():
-        for x, _, index in images.batches(500, device=device):
+        for x, _, _ in images.batches(500, device=device):
             logits = model(x)
             if logits.shape != (len(x), num_classes) or not bool(torch.isfinite(logits).all()):
-                text = f"got logits {list(logits.shape)} with minimum {float(logits.min())} on images that"
                 rule = f"expected finite ones [{len(x)}, {num_classes}]. Use a trained model of the classes."
-                raise ValueError(f"extra.labels: {text} begin with number {int(index[0])}; {rule}")
+                raise ValueError(f"extra.labeler: got logits {list(logits.shape)} of extra images; {rule}")
             best = logits.float().softmax(1).max(1)
             confidence += float(best.values.double().sum())
             labels.append(best.indices.cpu())
-    return images.with_labels(torch.cat(labels)), confidence / len(images)
+    return replace(images, y=torch.cat(labels)), confidence / len(images)
 
 
-def _open_npz(path: Path, like: Splits, is_labelled: bool) -> ArraySource:
-    """Read a ``.npz`` into [N, H, W, C], or [N, H, W] if gray."""
-    if path.suffix != ".npz":
-        raise ValueError(f"extra.path: got {path}; expected a .npz or a folder of images. Correct it.")
-    try:
-        # Opened here, as NumPy leaves a file open that turns out to be no archive.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            keys = name_some(arrays)
-            wanted = ("image", "label") if is_labelled else ("image",)
-            images, numbers = (  # None where there is none
-                next((arrays[key] for key in (name, f"{name}s") if key in arrays and name in wanted), None)
-                for name in ("image", "label")
-            )
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        text = f"got {path}, which NumPy cannot read without pickle ({error}); expected plain arrays."
-        raise ValueError(f"extra.path: {text} Write it anew with numpy.savez.") from error
-    channels, num_classes, here = like.in_chans, like.num_classes, f"in {path}; expected"
-    if images is None or (is_labelled and numbers is None):
-        text = "images and, unless extra.labels=pseudo, labels. Add or rename them."
-        raise ValueError(f"extra.path: got arrays {keys} {here} {text}")
-    got = f"images {images.dtype} {list(images.shape)}"
-    if images.ndim == 4 and images.shape[3] != channels and images.shape[1] == channels:
-        images = images.transpose(0, 2, 3, 1)
-    if images.ndim == 4 and images.shape[3] == channels == 1:
-        images = images[..., 0]
-    is_of_channels = images.ndim == (3 if channels == 1 else 4) and images.shape[3:] in ((), (channels,))
-    if images.dtype != np.uint8 or not is_of_channels or not len(images):
-        layouts = f"uint8 [N, H, W, {channels}] or [N, {channels}, H, W]. Convert them."
-        raise ValueError(f"extra.path: got {got} {here} {layouts}")
-    if numbers is None:
-        return ArraySource(torch.full((len(images),), -1), like.class_names, images, str(path))
-    is_whole = numbers.shape == (len(images),) and numbers.dtype.kind in "iu"
-    if not is_whole or numbers.min() < 0 or numbers.max() >= num_classes:
-        got = f"labels {numbers.dtype} {list(numbers.shape)} from {numbers.min()} to {numbers.max()}"
-        text = f"whole numbers [{len(images)}] from 0 to {num_classes - 1}. Correct them."
-        raise ValueError(f"extra.path: got {got} {here} {text}")
-    return ArraySource(torch.from_numpy(numbers.astype(np.int64)), like.class_names, images, str(path))
+@dataclass(frozen=True, eq=False)
+class MixedSet(Images):
+    """Labelled images ``train`` and a share ``fraction`` of ``extra`` ones; measured are the labelled images.
+
+    The images have one shape. The fraction, inside (0, 1), is rounded to a denominator up to 1000.
+    """
+
+    train: ImageSet
+    extra: ImageSet
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not self._num_extra(self.num_places):
+            got = f"got {self.fraction} with {len(self.train)} training images"
+            raise ValueError(f"extra.fraction: {got}; expected an extra image an epoch. Raise it.")
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def subset(self, n: int) -> ImageSet:
+        """Return ``n`` labelled images, the same as without extra images."""
+        return self.train.subset(n)
+
+    @property
+    def num_places(self) -> int:
+        """The most places that need no more than N labelled images: ⌈n (1-f) - 1/2⌉ of n are labelled."""
+        return int((len(self) + Fraction(1, 2)) / (1 - self._share))
+
+    def read(self, reading: Reading) -> Iterator[Batch]:
+        """Iterate over one epoch of training; ``Batch.index`` of an extra image is -1 - its position."""
+        if not (reading.shuffle and reading.drop_last):
+            got = f"got shuffle={reading.shuffle}, drop_last={reading.drop_last} with extra images"
+            raise ValueError(f"batches: {got}; expected both, as for training. Measure on .train.")
+        places, m, x = reading.places(self.num_places), len(self.extra), self._num_extra(self.num_places)
+        begin = reading.epoch * x
+        passes = range(begin // m, (begin + x - 1) // m + 1)
+        generators = (generator_from("cpu", reading.seed, "extra", number) for number in passes)
+        orders = [torch.randperm(m, generator=generator) for generator in generators]
+        extra = Epoch(self.extra, torch.cat(orders)[begin % m :][:x], reading, "augment extra")
+        return self._merge(places, self.train.epoch(reading), extra)
+
+    def _merge(self, places: list[Tensor], labelled: Epoch, extra: Epoch) -> Iterator[Batch]:
+        """Yield labelled and extra images at their places."""
+        before = [self._num_extra(place) for place in places]
+        masks = [self._num_extra(place + 1) > count for place, count in zip(places, before, strict=True)]
+        extra_places = [count[mask] for count, mask in zip(before, masks, strict=True)]
+        labelled_places = [(n - e)[~mask] for n, e, mask in zip(places, before, masks, strict=True)]
+        # A small part may hold no images of one kind, and workers cannot be asked for empty batches.
+        from_labelled = labelled.batches([place for place in labelled_places if len(place)])
+        from_extra = extra.batches([place for place in extra_places if len(place)])
+        for mask in masks:
+            kinds = [] if bool(mask.all()) else [next(from_labelled)]
+            if bool(mask.any()):
+                batch = next(from_extra)
+                kinds.append(batch._replace(index=-1 - batch.index))
+            at = torch.cat([torch.nonzero(~mask), torch.nonzero(mask)]).flatten().argsort()
+            at = at.to(kinds[0].x.device)
+            yield Batch(*(torch.cat(tensors)[at] for tensors in zip(*kinds, strict=True)))
+
+    def _num_extra(self, n: Places) -> Places:
+        """Return e(n), the extra images among the first ``n`` places, equation (1)."""
+        top, bottom = self._share.numerator, self._share.denominator
+        return (2 * n * top + bottom) // (2 * bottom)
+
+    @property
+    def _share(self) -> Fraction:
+        """The fraction f as people write it: 0.7 is 7/10."""
+        return Fraction(self.fraction).limit_denominator(1000)

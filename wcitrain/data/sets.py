@@ -1,42 +1,89 @@
 """Sets of images, whose batches are a function of how they are read and of nothing else.
 
+A source knows every label and how to read the image at a position; it decodes nothing until it is asked.
 Images are stored as ``uint8`` levels and leave as ``x = level / levels``; normalisation belongs to the model.
-There is no generator to save: an epoch's order and what happens to its k-th image are drawn anew from
-``(seed, epoch)``, so an interrupted epoch continues bit for bit. An epoch is one sequence of places, cut
-front to back into global batches, these into the parts of the processes and into micro-batches.
+An epoch is one sequence of places, cut front to back into global batches, these into the parts of the
+processes and into micro-batches. Its order and what happens to its k-th image are drawn anew from
+``(seed, epoch)``, so an interrupted epoch continues bit for bit.
 
-Without a policy whole batches are cropped and mirrored on the device. A policy works on one image at a time
-on the CPU: crop, mirror and policy then run in ``num_workers`` processes while the device computes.
+Whole batches are cropped and mirrored on the device. With a policy, which works on one image at a time, all
+this runs on the CPU, in ``num_workers`` processes.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from wcitrain.data.augment import Augmentation, Crops
-from wcitrain.data.decoding import Decoder
+from wcitrain.data.augment import Augmentation, crop, draw_crops
 from wcitrain.seeding import generator_from, seed_from
 
 MEMORY_LIMIT = 2e9  # bytes of decoded uint8 levels up to which in_memory="auto" keeps a set in memory
 
 
-class Batch(NamedTuple):
-    """One rank's part of a global batch, on the device that was asked for.
+@dataclass(frozen=True, eq=False)
+class Source:
+    """N images by number, here files: their labels (int64 [N]), what these stand for, and their places."""
 
-    ``index`` is the position of each image in its source, so that an error can name it.
-    """
+    labels: Tensor
+    class_names: tuple[str, ...]
+    place: str | list[str]  # the name of the whole, or the path of every image
+    levels: int = field(default=255, kw_only=True)  # the stored value that stands for 1.0
+
+    def read(self, position: int) -> Image.Image:
+        """Return the image at ``position``, in mode "L" or "RGB"; an error names it."""
+        return open_rgb(self.place[position], self.place[position])
+
+    def locate(self, position: int) -> str:
+        """Return where a person finds the image at ``position``."""
+        return f"{self.place} image {position}" if isinstance(self.place, str) else self.place[position]
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource(Source):
+    """Images already in memory: ``pixels`` uint8 [N, H, W] (gray) or [N, H, W, 3], 0 to ``levels``."""
+
+    pixels: np.ndarray
+
+    def read(self, position: int) -> Image.Image:
+        """Return one image."""
+        return Image.fromarray(self.pixels[position])
+
+
+def open_rgb(file: Any, where: str) -> Image.Image:
+    """Return the image in ``file`` (a path or a binary file) as RGB, or raise ValueError."""
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):  # ``convert`` would clip
+                raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            return image.convert("RGB")
+    except Exception as error:  # PIL raises many kinds for broken files: OSError, SyntaxError, struct.error
+        text = f"got an unreadable image {where} ({error}); expected an 8-bit image that PIL can decode."
+        raise ValueError(f"data: {text} Replace the file or remove it.") from error
+
+
+def to_levels(image: Image.Image, image_size: int | None) -> np.ndarray:
+    """Return an "L" or "RGB" image as uint8 [C, H, W], resized to a square of ``image_size`` unless None."""
+    if image_size is not None and image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    levels = np.array(image)
+    return levels[None] if levels.ndim == 2 else levels.transpose(2, 0, 1)
+
+
+class Batch(NamedTuple):
+    """One rank's part of a global batch, on the device that was asked for."""
 
     x: Tensor  # float32 [B, C, H, W] in [0, 1]
     y: Tensor  # int64 [B]
-    index: Tensor  # type: ignore[assignment]  # int64 [B]; hides tuple.index, which nobody needs
+    index: Tensor  # type: ignore[assignment]  # int64 [B], positions in the source; hides tuple.index
 
 
 @dataclass(frozen=True)
@@ -63,26 +110,21 @@ class Reading:
 
     def check(self, num_places: int) -> None:
         """Raise ValueError unless batches can be cut out of an epoch and shared by the ranks."""
-        rule = ""
-        if self.drop_last and self.batch_size > num_places:
-            rule = f"at most the {num_places} training images. Lower it or use more data"
-        elif self.drop_last and self.batch_size % self.world:
-            rule = f"a multiple of the {self.world} processes. Change one of them"
-        if rule:
-            raise ValueError(f"train.batch_size: got {self.batch_size}; expected {rule}.")
+        if self.drop_last and (self.batch_size > num_places or self.batch_size % self.world):
+            rule = f"at most the {num_places} training images, a multiple of the {self.world} processes"
+            raise ValueError(f"train.batch_size: got {self.batch_size}; expected {rule}. Change it.")
 
     def places(self, num_places: int) -> list[Tensor]:
         """Return the places of an epoch that make up each batch of this rank, int64 [B/w] each."""
         self.check(num_places)
         size, rank, world = self.batch_size, self.rank, self.world
-        batches = torch.arange(num_places).split(size)
-        part = slice(rank, None, world)
+        batches, part = torch.arange(num_places).split(size), slice(rank, None, world)
         if self.drop_last:
             batches = batches[: num_places // size]
             part = slice(rank * size // world, (rank + 1) * size // world)
         if not 0 <= self.start <= len(batches):
-            text = f"got {self.start}; expected 0 to {len(batches)}, the batches of an epoch."
-            raise ValueError(f"start: {text} Resume with the data and batch size of the interrupted run.")
+            rule = f"0 to {len(batches)}, the batches of an epoch. Resume with the former data and batch size"
+            raise ValueError(f"start: got {self.start}; expected {rule}.")
         return [batch[part] for batch in batches[self.start :] if len(batch[part])]
 
 
@@ -120,48 +162,69 @@ class Images(ABC):
 class ImageSet(Images):
     """N labelled images in a fixed order, in memory or decoded batch by batch; build one with ``load``."""
 
-    decoder: Decoder
+    source: Source
     positions: Tensor  # int64 [N], in the source
+    y: Tensor  # int64 [N]
     pixels: Tensor | None  # uint8 [N, C, H, W] levels, unless decoded batch by batch
+    image_size: int | None  # side of the squares that images are resized to, else None
+    shape: Any  # (C, H, W) of every image
+    shape_from: str  # the place of the image that was the first to have it
     num_workers: int  # processes that decode, and that augment by a policy
 
     @classmethod
     def load(
-        cls, decoder: Decoder, positions: Tensor, in_memory: bool | str = "auto", num_workers: int = 2
+        cls,
+        source: Source,
+        positions: Tensor,
+        image_size: int | None = None,
+        in_memory: bool | str = "auto",
+        num_workers: int = 2,
+        like: "ImageSet | None" = None,
     ) -> "ImageSet":
-        """Return the images at ``positions`` (int64 [N], N >= 1) of the decoder's source; only they are read.
+        """Return the images at ``positions`` (int64 [N], N >= 1) of a source; only they are read.
 
-        ``in_memory`` True decodes now, by threads, False at every use, "auto" now up to `MEMORY_LIMIT` bytes.
+        Their shape is that of ``like``'s images, or of the first one. ``in_memory`` True decodes now, by
+        threads, False at every use, "auto" now up to `MEMORY_LIMIT` bytes. Arrays of that shape are kept.
         """
-        if in_memory == "auto":
-            in_memory = len(positions) * int(np.prod(decoder.shape)) <= MEMORY_LIMIT
-        pixels = _decode_all(decoder, positions, num_workers) if in_memory else None
-        return cls(decoder, positions, pixels, num_workers)
+        first, y = int(positions[0]), source.labels[positions]
+        shape: Any = like.shape if like else to_levels(source.read(first), image_size).shape
+        shape_from = like.shape_from if like else source.locate(first)
+        images = cls(source, positions, y, None, image_size, shape, shape_from, num_workers)
+        if isinstance(source, ArraySource) and in_memory:
+            stored = torch.from_numpy(source.pixels)
+            stored = stored[:, None] if stored.ndim == 3 else stored.permute(0, 3, 1, 2)
+            if stored.shape[1:] == shape:
+                is_whole = torch.equal(positions, torch.arange(len(stored)))
+                return replace(images, pixels=stored if is_whole else stored[positions])
+        if not in_memory or (in_memory == "auto" and len(positions) * math.prod(shape) > MEMORY_LIMIT):
+            return images
+        levels = np.empty((len(positions), *shape), dtype=np.uint8)
+        with ThreadPoolExecutor(max(1, num_workers)) as pool:
+            for rows in torch.arange(len(positions)).split(1024):  # a broken image stops the work soon
+                levels[rows] = list(pool.map(images.__getitem__, rows.tolist()))
+        return replace(images, pixels=torch.from_numpy(levels))
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Decode one image, uint8 [C, H, W]; an error names it, and the one it differs from."""
+        position = int(self.positions[row])
+        levels = to_levels(self.source.read(position), self.image_size)
+        if levels.shape != self.shape:
+            got = f"{list(levels.shape)} in {self.source.locate(position)}"
+            rule = f"expected {list(self.shape)} as in {self.shape_from}. Set it to resize images."
+            raise ValueError(f"data.image_size: got {got}; {rule}")
+        return levels
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    @property
-    def y(self) -> Tensor:
-        """The labels, int64 [N]."""
-        return self.decoder.source.labels[self.positions]
-
     def take(self, rows: Tensor) -> "ImageSet":
         """Return the images at ``rows`` of this set, int64 [n], in that order."""
         pixels = None if self.pixels is None else self.pixels[rows]
-        return replace(self, positions=self.positions[rows], pixels=pixels)
+        return replace(self, positions=self.positions[rows], y=self.y[rows], pixels=pixels)
 
     def subset(self, n: int) -> "ImageSet":
         """Return the first ``n`` images of a fixed class-balanced order, or all where there are fewer."""
         return self.take(class_order(self.y, seed_from("subset"))[:n])
-
-    def with_labels(self, y: Tensor) -> "ImageSet":
-        """Return the same images with other labels, int64 [N]."""
-        labels = self.decoder.source.labels.clone()
-        labels[self.positions] = y
-        decoder = copy(self.decoder)
-        decoder.source = replace(decoder.source, labels=labels)
-        return replace(self, decoder=decoder)
 
     def read(self, reading: Reading) -> Iterator[Batch]:
         """Iterate over one epoch."""
@@ -183,71 +246,48 @@ class Epoch(Dataset):
     """
 
     def __init__(self, images: ImageSet, rows: Tensor, reading: Reading, name: str) -> None:
-        reading.augmentation.check(images.decoder.shape)
+        reading.augmentation.check(images.shape)
         self.images, self.rows, self.reading = images, rows, reading
         self.where = (reading.seed, name, reading.epoch)
-        self.crops = Crops.draw(len(rows), reading.crop_padding, reading.flip, *self.where)
+        self.crops = draw_crops(len(rows), reading.crop_padding, reading.flip, *self.where)
+        self.levels = images.source.levels
 
     def batches(self, places: list[Tensor]) -> Iterator[Batch]:
         """Yield the images at each element of ``places`` (int64 [B] of the epoch, B >= 1) as one batch."""
-        device, is_augmented = torch.device(self.reading.device), self.reading.augmentation.is_active
-        # Divided by a tensor: CUDA multiplies by the reciprocal of a Python number, which is off by one bit.
-        white = torch.tensor(255.0 if is_augmented else float(self._levels), device=device)
-        y = self.images.y
-        for place, pixels in zip(places, self._fetch(places, device), strict=True):
-            row, pixels = self.rows[place], pixels.to(device, non_blocking=True)
-            if not is_augmented:
-                pixels = self.crops[place].apply(pixels)
-            yield Batch(pixels.float() / white, y[row].to(device), self.images.positions[row].to(device))
-
-    def _fetch(self, places: list[Tensor], device: torch.device) -> Iterable[Tensor]:
-        """Return stored, or else augmented, levels at each element of ``places``, uint8 [B, C, H, W]."""
-        images = self.images
-        dataset: Dataset = images.decoder
-        if self.reading.augmentation.is_active:
-            dataset, indices = self, places
-        elif images.pixels is not None:
-            return (images.pixels[self.rows[place]] for place in places)
+        images, reading, rows = self.images, self.reading, [self.rows[place] for place in places]
+        device, is_augmented = torch.device(reading.device), reading.augmentation.is_active
+        fetched: Iterable[Tensor]
+        if images.pixels is not None and not is_augmented:
+            fetched = (images.pixels[row] for row in rows)
         else:
-            indices = [images.positions[self.rows[place]] for place in places]
-        settings: dict[str, Any] = {"num_workers": images.num_workers, "pin_memory": device.type == "cuda"}
-        settings["generator"] = (
-            torch.Generator()
-        )  # without its own, a loader advances the global random state
-        return DataLoader(dataset, batch_sampler=[index.tolist() for index in indices], **settings)
+            dataset: Any = self if is_augmented else images
+            indices = places if is_augmented else rows
+            settings: dict[str, Any] = {
+                "num_workers": images.num_workers,
+                "pin_memory": device.type == "cuda",
+            }
+            settings["generator"] = torch.Generator()  # else a loader advances the global random state
+            fetched = DataLoader(dataset, batch_sampler=[index.tolist() for index in indices], **settings)
+        # Divided by a tensor: CUDA multiplies by the reciprocal of a Python number, which is off by one bit.
+        white = torch.tensor(255.0 if is_augmented else float(self.levels), device=device)
+        for place, row, pixels in zip(places, rows, fetched, strict=True):
+            pixels = pixels.to(device, non_blocking=True)
+            if not is_augmented:
+                pixels = crop(pixels, self.crops[place], reading.crop_padding)
+            yield Batch(pixels.float() / white, images.y[row].to(device), images.positions[row].to(device))
 
     def __getitems__(self, places: list[int]) -> list[Tensor]:
         """Return augmented images at some places, 8-bit levels [C, H, W]; ``DataLoader`` calls this."""
-        images, rows = self.images, self.rows[places]
+        images, rows, reading = self.images, self.rows[places], self.reading
         if images.pixels is None:
-            decoded = [images.decoder[int(position)] for position in images.positions[rows]]
-            pixels = torch.from_numpy(np.stack(decoded))
+            pixels = torch.from_numpy(np.stack([images[row] for row in rows.tolist()]))
         else:
             pixels = images.pixels[rows]
-        if self._levels != 255:
-            pixels = (pixels * (255 / self._levels)).round().to(torch.uint8)
-        pixels = self.crops[places].apply(pixels)
+        if self.levels != 255:
+            pixels = (pixels * (255 / self.levels)).round().to(torch.uint8)
+        pixels = crop(pixels, self.crops[places], reading.crop_padding)
         seeds = [seed_from(*self.where, "policy", place) for place in places]
-        apply = self.reading.augmentation.apply
-        return [apply(image, seed) for image, seed in zip(pixels, seeds, strict=True)]
-
-    @property
-    def _levels(self) -> int:
-        return self.images.decoder.source.levels
-
-
-def _decode_all(decoder: Decoder, positions: Tensor, num_workers: int) -> Tensor:
-    """Decode images with threads into one uint8 [N, C, H, W]."""
-    pixels = np.empty((len(positions), *decoder.shape), dtype=np.uint8)
-
-    def fill(rows: Tensor) -> None:
-        for row in rows.tolist():
-            pixels[row] = decoder[int(positions[row])]
-
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        # Many short tasks, so that a broken image stops the work soon; list() raises what a thread raised.
-        list(pool.map(fill, torch.arange(len(positions)).split(64)))
-    return torch.from_numpy(pixels)
+        return [reading.augmentation.apply(image, seed) for image, seed in zip(pixels, seeds, strict=True)]
 
 
 def class_order(labels: Tensor, seed: int, *, proportional: bool = False) -> Tensor:

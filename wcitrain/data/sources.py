@@ -6,28 +6,78 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from wcitrain.data.decoding import ArraySource, FileSource, Source, open_rgb
-from wcitrain.data.sets import class_order
-from wcitrain.data.settings import Data
+from wcitrain.data.sets import ArraySource, Source, class_order, open_rgb
+from wcitrain.method import Count, PositiveCount, Text, method, refuse, setting, show
 from wcitrain.seeding import seed_from
 
+SourceName = Literal["digits", "cifar10", "cifar100", "svhn", "folder", "timm"]
+# Training; validation, None where it is cut from training; test, opened later; the number of test images.
+Opened = tuple[Source, Source | None, Callable[[], Source], int]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
-class Opened(NamedTuple):
-    """What a source holds before anything is selected; ``val`` is None where it is cut from ``train``."""
+@method
+class Data:
+    """Which images are read and how they are split.
 
-    train: Source
-    val: Source | None
-    open_test: Callable[[], Source]
-    num_test: int
+    ``digits`` are scikit-learn's, 8x8, 1,000 and 797 for testing; ``cifar10``, ``cifar100`` and ``svhn`` are
+    torchvision's; ``folder`` reads ``root/<split>/<class>/<image>``; ``timm`` opens ``name``, such as
+    "hfds/<user>/<set>". Names that begin with wds/, tfds/ or hfids/ are read front to back (`StreamSet`).
+    """
+
+    source: SourceName = setting("digits", "Where images come from; digits needs no files.")
+    root: Text | None = setting(None, "Folder with the data; every source but digits needs it.")
+    name: Text | None = setting(None, "Data set name for timm.data.create_dataset; only with source timm.")
+    train_split: Text = setting("train", "Name of the training split.")
+    test_split: Text = setting("test", "Name of the test split.")
+    val_split: Text | None = setting(None, "Name of a validation split; null cuts one from training images.")
+    download: bool = setting(False, "Fetch the data set when it is not under root.")
+    num_classes: PositiveCount | None = setting(None, "Number of classes; null takes it from the data.")
+    image_size: PositiveCount | None = setting(None, "Side of the square images are resized to, in pixels.")
+    max_train: PositiveCount | None = setting(None, "Training images kept, balanced over classes; null: all.")
+    max_test: PositiveCount | None = setting(None, "Test images kept, balanced over classes; null: all.")
+    val_size: PositiveCount = setting(200, "Validation images cut from the training images, in class shares.")
+    split_seed: Count = setting(0, "Seed of the subsets and of the validation cut.")
+    in_memory: Literal[True, False, "auto"] = setting("auto", "Keep decoded images; auto: up to 2 GB.")
+    crop_padding: Count = setting(0, "Zero padding before the random crop, in pixels; 0 does not crop.")
+    flip: bool = setting(False, "Flip training images left to right at random.")
+    num_workers: Count = setting(2, "Workers that decode images.")
+
+    def __post_init__(self) -> None:
+        name, splits = (self.name or "").lower(), (self.train_split, self.test_split, self.val_split)
+        if self.source == "digits" and (self.root or self.download):
+            key = "root" if self.root else "download"
+            rule = "expected the default: digits are embedded. Remove it, or set data.source."
+            refuse(key, f"got {show(getattr(self, key))} with source digits; {rule}")
+        is_here = self.source == "digits" or name.startswith(("hfds/", "hfids/", "tfds/"))
+        if self.root is None and not is_here:
+            refuse("root", f"got null with source {self.source}; expected a folder. Set data.root.")
+        if bool(name) != (self.source == "timm"):
+            rule = "expected a data set name with timm alone. Change data.name or data.source."
+            refuse("name", f"got {show(self.name)} with source {self.source}; {rule}")
+        if len(set(splits)) < 3:
+            refuse("test_split", f"got splits {name_some(splits)}; expected different ones. Rename one.")
+        if self.source not in ("folder", "timm") and splits != ("train", "test", None):
+            rule = f"expected none, as {self.source} has splits of its own. Remove all."
+            refuse("train_split", f"got splits {name_some(splits)}; {rule}")
+        if self.is_streamed and None in (self.val_split, self.image_size, self.num_classes):
+            rule = "expected val_split, image_size and num_classes. Set all."
+            refuse("val_split", f"got {name}, which is read front to back; {rule}")
+        if self.is_streamed and (self.max_train or self.max_test or self.in_memory is True):
+            rule = "expected no max_train, max_test or in_memory. Remove them."
+            refuse("max_train", f"got {name}, which is read front to back; {rule}")
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether images can only be read front to back."""
+        return (self.name or "").lower().startswith(("wds/", "tfds/", "hfids/"))
 
 
 def open_digits(data: Data) -> Opened:
@@ -43,9 +93,9 @@ def open_digits(data: Data) -> Opened:
 
     def part(positions: Tensor, title: str) -> ArraySource:
         positions = positions.sort().values
-        return ArraySource(labels[positions], names, pixels[positions.numpy()], title, levels=levels)
+        return ArraySource(labels[positions], names, title, pixels[positions.numpy()], levels=levels)
 
-    return Opened(part(order[797:], "digits train"), None, lambda: part(order[:797], "digits test"), 797)
+    return part(order[797:], "digits train"), None, lambda: part(order[:797], "digits test"), 797
 
 
 def open_torchvision(kind: str, data: Data) -> Opened:
@@ -57,68 +107,56 @@ def open_torchvision(kind: str, data: Data) -> Opened:
         try:
             images = getattr(torchvision.datasets, kind)(data.root, download=data.download, **which)
         except RuntimeError as error:
-            text = f"got {data.root} without {kind}, or with a damaged one ({error}); expected its files."
-            raise ValueError(f"data.root: {text} Correct it, or set data.download=true.") from error
-        if kind == "SVHN":
-            pixels, labels = images.data.transpose(0, 2, 3, 1), images.labels
-        else:
-            pixels, labels = images.data, images.targets  # [N, H, W, 3]
-        names = tuple(getattr(images, "classes", map(str, range(10))))
-        return ArraySource(torch.as_tensor(labels).long(), names, pixels, f"{kind} {split}")
+            rule = f"expected the files of {kind}. Correct it, or set data.download=true."
+            raise ValueError(f"data.root: got {data.root} ({error}); {rule}") from error
+        names, title = tuple(getattr(images, "classes", map(str, range(10)))), f"{kind} {split}"
+        pixels, labels = images.data, torch.as_tensor(images.labels if kind == "SVHN" else images.targets)
+        pixels = pixels.transpose(0, 2, 3, 1) if kind == "SVHN" else pixels
+        return ArraySource(labels, names, title, pixels)
 
-    return Opened(part("train"), None, partial(part, "test"), 26_032 if kind == "SVHN" else 10_000)
-
-
-# ---- folders -----------------------------------------------------------------------------------------------
+    return part("train"), None, partial(part, "test"), 26_032 if kind == "SVHN" else 10_000
 
 
 def open_folder(data: Data) -> Opened:
     """List the files of ``root/<split>/<class>/``; the training split numbers the classes."""
-    root = Path(str(data.root))
-    splits = (data.train_split, data.val_split, data.test_split)
-    folders = [root / split for split in splits if split is not None]
-    for folder in folders:
-        if not folder.is_dir():
-            there = name_some(sorted(path.name for path in root.glob("*"))) or "nothing"
-            text = f"got no folder {folder} ({root} holds {there}); expected one for each split."
-            raise ValueError(f"data.root: {text} Correct it, or data.train_split, val_split or test_split.")
+    splits = [split for split in (data.train_split, data.val_split, data.test_split) if split is not None]
+    folders = [Path(str(data.root), split) for split in splits]
     if len({folder.resolve() for folder in folders}) < len(folders):
-        text = f"got splits {name_some(folders)}, two of which are one folder; expected different ones:"
-        raise ValueError(f"data.test_split: {text} selecting on test images is selecting the result.")
+        rule = "expected different ones: selecting on test images is selecting the result. Rename one."
+        raise ValueError(f"data.test_split: got one folder for two of {name_some(splits)}; {rule}")
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        rule = f"{missing[0]}/<class>/<image>. Correct data.root, or the names of the splits."
+        raise ValueError(f"data.root: got {data.root}; expected images as {rule}")
     train = scan_folder(folders[0])
     *val, test = [scan_folder(folder, train.class_names) for folder in folders[1:]]
-    return Opened(train, val[0] if val else None, lambda: test, len(test.labels))
+    return train, val[0] if val else None, lambda: test, len(test.labels)
 
 
-def scan_folder(folder: Path, classes: tuple[str, ...] | None = None, key: str = "data.root") -> FileSource:
+def scan_folder(folder: Path, classes: tuple[str, ...] | None = None, key: str = "data.root") -> Source:
     """List ``folder/<class>/**/<image>``; nothing is decoded and hidden files and folders are ignored.
 
     ``classes`` number the labels, by default those there, sorted; ``key`` is the recipe key that errors name.
     """
     there = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
     if not there:
-        text = f"got {folder} without class folders; expected one folder of images per class."
-        raise ValueError(f"{key}: {text} Sort the images into folders.")
+        raise ValueError(f"{key}: got {folder} without class folders; expected some. Sort the images.")
     classes = classes or there
     if unknown := [name for name in there if name not in classes]:
-        text = f"got classes {name_some(unknown)} in {folder}; expected only those of the training folder,"
-        raise ValueError(f"{key}: {text} {name_some(classes)}. Remove them or add training images.")
+        rule = f"expected only those of the training folder, {name_some(classes)}. Remove them."
+        raise ValueError(f"{key}: got classes {name_some(unknown)} in {folder}; {rule}")
     found = [(path, classes.index(name)) for name in there for path in list_images(folder / name, key)]
     paths, labels = zip(*found, strict=True)
-    return FileSource(torch.tensor(labels), classes, list(paths))
+    return Source(torch.tensor(labels), classes, list(paths))
 
 
 def list_images(folder: Path, key: str) -> list[str]:
     """Return the sorted paths of the images below ``folder``; raise ValueError where there are none."""
-    paths = sorted(
-        os.path.join(parent, file)
-        for parent, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if file[0] != "." and file.lower().endswith(IMAGE_SUFFIXES)
-    )
+    walk = os.walk(folder, followlinks=True)
+    files = [os.path.join(parent, name) for parent, _, names in walk for name in names if name[0] != "."]
+    paths = sorted(path for path in files if path.lower().endswith(IMAGE_SUFFIXES))
     if not paths:
-        text = f"got no images in {folder}; expected files that end in {' '.join(IMAGE_SUFFIXES)}."
-        raise ValueError(f"{key}: {text} Add images or remove the folder.")
+        rule = f"expected files that end in {' '.join(IMAGE_SUFFIXES)}. Add some or remove it."
+        raise ValueError(f"{key}: got no images in {folder}; {rule}")
     return paths
 
 
@@ -129,87 +167,72 @@ def name_some(names: Iterable[object]) -> str:
     return ", ".join(texts[:5]) + more
 
 
-# ---- timm --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class DatasetSource(Source):
     """A map-style data set opened by ``timm.data.create_dataset``, decoded to RGB when it is read."""
 
     dataset: Any  # timm ImageDataset, which has a reader, or a torchvision data set, which has not
-    title: str
 
     def read(self, position: int) -> Image.Image:
-        """Return one image."""
-        # timm's own __getitem__ replaces an unreadable image by the next one; its reader does not.
+        """Return one image; timm's own __getitem__ replaces an unreadable one by the next."""
         if hasattr(self.dataset, "reader"):
             with self.dataset.reader[position][0] as file:
                 return open_rgb(file, self.locate(position))
         return self.dataset[position][0].convert("RGB")
 
-    def locate(self, position: int) -> str:
-        """Return its place."""
-        try:
-            return str(self.dataset.filename(position, absolute=True))
-        except (AttributeError, AssertionError, KeyError):
-            return f"{self.title} image {position}"
-
 
 def open_timm(data: Data) -> Opened:
     """Open map-style data sets through timm, and refuse what timm would quietly mix up."""
     keys = ("train_split", "test_split", "val_split")
-    splits = {key: split for key in keys if (split := getattr(data, key)) is not None}
-    datasets = {key: create_dataset(data, split) for key, split in splits.items()}
-    sources = {key: _source(datasets[key], f"{data.name} {split}") for key, split in splits.items()}
-    train, test = sources["train_split"], sources["test_split"]
-    for key, dataset in datasets.items():
+    splits: dict[str, str] = {key: split for key in keys if (split := getattr(data, key)) is not None}
+    sources: dict[str, DatasetSource] = {}
+    for key, split in splits.items():
+        dataset = create_dataset(data, split)
         # torchvision sets know train and not train; timm takes any unknown name for the latter.
         is_train = getattr(dataset, "train", None)
         if is_train is not None and (key == "val_split" or is_train != (key == "train_split")):
-            kind = "training" if is_train else "test"
-            text = f"got {splits[key]!r}, which is the {kind} split of {data.name}"
-            rule = "expected train_split=train, test_split=test and no val_split. Change it."
-            raise ValueError(f"data.{key}: {text}; {rule}")
-        if (names := sources[key].class_names) != train.class_names:
-            text = f"got classes {name_some(names)}; expected those of the training split,"
-            raise ValueError(f"data.{key}: {text} {name_some(train.class_names)}. Make them equal.")
-    for other, key in combinations(datasets, 2):
+            got = f"got {split!r}, which is the {'training' if is_train else 'test'} split of {data.name}"
+            raise ValueError(f"data.{key}: {got}; expected train, test and no val_split. Change it.")
+        sources[key] = _source(dataset, f"{data.name} {split}")
+        names, wanted = sources[key].class_names, sources["train_split"].class_names
+        if names != wanted:
+            rule = f"expected those of the training split, {name_some(wanted)}. Make them equal."
+            raise ValueError(f"data.{key}: got classes {name_some(names)}; {rule}")
+    for other, key in combinations(sources, 2):
         # timm reads all of root when it finds no folder for a split.
-        if _paths(datasets[key]) & _paths(datasets[other]):
-            text = f"got {splits[key]!r}, which shares images with data.{other}={splits[other]!r};"
-            raise ValueError(f"data.{key}: {text} expected a folder for each split. Correct the names.")
-    return Opened(train, sources.get("val_split"), lambda: test, len(test.labels))
+        one, two = sources[other].place, sources[key].place
+        if not isinstance(one, str) and set(one) & set(two):
+            got = f"got {splits[key]!r}, which shares images with data.{other}={splits[other]!r}"
+            raise ValueError(f"data.{key}: {got}; expected a folder for each split. Correct the names.")
+    test = sources["test_split"]
+    return sources["train_split"], sources.get("val_split"), lambda: test, len(test.labels)
 
 
 def create_dataset(data: Data, split: str, **settings: Any) -> Any:
     """Return ``timm.data.create_dataset(...)`` of one split."""
     import timm.data
 
-    place: Any = {"root": data.root, "split": split, "download": data.download}
-    return timm.data.create_dataset(str(data.name), **place, **settings)
+    settings |= {"root": data.root, "split": split, "download": data.download}
+    return timm.data.create_dataset(str(data.name), **settings)
 
 
 def _source(dataset: Any, title: str) -> DatasetSource:
     """Return a map-style data set with its labels, without decoding an image if the data set allows."""
     holder = getattr(dataset, "reader", dataset)
+    place: str | list[str] = title
+    if hasattr(holder, "samples"):  # a folder or an archive: images have names
+        is_timm = holder is not dataset
+        place = dataset.filenames(absolute=True) if is_timm else [path for path, _ in holder.samples]
     if hasattr(holder, "targets"):
         labels = holder.targets
     elif hasattr(holder, "iter_targets"):
         labels = list(holder.iter_targets())
     else:
-        pairs = getattr(holder, "samples", None) or (holder[position] for position in range(len(holder)))
-        labels = [label for _, label in pairs]
+        labels = [label for _, label in getattr(holder, "samples", holder)]
     numbers = torch.as_tensor(labels).long()
     class_to_idx = getattr(holder, "class_to_idx", None)
     names = sorted(class_to_idx, key=class_to_idx.get) if class_to_idx else range(int(numbers.max()) + 1)
-    return DatasetSource(numbers, tuple(map(str, names)), dataset, title)
-
-
-def _paths(dataset: Any) -> set[str]:
-    """Return the image files of a folder data set, empty for others."""
-    if hasattr(dataset, "reader"):
-        return set(dataset.filenames(absolute=True)) if hasattr(dataset.reader, "samples") else set()
-    return {path for path, _ in getattr(dataset, "samples", ())}
+    return DatasetSource(numbers, tuple(map(str, names)), place, dataset)
 
 
 SOURCES: dict[str, Callable[[Data], Opened]] = {

@@ -1,9 +1,8 @@
 """Data that can only be read front to back: WebDataset, TFDS, streamed Hugging Face data sets.
 
-The promises of `ImageSet` shrink to what such a reader keeps. Shards are shuffled, then images within a
-buffer, from ``(seed, epoch)``; the number of ranks and workers changes which images share a batch. Resuming
-is exact at epoch boundaries only: within an epoch ``start`` reads and drops batches, and depends on the
-reader repeating its order.
+Shards are shuffled, then images within a buffer, from ``(seed, epoch)``; the number of ranks and workers
+changes which images share a batch. Resuming is exact at epoch boundaries only: within an epoch ``start``
+reads and drops batches, and depends on the reader repeating its order.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,19 +15,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from wcitrain.data.augment import Crops
-from wcitrain.data.decoding import to_levels
-from wcitrain.data.sets import Batch, Images, Reading
+from wcitrain.data.augment import crop, draw_crops
+from wcitrain.data.sets import Batch, Images, Reading, to_levels
 from wcitrain.seeding import generator_from, seed_from
 
 
 @dataclass(frozen=True, eq=False)
 class StreamSet(Images):
-    """Images that are decoded in the order of an iterable data set.
+    """Images that are decoded in the order of an iterable data set."""
 
-    ``open(is_training=, seed=, batch_size=)`` returns a fresh timm ``IterableImageDataset``.
-    """
-
+    # open(is_training=, seed=, batch_size=) returns a fresh timm ``IterableImageDataset``.
     open: Callable[..., Any]
     num_images: int  # as the stream declares them
     image_size: int
@@ -44,21 +40,17 @@ class StreamSet(Images):
         return replace(self, limit=n)
 
     def read(self, reading: Reading) -> Iterator[Batch]:
-        """Iterate over one epoch.
+        """Iterate over one epoch; raise ValueError where the stream ends early.
 
         Training (``shuffle`` and ``drop_last``) gives each rank shards of its own. Evaluation (neither) reads
         the whole stream on every rank and takes [r::w] of each batch, so that every image is seen exactly
         once. ``Batch.index`` counts the images this rank has read. An augmentation is drawn, with crop and
         flip, from the number of images that a process has read before: other worker counts augment otherwise.
-
-        Raises:
-            ValueError: At the call, for other combinations; while reading, where the stream ends early.
         """
         is_training = reading.drop_last
         if reading.shuffle != is_training or (is_training and self.limit is not None):
-            got = f"shuffle={reading.shuffle}, drop_last={is_training} for a stream of {len(self)} images"
-            text = "expected both to train on a whole stream or neither to measure. Pass both or neither."
-            raise ValueError(f"batches: got {got}; {text}")
+            rule = "expected both to train on a whole stream or neither to measure. Pass both or neither."
+            raise ValueError(f"batches: got shuffle={reading.shuffle}, drop_last={is_training}; {rule}")
         reading.check(len(self))
         reading.augmentation.check((3, self.image_size, self.image_size))
         local = reading.batch_size // reading.world if is_training else reading.batch_size
@@ -70,20 +62,17 @@ class StreamSet(Images):
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = ranks
         dataset.set_loader_cfg(num_workers=self.num_workers)
         dataset.set_epoch(reading.epoch)
-        # The generator seeds the workers' shuffle buffers.
-        generator = generator_from("cpu", reading.seed, "stream", reading.epoch)
-        settings: dict[str, Any] = {"num_workers": self.num_workers, "generator": generator}
+        settings: dict[str, Any] = {"num_workers": self.num_workers, "drop_last": is_training}
         settings["pin_memory"] = torch.device(reading.device).type == "cuda"
-        loader = DataLoader(dataset, batch_size=local, drop_last=is_training, **settings)
-        return self._assemble(loader, reading, local)
+        settings["generator"] = generator_from("cpu", reading.seed, "stream", reading.epoch)  # of the buffers
+        return self._assemble(DataLoader(dataset, batch_size=local, **settings), reading, local)
 
     def _assemble(self, loader: DataLoader, reading: Reading, local: int) -> Iterator[Batch]:
         """Read, cut, crop and scale batch after batch of ``local`` images."""
         part, needed = slice(reading.rank, None, reading.world), len(self)  # this rank's share; what is read
         if reading.drop_last:
             part, needed = slice(None), self.num_updates(reading.batch_size) * local
-        # A tensor divides exactly on CUDA, a number does not.
-        seen, white = 0, torch.tensor(255.0, device=reading.device)
+        seen, white = 0, torch.tensor(255.0, device=reading.device)  # a number divides inexactly on CUDA
         for number, (pixels, y) in enumerate(loader):
             keep = min(len(y), needed - seen)
             pixels, y, index = pixels[:keep][part], y[:keep][part], torch.arange(seen, seen + keep)[part]
@@ -91,13 +80,12 @@ class StreamSet(Images):
             if number >= reading.start and len(y):
                 pixels = pixels.to(reading.device)
                 if not reading.augmentation.is_active:
-                    pixels = _crops(len(y), reading, "augment", number).apply(pixels)
+                    pixels = _crop(pixels, reading, "augment", number)
                 yield Batch(pixels.float() / white, y.to(reading.device), index.to(reading.device))
             if seen == needed:
                 return
-        text = f"got {seen} images from the stream; expected {needed}, of the {self.num_images} it declares."
-        advice = "Correct the declared number, look for unreadable images, or lower data.num_workers."
-        raise ValueError(f"data.name: {text} {advice}")
+        rule = f"expected {needed} of the {self.num_images} it declares. Correct it, or lower num_workers."
+        raise ValueError(f"data.name: got {seen} images from the stream; {rule}")
 
 
 @dataclass
@@ -109,19 +97,19 @@ class _Decoding:
     count: int = 0  # images this process has read
 
     def __call__(self, image: Image.Image) -> Tensor | np.ndarray:
-        """Return uint8 [C, H, W]."""
         levels, reading = to_levels(image, self.image_size), self.reading
         if not reading.augmentation.is_active:
             return levels
         worker: Any = get_worker_info()
         place = ("stream", worker.id if worker else 0, self.count)
         self.count += 1
-        pixels = _crops(1, reading, *place).apply(torch.from_numpy(levels)[None])[0]
+        pixels = _crop(torch.from_numpy(levels)[None], reading, *place)[0]
         seed = seed_from(reading.seed, reading.epoch, reading.rank, *place, "policy")
         return reading.augmentation.apply(pixels, seed)
 
 
-def _crops(num: int, reading: Reading, *place: object) -> Crops:
-    """Draw the crops of so many images at a place of one process's epoch."""
+def _crop(pixels: Tensor, reading: Reading, *place: object) -> Tensor:
+    """Crop and mirror images at a place of one process's epoch."""
     where = (reading.seed, reading.epoch, reading.rank, *place)
-    return Crops.draw(num, reading.crop_padding, reading.flip, *where)
+    crops = draw_crops(len(pixels), reading.crop_padding, reading.flip, *where)
+    return crop(pixels, crops, reading.crop_padding)

@@ -2,8 +2,7 @@
 
 from wcitrain.evaluation.accuracy import AccuracyMeasurement, measure_accuracy
 from wcitrain.evaluation.checks import PreflightWarning
-from wcitrain.evaluation.corruptions import COMMON, Corruptions
+from wcitrain.evaluation.corruptions import Corruptions
 from wcitrain.evaluation.evaluating import evaluate
-from wcitrain.evaluation.evaluation import AttackResult, Comparison, Evaluation, Finding, compare
-from wcitrain.evaluation.intervals import McNemar, bootstrap_interval, mcnemar, wilson_interval
 from wcitrain.evaluation.plans import parse_attack
+from wcitrain.evaluation.results import AttackResult, Comparison, Evaluation, Finding, compare

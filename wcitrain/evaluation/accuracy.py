@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wcitrain.attacks import Attack
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
-from wcitrain.evaluation.intervals import wilson_interval
+from wcitrain.evaluation.results import wilson_interval
 from wcitrain.measures import WCIMeasurement
 from wcitrain.params import Layers
 from wcitrain.preserve import full_precision, undisturbed
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 TRACE_EXAMPLES = 50  # behind one draw of the traces: several draws a batch, so that their spread is known
-Row = tuple[Tensor, Tensor]  # of a batch: number, clean correct and loss, robust ones [5]; traces [K, 1 + L]
 
 
 @dataclass(frozen=True)
@@ -56,45 +55,39 @@ def measure_accuracy(
     layers: Mapping[str, Tensor] | None = None,
     accelerator: "Accelerator | None" = None,
 ) -> AccuracyMeasurement:
-    """Measure a model on images, clean and under an attack.
+    """Measure a model on images ``(x, y, index)`` in [0, 1], clean and under an attack.
 
     Args:
-        model: Maps images in [0, 1] to logits; in float32 even where Accelerate prepared it for bfloat16.
-        batches: ``(x, y, index)``, all of them on every process; process r takes each batch r, r + world, ...
-        seed: Of the random starts and of the trace estimator's signs.
+        model: Gives logits; in float32 even where Accelerate prepared it for bfloat16.
+        batches: All of them on every process; process r takes each batch r, r + world, ...
         layers: Tensors whose Gauss–Newton trace is measured at the adversarial examples, one backward more.
-        accelerator: Adds up over processes; None for one.
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    rows: list[Row] = []
+    rows: list[tuple[int, Tensor, Tensor]] = []  # number of the batch, sums [5], traces [K, 1 + L]
     with undisturbed(model, training=False), full_precision(model):
         for number, (x, y, _) in enumerate(batches):
             if number % world == rank:
                 generator = generator_from(x.device, seed, "evaluation", number)
-                rows.append(_measure_batch(model, x, y, attack, generator, layers))
-    if accelerator is not None and world > 1:
-        rows = _gather(rows, accelerator)
-    if not rows:
-        raise ValueError("measure_accuracy: got no images; expected at least one batch. Is the split empty?")
-    num, *sums = torch.stack([sums for sums, _ in rows]).sum(0).tolist()
+                rows.append((number, *_measure_batch(model, x, y, attack, generator, layers)))
+    if world > 1:
+        from accelerate.utils import gather_object
+
+        rows = sorted(gather_object(rows), key=itemgetter(0))  # the order one process would have
+    num, *sums = torch.stack([sums for _, sums, _ in rows]).sum(0).tolist()
     clean, clean_loss, robust, robust_loss = (value / num for value in sums)
     wci = None
     if layers:
-        samples = torch.cat([samples for _, samples in rows])
-        wci = WCIMeasurement.from_samples(
-            tuple(layers), Layers(layers).squared_norms(), samples[:, 1:], samples[:, 0]
-        )
+        samples, norms = torch.cat([samples for *_, samples in rows]), Layers(layers).squared_norms()
+        wci = WCIMeasurement.from_samples(tuple(layers), norms, samples[:, 1:], samples[:, 0])
     return AccuracyMeasurement(int(num), clean, clean_loss, robust, robust_loss, wci)
 
 
 def _measure_batch(
     model: nn.Module, x: Tensor, y: Tensor, attack: Attack, generator: torch.Generator, layers: Any
-) -> Row:
-    def losses(images: Tensor) -> Tensor:
-        return F.cross_entropy(model(images).float(), y, reduction="none")
-
-    x_adv = attack.maximise(losses, x, generator)
-    samples, parts = [], []
+) -> tuple[Tensor, Tensor]:
+    """Return number, clean correct and loss, robust ones [5]; examples and traces of the draws [K, 1 + L]."""
+    x_adv = attack.maximise(lambda z: F.cross_entropy(model(z).float(), y, reduction="none"), x, generator)
+    samples, parts = [torch.zeros(0)] if not layers else [], []
     with torch.set_grad_enabled(bool(layers)):
         for part in x_adv.split(TRACE_EXAMPLES) if layers else [x_adv]:
             logits = model(part).float()
@@ -106,14 +99,4 @@ def _measure_batch(
         sums = [torch.tensor(float(len(y)))]
         for logits in (model(x).float(), torch.cat(parts)):
             sums += [(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")]
-    traces = torch.stack(samples) if samples else torch.zeros(0, 1)
-    return torch.stack([value.double().cpu() for value in sums]), traces.double().cpu()
-
-
-def _gather(rows: list[Row], accelerator: "Accelerator") -> list[Row]:
-    """Return the rows of all processes, in the order one process would have."""
-    from accelerate.utils import gather_object
-
-    first, step = accelerator.process_index, accelerator.num_processes
-    mine = [(first + k * step, row) for k, row in enumerate(rows)]
-    return [row for _, row in sorted(gather_object(mine), key=itemgetter(0))]
+    return torch.stack([value.double().cpu() for value in sums]), torch.stack(samples).double().cpu()

@@ -41,10 +41,12 @@ class Estimate:
 
     def __str__(self) -> str:
         """Return ".52 (.31 to .70)"."""
-        if math.isnan(self.value):
-            return "–"
-        interval = f" ({_short(self.low)} to {_short(self.high)})" if math.isfinite(self.low) else ""
-        return f"{_short(self.value)}{interval}"
+        value, low, high = (
+            f"{x:.2f}".replace("0.", ".", 1) if abs(x) < 0.995 else f"{x:.0f}"
+            for x in (self.value, self.low, self.high)
+        )
+        interval = f" ({low} to {high})" if math.isfinite(self.low) else ""
+        return "–" if math.isnan(self.value) else value + interval
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,11 @@ def correlate(
     """Correlate a measure with a target over models.
 
     Args:
-        measure, target: μ and g [M]; models where one of them is not finite are left out.
+        measure, target: μ and g [M]; models where one of them is not finite are left out, fewer
+            than three others a ``ValueError``.
         runs: The run each model comes from [M], any hashable; models of one run are its checkpoints.
         axes: θ_i [M] for each hyper-parameter i by name, any hashable. Seeds do not belong here.
         num_bootstrap: Draws of the bootstrap, and a fifth as many shuffles; 0 leaves intervals out.
-
-    Raises:
-        ValueError: Columns of different lengths, or fewer than three models with finite numbers.
 
     >>> axes = {"lr": [1, 1, 2, 2]}
     >>> result = correlate([1, 2, 3, 4], [2, 3, 5, 9], runs="abcd", axes=axes, num_bootstrap=0)
@@ -87,60 +87,70 @@ def correlate(
     """
     lengths = {len(column) for column in (measure, target, runs, *axes.values())}
     if len(lengths) > 1:
-        raise ValueError(f"correlate: got columns of {sorted(lengths)} models; expected one length.")
+        raise ValueError(f"correlate: got columns of {sorted(lengths)} models; expected one length for all.")
     mu, g = np.asarray(measure, dtype=np.float64), np.asarray(target, dtype=np.float64)
     keep = np.isfinite(mu) & np.isfinite(g)
     if keep.sum() < 3:
         raise ValueError(f"correlate: got {keep.sum()} models with finite numbers; expected at least 3.")
-    mu, g = mu[keep], g[keep]
-    run = _codes(runs, keep)
-    coded = {name: _codes(values, keep) for name, values in axes.items()}
-    columns = {name: column for name, column in coded.items() if column.max() > 0}  # that differ
+    mu, g, run = mu[keep], g[keep], _codes(runs, keep)
+    coded = [_codes(values, keep) for values in axes.values()]
+    columns = [column for column in coded if column.max() > 0]  # that differ
     generator, num_runs = np.random.default_rng(seed), int(run.max()) + 1
     drawn = generator.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=num_bootstrap)
     # c [1 + B, M]: how often each model was drawn.
     counts = np.concatenate([np.ones((1, len(mu))), drawn[:, run]])
 
-    sx, sy = (np.sign(x[:, None] - x[None, :]) for x in (mu, g))  # [M, M]
-    granulated = (_granulated(sx * sy, counts, *_axis_pairs(name, columns)) for name in columns)
-    psi = [values for values in granulated if len(values)]
-    members = [np.flatnonzero(run == r) for r in range(num_runs)]
+    sx, sy = _signs(mu), _signs(g)
+    psi = [_granulated(sx * sy, counts, i, columns) for i in range(len(columns))]
+    psi = [values for values in psi if len(values)]
     conditions = _conditions(columns, len(mu))
-    others = (_shuffled(mu, members, generator) for _ in range(num_bootstrap // 5))
-    shuffled = [_information(other, g, run, conditions) for other in others]
+    members = [np.flatnonzero(run == r) for r in range(num_runs)]
+    shuffled, other = [], np.empty_like(mu)
+    for _ in range(num_bootstrap // 5):  # the runs' blocks of values in another order
+        blocks = [members[r] for r in generator.permutation(num_runs)]
+        other[np.concatenate(members)] = mu[np.concatenate(blocks)]
+        shuffled.append(_information(_signs(other), sy, run, conditions))
     return Correlation(
         kendall=_estimate(_tau(sx, sy, counts)),
         pearson=_estimate(_pearson(mu, g, counts)),
         granulated=_estimate(_mean(psi)) if psi else Estimate(math.nan),
-        information=_information(mu, g, run, conditions),
+        information=_information(sx, sy, run, conditions),
         information_chance=float(np.percentile(shuffled, 95)) if shuffled else math.nan,
         num_models=len(mu),
         num_runs=num_runs,
     )
 
 
-def _conditions(columns: Mapping[str, Ints], num: int) -> list[Ints]:
+def _codes(values: Sequence[Any], keep: npt.NDArray[np.bool_]) -> Ints:
+    """Return the values to keep as numbers 0, 1, ... in order of first appearance."""
+    known: dict[Any, int] = {}
+    kept = itertools.compress(values, keep)
+    return np.array([known.setdefault(value, len(known)) for value in kept], dtype=np.int64)
+
+
+def _signs(x: Floats) -> Floats:
+    """Return the signs of all differences [M, M]."""
+    return np.sign(x[:, None] - x[None, :])
+
+
+def _conditions(columns: Sequence[Ints], num: int) -> list[Ints]:
     """Return for every set S of (3) which of its values each ordered pair of models has [M, M]."""
     conditions = []
-    for size in range(3):
-        for chosen in itertools.combinations(columns.values(), size):
-            cell = np.zeros((num, num), dtype=np.int64)
-            for column in chosen:
-                values = int(column.max()) + 1
-                cell = (cell * values + column[:, None]) * values + column[None, :]
-            conditions.append(np.unique(cell, return_inverse=True)[1].reshape(num, num))
+    for chosen in itertools.chain.from_iterable(itertools.combinations(columns, size) for size in range(3)):
+        cell = np.zeros((num, num), dtype=np.int64)
+        for column in chosen:
+            values = int(column.max()) + 1
+            cell = (cell * values + column[:, None]) * values + column[None, :]
+        conditions.append(np.unique(cell, return_inverse=True)[1].reshape(num, num))
     return conditions
 
 
-def _information(mu: Floats, g: Floats, run: Ints, conditions: Sequence[Ints]) -> float:
+def _information(sx: Floats, sy: Floats, run: Ints, conditions: Sequence[Ints]) -> float:
     """Return K of (3). Both orders of a pair count, so the order of the models does not matter."""
-    signs_mu, signs_g = (np.sign(x[:, None] - x[None, :]) for x in (mu, g))
-    keep = (run[:, None] != run[None, :]) & (signs_g != 0)
-    code = 2 * (signs_mu[keep].astype(np.int64) + 1) + (signs_g[keep] > 0)
-    if not len(code):
-        return math.nan
+    keep = (run[:, None] != run[None, :]) & (sy != 0)
+    code = 2 * (sx[keep].astype(np.int64) + 1) + (sy[keep] > 0)
     shares = []
-    for cell in conditions:
+    for cell in conditions if len(code) else ():
         table = np.bincount(cell[keep] * 6 + code, minlength=6 * (int(cell.max()) + 1)).reshape(-1, 3, 2)
         entropy = _entropy(table.sum(1)) - _entropy(table.sum((1, 2)))  # H(g | S)
         left = _entropy(table) - _entropy(table.sum(2))  # H(g | μ, S)
@@ -149,33 +159,27 @@ def _information(mu: Floats, g: Floats, run: Ints, conditions: Sequence[Ints]) -
     return max(0.0, min(shares)) if shares else math.nan
 
 
-def _shuffled(mu: Floats, members: Sequence[Ints], generator: np.random.Generator) -> Floats:
-    """Return μ with the runs' blocks of values in another order: checkpoints of a run stay together."""
-    result = np.empty_like(mu)
-    order = generator.permutation(len(members))
-    result[np.concatenate(members)] = mu[np.concatenate([members[r] for r in order])]
-    return result
+def _entropy(counts: Ints) -> float:
+    """Return the entropy in nats of a table of counts."""
+    shares = np.asarray(counts, dtype=np.float64).ravel() / np.sum(counts)
+    shares = shares[shares > 0]
+    return float(-(shares * np.log(shares)).sum())
 
 
-def _axis_pairs(axis: str, columns: Mapping[str, Ints]) -> tuple[Ints, Ints, Ints]:
-    """Return the pairs of models that differ in one axis alone: first, second, number of their group."""
+def _granulated(product: Floats, counts: Floats, axis: int, columns: Sequence[Ints]) -> Floats:
+    """Return ψ of (2) for rows of counts [B], a pair weighing as often as it was drawn; [0] without pairs."""
     group = np.zeros_like(columns[axis])
-    for name, column in columns.items():
-        if name != axis:
+    for i, column in enumerate(columns):
+        if i != axis:
             group = group * (int(column.max()) + 1) + column
     first, second = np.triu_indices(len(group), 1)
     keep = (group[first] == group[second]) & (columns[axis][first] != columns[axis][second])
-    return first[keep], second[keep], np.unique(group[first[keep]], return_inverse=True)[1]
-
-
-def _granulated(product: Floats, counts: Floats, first: Ints, second: Ints, group: Ints) -> Floats:
-    """Return ψ of (2) for rows of counts [B], a pair weighing as often as it was drawn; [0] without pairs."""
-    if not len(group):
-        return np.empty(0)
+    first, second = first[keep], second[keep]
+    groups, group = np.unique(group[first], return_inverse=True)
     weights = counts[:, first] * counts[:, second]  # [B, pairs]
-    members = np.eye(int(group.max()) + 1)[group]  # [pairs, groups]
+    members = np.eye(len(groups))[group]  # [pairs, groups]
     sums, totals = (weights * product[first, second] @ members).T, (weights @ members).T  # [groups, B]
-    return _mean(list(_quotient(sums, totals)))
+    return _mean(list(_quotient(sums, totals))) if len(groups) else np.empty(0)
 
 
 def _mean(rows: Sequence[Floats]) -> Floats:
@@ -186,16 +190,12 @@ def _mean(rows: Sequence[Floats]) -> Floats:
 
 def _tau(sx: Floats, sy: Floats, counts: Floats) -> Floats:
     """Return Kendall's τ_b for rows of counts [B], from the signs of all pairs [M, M]; NaN for a constant."""
-
-    def over_pairs(matrix: Floats) -> Floats:
-        return ((counts @ matrix) * counts).sum(1)
-
-    squared = over_pairs(np.abs(sx)) * over_pairs(np.abs(sy))
-    return np.clip(_quotient(over_pairs(sx * sy), np.sqrt(squared)), -1, 1)
+    both, x, y = (((counts @ matrix) * counts).sum(1) for matrix in (sx * sy, np.abs(sx), np.abs(sy)))
+    return np.clip(_quotient(both, np.sqrt(x * y)), -1, 1)
 
 
 def _pearson(x: Floats, y: Floats, counts: Floats) -> Floats:
-    """Return Pearson's r of x and y, [M] or [B, M], for every row of counts [B]; NaN for a constant."""
+    """Return Pearson's r of x and y [M] for rows of counts [B]; NaN for a constant."""
     total = counts.sum(1, keepdims=True)
     x = x - (counts * x).sum(1, keepdims=True) / total
     y = y - (counts * y).sum(1, keepdims=True) / total
@@ -217,22 +217,3 @@ def _estimate(values: Floats) -> Estimate:
     value, drawn = float(values[0]), values[1:][np.isfinite(values[1:])]
     has_interval = not math.isnan(value) and len(drawn) >= 20
     return Estimate(value, *np.percentile(drawn, [2.5, 97.5]).tolist()) if has_interval else Estimate(value)
-
-
-def _entropy(counts: Any) -> float:
-    """Return the entropy in nats of a table of counts."""
-    shares = np.asarray(counts, dtype=np.float64).ravel() / np.sum(counts)
-    shares = shares[shares > 0]
-    return float(-(shares * np.log(shares)).sum())
-
-
-def _codes(values: Sequence[Any], keep: npt.NDArray[np.bool_]) -> Ints:
-    """Return the values to keep as numbers 0, 1, ... in order of first appearance."""
-    known: dict[Any, int] = {}
-    kept = itertools.compress(values, keep)
-    return np.array([known.setdefault(value, len(known)) for value in kept], dtype=np.int64)
-
-
-def _short(value: float) -> str:
-    """Return ".52" for 0.52."""
-    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"

@@ -7,7 +7,8 @@ the weights' norm, D directions, P points, F_l = ‖W_l‖_F², T_l trace of the
     rise(α) = (L(W + α d) + L(W − α d)) / 2 − L(W)                                                         (2)
             = (α²/2) Σ_l F_l T_l / d_l + O(α⁴)                                                             (3)
 
-(3) is the mean over per-layer directions; with one layer it is α² WCI² / (2 d).
+What is drawn is (1); (2) and (3) say how it goes with the index: (3) is the mean over ``layer`` directions,
+with one layer α² WCI² / (2 d).
 
 Directions. ``random``: Gaussian, every filter scaled to ‖w‖ (Li et al. 2018); ``layer``: Gaussian, every
 layer, biases too, scaled to ‖W_l‖ (Stutz et al. 2021); ``adversarial``: the joint worst case of Stutz et al.:
@@ -18,9 +19,8 @@ use the same examples and random starts, so that their differences are the lands
 
 import itertools
 import json
-import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wcitrain.measures.means import count_examples, losses_of, mean_gradient
-from wcitrain.measures.problem import Problem, measuring
+from wcitrain.measures.means import Chunks, count_examples, losses_of, mean_gradient
+from wcitrain.measures.problem import Problem, attack_text, measuring
 from wcitrain.params import Layers, select_layers
 from wcitrain.preserve import perturbed
 from wcitrain.seeding import generator_from
@@ -38,8 +38,6 @@ from wcitrain.seeding import generator_from
 RADII = {"random": 0.5, "layer": 0.5, "adversarial": 0.025}  # to which each kind is drawn by default
 ASCENT_STEPS = 10
 ARRAYS = ("alphas", "clean", "robust")
-
-Direction = list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,34 +53,17 @@ class Landscape:
     num_examples: int
     seed: int | None = None  # None where unknown
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The losses there are: clean, and robust under an attack."""
-        return ("clean",) if self.attack == "clean" else ("clean", "robust")
-
-    def rise(self, kind: str = "robust") -> tuple[np.ndarray, np.ndarray]:
-        """Return the α > 0 [P/2] and the rise (2) of the ``"robust"`` or ``"clean"`` loss there [D, P/2]."""
-        if self.is_plane:
-            raise ValueError("rise: got a plane; expected single directions. Use landscape_1d.")
-        loss, middle = getattr(self, kind), len(self.alphas) // 2
-        right, left = loss[:, middle + 1 :], loss[:, :middle][:, ::-1]
-        return self.alphas[middle + 1 :], (right + left) / 2 - loss[:, middle, None]
-
     def __str__(self) -> str:
-        """Return one line: where the loss is, and how far it rises at the edge."""
-        what = f"{self.directions} directions, {self.attack}, {self.num_examples} examples"
-        middle, texts = len(self.alphas) // 2, []
-        for kind in self.kinds:
+        """Return one line: the loss at the weights, and the highest that was found around them."""
+        middle = len(self.alphas) // 2
+        texts = []
+        for kind in ("clean",) if self.attack == "clean" else ("clean", "robust"):
             loss = getattr(self, kind)
-            if self.is_plane:
-                texts.append(f"{kind} loss {loss[middle, middle]:.4g}, at most {loss.max():.4g}")
-            else:
-                edge = self.rise(kind)[1][:, -1]
-                span = f"{edge.mean():.4g} ({edge.min():.4g} to {edge.max():.4g})"
-                texts.append(f"{kind} loss {loss[0, middle]:.4g}, rises by {span}")
-        if self.is_plane:
-            return f"plane to ±{self.alphas[-1]:g}: {', '.join(texts)} ({what})"
-        return f"at ±{self.alphas[-1]:g} ‖W‖: {', '.join(texts)} over {len(self.clean)} {what}"
+            at_zero = loss[middle if self.is_plane else 0, middle]
+            texts.append(f"{kind} loss {at_zero:.4g}, at most {loss.max():.4g}")
+        over = "the plane of two" if self.is_plane else len(self.clean)
+        what = f"{over} {self.directions} directions, {self.attack}, {self.num_examples} examples"
+        return f"to ±{self.alphas[-1]:g} ‖W‖: {', '.join(texts)} over {what}"
 
     def save(self, path: str | Path) -> None:
         """Write an ``.npz`` of the arrays and a JSON header; nothing pickled."""
@@ -102,116 +83,97 @@ class Landscape:
             raise ValueError(text) from error
 
 
-def landscape_1d(
+def take_landscape(
     problem: Problem,
-    *,
     directions: str = "random",
     radius: float | None = None,
     num_points: int = 21,
     num_directions: int = 3,
-    progress: bool = True,
+    is_plane: bool = False,
 ) -> Landscape:
-    """Return clean and robust loss along ``num_directions`` directions through the weights by (1).
+    """Return clean and robust loss along directions through the weights by (1), or in the plane of two.
 
-    Cost: ``num_directions`` · ``num_points`` times an attack and two forward passes over the examples.
+    Cost: at every point an attack and two forward passes over the examples.
 
     Args:
         problem: Model, images, attack and the seed of directions and random starts.
         directions: ``"random"``, ``"layer"`` or ``"adversarial"``, see the module's docstring.
         radius: Of the section, relative to the weights' norm, > 0; by default ``RADII``.
         num_points: P, odd, >= 3, so that α = 0 is one of them.
-        num_directions: D.
-        progress: Show a bar, on a terminal.
+        num_directions: D of the sections.
+        is_plane: Take the plane of the first two at P² points, nearly orthogonal by chance. Of adversarial
+            ones the second is random, of kind ``"layer"``: two worst cases are nearly the same.
 
     Raises:
-        ValueError: An argument out of range, no images.
+        ValueError: Other directions, numbers or radii than these, or what `Problem` refuses.
     """
-    if num_directions < 1:
-        raise ValueError(f"landscape: got num_directions={num_directions}; expected at least 1. Raise it.")
-    alphas = _points(directions, radius, num_points)
+    if directions not in RADII:
+        raise ValueError(f"landscape: got directions={directions!r}; expected one of {', '.join(RADII)}.")
+    radius = RADII[directions] if radius is None else radius
+    if num_points < 3 or num_points % 2 == 0 or num_directions < 1 or not 0 < radius < float("inf"):
+        got = f"num_points={num_points}, num_directions={num_directions}, radius={radius}"
+        rule = "expected an odd number of points >= 3 (zero is one of them), a direction and a radius > 0."
+        raise ValueError(f"landscape: got {got}; {rule}")
+    half = np.linspace(0, radius, num_points // 2 + 1)
+    alphas = np.concatenate([-half[:0:-1], half])  # exactly symmetric
     with measuring(problem.model):
-        drawing = _Drawing(problem, directions, alphas)
-        lines = (drawing.direction(number) for number in range(num_directions))
-        offsets = ([a * u for u in line] for line in lines for a in alphas.tolist())
-        return drawing.landscape(offsets, num_directions, progress)
+        chunks, places = problem.clean(), alphas.tolist()
+        layers = select_layers(problem.model, "weights" if directions == "random" else "weights+biases")
+
+        def direction(number: int) -> list[Tensor]:
+            start = _gaussian(problem.seed, number, layers, by_filter=directions == "random")
+            is_worst = directions == "adversarial" and not (is_plane and number)
+            return _worst(problem, layers, start, float(alphas[-1])) if is_worst else start
+
+        if is_plane:
+            u, v = direction(0), direction(1)
+            pairs = itertools.product(places, repeat=2)
+            offsets = ([a * x + b * y for x, y in zip(u, v, strict=True)] for a, b in pairs)
+        else:
+            offsets = ([a * x for x in u] for u in map(direction, range(num_directions)) for a in places)
+        shape = (num_points if is_plane else num_directions), num_points
+        bar = tqdm(offsets, "landscape", shape[0] * shape[1], unit="point", disable=not sys.stderr.isatty())
+        losses = [_losses(problem, chunks, layers, offset) for offset in bar]
+    clean, robust = np.array(losses).T.reshape(2, *shape)
+    how = is_plane, directions, attack_text(problem.attack), count_examples(chunks), problem.seed
+    return Landscape(alphas, clean, robust, *how)
 
 
-def landscape_2d(
-    problem: Problem,
-    *,
-    directions: str = "random",
-    radius: float | None = None,
-    num_points: int = 11,
-    progress: bool = True,
-) -> Landscape:
-    """Return clean and robust loss in the plane of two directions, at ``num_points``² points.
-
-    The second direction is that of number one of ``landscape_1d``; ``"adversarial"``: a random one of kind
-    ``"layer"``, since two worst cases are nearly the same. The others are nearly orthogonal by chance.
-    Arguments as ``landscape_1d``.
-    """
-    alphas = _points(directions, radius, num_points)
-    with measuring(problem.model):
-        drawing = _Drawing(problem, directions, alphas)
-        first = drawing.direction(0)
-        second = drawing.gaussian(1) if directions == "adversarial" else drawing.direction(1)
-        pairs = itertools.product(alphas.tolist(), repeat=2)
-        offsets = ([a * u + b * v for u, v in zip(first, second, strict=True)] for a, b in pairs)
-        return drawing.landscape(offsets, num_points, progress, is_plane=True)
+def _losses(problem: Problem, chunks: Chunks, layers: Layers, offset: list[Tensor]) -> tuple[float, float]:
+    """Return clean and robust loss at W + offset."""
+    with perturbed(layers.tensors, offset) as move:
+        move(1)
+        clean = float(losses_of(problem.model, chunks).mean())
+        if problem.attack is None:
+            return clean, clean
+        return clean, float(losses_of(problem.model, problem.attacked_anew(chunks)).mean())
 
 
-class _Drawing:
-    """A landscape in the making: its directions, and the losses along them."""
-
-    def __init__(self, problem: Problem, kind: str, alphas: np.ndarray) -> None:
-        self.problem, self.kind, self.alphas, self.chunks = problem, kind, alphas, problem.clean()
-        self.layers = select_layers(problem.model, "weights" if kind == "random" else "weights+biases")
-
-    def landscape(
-        self, offsets: Iterable[Direction], num_rows: int, progress: bool, *, is_plane: bool = False
-    ) -> Landscape:
-        """Return the losses at W + each offset, a row of α after the other."""
-        problem, losses, shape = self.problem, [], (num_rows, len(self.alphas))
-        is_hidden = not (progress and sys.stderr.isatty())
-        for offset in tqdm(offsets, "landscape", math.prod(shape), unit="point", disable=is_hidden):
-            with perturbed(self.layers.tensors, offset) as move:
-                move(1)
-                clean = losses_of(problem.model, self.chunks).mean()
-                attacked = None if problem.attack is None else problem.attacked_anew(self.chunks)
-                robust = clean if attacked is None else losses_of(problem.model, attacked).mean()
-                losses.append((float(clean), float(robust)))
-        clean_losses, robust_losses = np.array(losses).T.reshape(2, *shape)
-        how = is_plane, self.kind, problem.attack_text, count_examples(self.chunks), problem.seed
-        return Landscape(self.alphas, clean_losses, robust_losses, *how)
-
-    def direction(self, number: int) -> Direction:
-        """Return direction ``number`` of the kind."""
-        return self._worst(number) if self.kind == "adversarial" else self.gaussian(number)
-
-    def gaussian(self, number: int) -> Direction:
-        """Return Gaussian tensors, each filter (``"random"``) or layer scaled to the norm of its weights."""
-        noise = []
-        for name, tensor in zip(self.layers.names, self.layers.tensors, strict=True):
-            place = generator_from(tensor.device, self.problem.seed, "direction", number, name)
-            noise.append(torch.randn(tensor.shape, generator=place, device=tensor.device, dtype=tensor.dtype))
-        return scaled_like(noise, self.layers, by_filter=self.kind == "random")
-
-    def _worst(self, number: int) -> Direction:
-        """Return the end of an ascent on the loss under attack, in that ball, from a random start."""
-        radius, tensors = float(self.alphas[-1]), self.layers.tensors
-        nu = [radius / 10 * part for part in self.gaussian(number)]
-        for _ in range(ASCENT_STEPS):
-            with perturbed(tensors, nu) as move:
-                move(1)
-                _, g = mean_gradient(self.problem.model, self.problem.attacked_anew(self.chunks), tensors)
-                ascent = scaled_like(g, self.layers)  # to the norms there
-            nu = [u + 2.5 * radius / ASCENT_STEPS * g for u, g in zip(nu, ascent, strict=True)]
-            pairs = zip(nu, scaled_like(nu, self.layers), strict=True)
-            nu = [torch.where(u.norm() > radius * s.norm(), radius * s, u) for u, s in pairs]
-        return scaled_like(nu, self.layers)
+def _gaussian(seed: int, number: int, layers: Layers, *, by_filter: bool) -> list[Tensor]:
+    """Return random direction ``number``."""
+    noise = []
+    for name, tensor in zip(layers.names, layers.tensors, strict=True):
+        generator = generator_from(tensor.device, seed, "direction", number, name)
+        noise.append(torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype))
+    return scaled_like(noise, layers, by_filter=by_filter)
 
 
-def scaled_like(direction: Sequence[Tensor], layers: Layers, *, by_filter: bool = False) -> Direction:
+def _worst(problem: Problem, layers: Layers, start: list[Tensor], radius: float) -> list[Tensor]:
+    """Return the end of an ascent on the loss under attack, in that ball, from a random start."""
+    chunks, tensors = problem.clean(), layers.tensors
+    nu = [radius / 10 * part for part in start]
+    for _ in range(ASCENT_STEPS):
+        with perturbed(tensors, nu) as move:
+            move(1)
+            _, g = mean_gradient(problem.model, problem.attacked_anew(chunks), tensors)
+            ascent = scaled_like(g, layers)  # to the norms there
+        nu = [u + 2.5 * radius / ASCENT_STEPS * g for u, g in zip(nu, ascent, strict=True)]
+        pairs = zip(nu, scaled_like(nu, layers), strict=True)
+        nu = [torch.where(u.norm() > radius * s.norm(), radius * s, u) for u, s in pairs]
+    return scaled_like(nu, layers)
+
+
+def scaled_like(direction: Sequence[Tensor], layers: Layers, *, by_filter: bool = False) -> list[Tensor]:
     """Return ``direction`` scaled to the weights' norm by layer, or filter (first index); zero stays zero."""
     result = []
     for d, tensor in zip(direction, layers.tensors, strict=True):
@@ -219,15 +181,3 @@ def scaled_like(direction: Sequence[Tensor], layers: Layers, *, by_filter: bool 
         length, size = (torch.linalg.vector_norm(t, dim=dims, keepdim=True) for t in (d, tensor.detach()))
         result.append(d * size / torch.where(length > 0, length, 1.0))
     return result
-
-
-def _points(directions: str, radius: float | None, num_points: int) -> np.ndarray:
-    """Return α [P], after looking at the arguments."""
-    if directions not in RADII:
-        raise ValueError(f"landscape: got directions={directions!r}; expected one of {', '.join(RADII)}.")
-    radius = RADII[directions] if radius is None else radius
-    if num_points < 3 or num_points % 2 == 0 or not 0 < radius < float("inf"):
-        rule = "expected an odd number of points >= 3 (zero is one of them) and a radius > 0."
-        raise ValueError(f"landscape: got num_points={num_points}, radius={radius}; {rule}")
-    half = np.linspace(0, radius, num_points // 2 + 1)
-    return np.concatenate([-half[:0:-1], half])  # exactly symmetric

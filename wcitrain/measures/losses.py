@@ -9,16 +9,16 @@ Margins alone grow with the scale of the weights; (2) divides it out, by the pro
 The bound of Bartlett et al. also has a factor from the distance to initialisation.
 """
 
+import copy
 import math
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from wcitrain.measures.means import Chunks, losses_of, mean_and_error
 from wcitrain.measures.norms import SpectralNorms
 from wcitrain.measures.problem import Measure, Measurement, Problem, Taken, attack_text
-from wcitrain.method import InnerShare, method
+from wcitrain.method import InnerShare, method, setting
 
 
 @method
@@ -34,7 +34,7 @@ class RobustLoss(Measure):
 
     def take(self, problem: Problem) -> Taken:
         """Return the losses at the adversarial images."""
-        return _losses(problem, problem.adversarial(), problem.attack_text)
+        return _losses(problem, problem.adversarial(), attack_text(problem.attack))
 
 
 @method
@@ -50,7 +50,7 @@ class CleanLoss(Measure):
 
     def take(self, problem: Problem) -> Taken:
         """Return the losses at the images themselves."""
-        return _losses(problem, problem.clean(), attack_text(None))
+        return _losses(problem, problem.clean(), "clean")
 
 
 def _losses(problem: Problem, chunks: Chunks, settings: str) -> Taken:
@@ -75,8 +75,12 @@ class RobustGap(Measure):
     needs_test = True
 
     def measure(self, problem: Problem) -> Measurement:
-        """Return the difference."""
-        train, test = (RobustLoss().measure(one) for one in (problem, problem.test()))
+        """Return the difference; without test images a ``ValueError``."""
+        if not problem.test_batches:
+            raise ValueError("test_batches: got none; expected batches (x, y). Give test images for the gap.")
+        other = copy.copy(problem)  # what is known of the images is shared
+        other.batches = problem.test_batches
+        train, test = (RobustLoss().measure(one) for one in (problem, other))
         parts = {
             "train_loss": train.value,
             "test_loss": test.value,
@@ -98,9 +102,7 @@ class Margins(Measure):
     examples as a sample.
     """
 
-    quantile: InnerShare = Field(
-        default=0.1, description="q; the tenth percentile is what bounds use in place of the minimum."
-    )
+    quantile: InnerShare = setting(0.1, "q; the tenth percentile is what bounds use in place of the minimum.")
     name = "margins"
     source = "definition; the percentile as in Jiang et al., arXiv 1912.02178"
     cost = "1 attack, 1 forward pass"
@@ -116,7 +118,7 @@ class Margins(Measure):
         accuracy = float((values > 0).double().mean())
         parts = {"mean": mean, "mean_stderr": error, "median": median, "min": float(values.min())}
         stderr = (high - low) / 2 if num > 1 else math.nan
-        settings = f"{100 * q:g} % quantile, {problem.attack_text}"
+        settings = f"{100 * q:g} % quantile, {attack_text(problem.attack)}"
         return (value, stderr, num), settings, parts | {"accuracy": accuracy}
 
 
@@ -133,29 +135,25 @@ class NormalisedMargin(Margins):
     source = "Bartlett, Foster & Telgarsky, arXiv 1706.08498"
     cost = "1 attack, 1 forward pass, and those of spectral_norms"
 
-    def measure(self, problem: Problem) -> Measurement:
+    def take(self, problem: Problem) -> Taken:
         """Return (2)."""
-        margin = Margins(self.quantile).measure(problem)
-        log_product = SpectralNorms().measure(problem).value / 2
+        (margin, stderr, num), settings, _ = super().take(problem)
+        (value, *_), *_ = SpectralNorms().take(problem)
+        log_product = value / 2
         scale = math.exp(-log_product) if log_product < 700 else 0.0
-        parts = {
-            "margin": margin.value,
-            "log_spectral_product": log_product,
-            "log_complexity": 2 * log_product - 2 * math.log(margin.value) if margin.value > 0 else math.nan,
-        }
-        value = margin.value * scale, margin.stderr * scale
-        return Measurement(self.name, *value, margin.num_examples, margin.settings, parts)
+        log_complexity = 2 * log_product - 2 * math.log(margin) if margin > 0 else math.nan
+        parts = {"margin": margin, "log_spectral_product": log_product, "log_complexity": log_complexity}
+        return (margin * scale, stderr * scale, num), settings, parts
 
 
 def output_margins(model: nn.Module, chunks: Chunks) -> Tensor:
-    """Return the margins (1) of all examples [N], float64 on the CPU, no graph."""
+    """Return the margins (1) of all examples [N], float64 on the CPU, no graph; ValueError for one output."""
     values = []
     with torch.no_grad():
         for x, y in chunks:
             z = model(x).double()
-            if z.ndim != 2 or z.shape[1] < 2 or y.ndim != 1 or int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
-                got = f"outputs {tuple(z.shape)} and labels {tuple(y.shape)} up to {int(y.max())}"
-                raise ValueError(f"margins: got {got}; expected [B, C], C >= 2, and classes [B] below C.")
+            if z.shape[1] < 2:
+                raise ValueError("margins: got a single output; expected at least two. Use two classes.")
             right = z.gather(1, y[:, None]).squeeze(1)
             others = z.scatter(1, y[:, None], -math.inf).amax(1)
             values.append((right - others).cpu())

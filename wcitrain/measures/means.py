@@ -1,4 +1,4 @@
-"""Losses of examples that come in chunks, and means over them: of gradients, of numbers with their error.
+"""Examples in chunks, their losses, and means over them: of gradients, of numbers with their error.
 
 Legend: N examples, B examples a chunk, K chunks, n_k examples of chunk k.
 
@@ -6,13 +6,45 @@ Legend: N examples, B examples a chunk, K chunks, n_k examples of chunk k.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Chunks = Sequence[tuple[Tensor, Tensor]]  # images [B, *dims] in [0, 1] and classes [B], on the model's device
+Pair = tuple[Tensor, Tensor]  # images [B, *dims] in [0, 1] and classes [B]
+Chunks = Sequence[Pair]  # on the model's device
+
+
+def read_pairs(batches: Iterable[Any], limit: int | None = None) -> Iterator[Pair]:
+    """Yield images and labels of what yields (x, y, ...), at most ``limit`` examples, no batch too many."""
+    left = math.inf if limit is None else limit
+    for batch in batches:
+        x, y, *_ = [*batch, None, None] if isinstance(batch, tuple | list) else (None, None)
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or len(x) != len(y):
+            rule = (
+                "expected (x, y, ...), two tensors of the same length first. Wrap the loader in a generator."
+            )
+            raise ValueError(f"data: got a {type(batch).__name__} as a batch; {rule}")
+        keep = int(min(len(x), left))
+        yield x[:keep], y[:keep]
+        left -= keep
+        if left <= 0:
+            return
+
+
+def in_chunks(pairs: Iterable[Pair], size: int) -> Iterator[Pair]:
+    """Yield examples in chunks of ``size``, whatever the batches were; the last one may be smaller."""
+    held: Pair | None = None
+    for pair in pairs:
+        x, y = pair if held is None else (torch.cat(both) for both in zip(held, pair, strict=True))
+        while len(y) >= size:
+            yield x[:size], y[:size]
+            x, y = x[size:], y[size:]
+        held = x, y
+    if held is not None and len(held[1]):
+        yield held
 
 
 def example_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -26,11 +58,6 @@ def losses_of(model: nn.Module, chunks: Chunks) -> Tensor:
         return torch.cat([example_losses(model, x, y) for x, y in chunks]).double().cpu()
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Return the mean of [N] values and its standard error; NaN for a single one."""
-    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
 def mean_gradient(model: nn.Module, chunks: Chunks, tensors: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
     """Return the mean cross-entropy over all examples and its gradient, zero for tensors without one."""
     total = count_examples(chunks)
@@ -38,7 +65,7 @@ def mean_gradient(model: nn.Module, chunks: Chunks, tensors: Sequence[Tensor]) -
     for x, y in chunks:
         loss = example_losses(model, x, y).sum() / total
         part = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
-        torch._foreach_add_(gradient, part)
+        torch._foreach_add_(gradient, [g.detach() for g in part])  # torch 2.6: zeros with a graph
         value += float(loss.detach())
     return value, gradient
 
@@ -46,6 +73,11 @@ def mean_gradient(model: nn.Module, chunks: Chunks, tensors: Sequence[Tensor]) -
 def count_examples(chunks: Chunks) -> int:
     """Return N."""
     return sum(len(y) for _, y in chunks)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean of [N] values and its standard error; NaN for a single one."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def chunk_mean_and_error(values: Sequence[float] | Tensor, chunks: Chunks) -> tuple[float, float]:

@@ -19,7 +19,7 @@ For a chain of layers and 1-Lipschitz activations exp((2) / 2) bounds the networ
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Annotated
 
@@ -36,6 +36,7 @@ from wcitrain.method import Text, method
 from wcitrain.models import Classifier
 from wcitrain.params import Layers, select_layers
 
+OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _InstanceNorm)
 Counted = Annotated[Text, Field(description="What counts, see params.select_layers.")]
 
 
@@ -54,9 +55,9 @@ class FrobeniusNorms(Measure):
     def take(self, problem: Problem) -> Taken:
         """Return (1)."""
         chosen = select_layers(problem.model, self.layers)
-        squares = chosen.squared_norms().tolist()
-        parts = {"log_product": _log_sum(squares), **dict(zip(chosen, squares, strict=True))}
-        return (sum(squares), math.nan, 0), f"{len(squares)} layers", parts
+        squares = dict(zip(chosen, chosen.squared_norms().tolist(), strict=True))
+        parts = {"log_product": _log_sum(squares.values()), **squares}
+        return (sum(squares.values()), math.nan, 0), f"{len(squares)} layers", parts
 
 
 @method
@@ -73,9 +74,53 @@ class SpectralNorms(Measure):
 
     def take(self, problem: Problem) -> Taken:
         """Return (2). A convolution that no image reaches is refused."""
-        norms = dict(_spectral(problem))
-        value = 2 * _log_sum(norms.values())
-        return (value, math.nan, 0), f"{len(norms)} layers, sum of ln σ²", norms
+        modules, norms = dict(problem.model.named_modules()), {}
+        maps = {f"{name}.weight".lstrip("."): m for name, m in modules.items() if isinstance(m, _ConvNd)}
+        shapes = _input_shapes(problem, maps) if maps else {}
+        for name, weight in select_layers(problem.model, "weights").items():
+            if name in maps:
+                norms[name] = max(_map_norm(maps[name], shape, weight) for shape in shapes[name])
+            else:
+                norms[name] = float(torch.linalg.matrix_norm(weight.detach().flatten(1).double(), 2))
+        for name, module in modules.items():
+            if isinstance(module, _BatchNorm) and module.running_var is not None:
+                norms[name] = float(_affine(module)[0].abs().max())
+        return (2 * _log_sum(norms.values()), math.nan, 0), f"{len(norms)} layers, sum of ln σ²", norms
+
+
+def _input_shapes(problem: Problem, maps: Mapping[str, nn.Module]) -> dict[str, set[torch.Size]]:
+    """Return the shapes of the inputs that every convolution gets when one image goes through the model."""
+    shapes: dict[str, set[torch.Size]] = {name: set() for name in maps}
+    first = next(problem.model.parameters())
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in maps.items():
+            hook = module.register_forward_pre_hook(lambda _, x, own=shapes[name]: own.add(x[0].shape))
+            hooks.callback(hook.remove)
+        problem.model(torch.zeros_like(problem.clean()[0][0][:1], dtype=first.dtype))
+    if unused := [name for name, reached in shapes.items() if not reached]:
+        got = f"got {', '.join(unused[:3])}, which no image reaches"
+        raise ValueError(f"spectral_norms: {got}; expected every convolution to be used. Remove them.")
+    return shapes
+
+
+def _map_norm(module: nn.Module, shape: torch.Size, weight: Tensor) -> float:
+    """Return the spectral norm of the linear part of ``module``: Lanczos on AᵀA from one fixed start."""
+    from scipy.sparse.linalg import LinearOperator, eigsh  # slow to import
+
+    def gram(v: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(v).reshape(shape).to(weight).requires_grad_()
+        out = module(x)
+        linear = (out - module(torch.zeros_like(x))).detach()
+        return torch.autograd.grad(out, x, linear)[0].flatten().double().cpu().numpy()
+
+    size = shape.numel()
+    if size <= 64:  # few enough inputs to write the map out as a matrix
+        matrix = np.stack([gram(row) for row in np.eye(size)])
+        return math.sqrt(float(np.linalg.eigvalsh((matrix + matrix.T) / 2)[-1]))
+    start = np.random.default_rng(0).standard_normal(size)
+    operator = LinearOperator((size, size), matvec=gram, dtype=np.float64)
+    top = eigsh(operator, k=1, which="LA", v0=start, tol=1e-4, return_eigenvectors=False)
+    return math.sqrt(max(float(top[0]), 0.0))
 
 
 @method
@@ -94,20 +139,33 @@ class PathNorm(Measure):
     def take(self, problem: Problem) -> Taken:
         """Return (3). A normalisation other than BatchNorm, whose paths have no weights, is refused."""
         model = problem.model.backbone if isinstance(problem.model, Classifier) else problem.model
-        if strange := sorted({type(m).__name__ for m in model.modules() if _is_other_norm(m)}):
+        others = [m for m in model.modules() if not isinstance(m, _BatchNorm)]
+        named = [m for m in others if "norm" in type(m).__name__.lower() and not list(m.children())]
+        if strange := sorted({type(m).__name__ for m in others if isinstance(m, OTHER_NORMS) or m in named}):
             rule = "expected BatchNorm or none: others are not affine in eval mode. Leave this measure out."
             raise ValueError(f"path_norm: got a model with {', '.join(strange)}; {rule}")
         squared = copy.deepcopy(model).double()
         with torch.no_grad():
-            normalisations = [m for m in squared.modules() if isinstance(m, _BatchNorm)]
-            own = {id(p) for module in normalisations for p in module.parameters()}
+            affine = {m: _affine(m) for m in squared.modules() if isinstance(m, _BatchNorm)}
             for p in squared.parameters():
-                if id(p) not in own:
-                    p.square_()
-            for module in normalisations:
-                _square_batchnorm(module)
+                p.square_()
+            for module, (scale, shift) in affine.items():
+                module.weight, module.bias = nn.Parameter(scale.square()), nn.Parameter(shift.square())
+                module.running_mean, module.running_var = torch.zeros_like(scale), torch.ones_like(scale)
+                module.eps = 0.0
             total = float(squared(torch.ones_like(problem.clean()[0][0][:1], dtype=torch.float64)).sum())
         return (_log_sum([total]), math.nan, 0), "ln of the sum of squared paths", {"sum": total}
+
+
+def _affine(module: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return scale and shift [C] of BatchNorm in eval mode, float64."""
+    if module.running_var is None or module.running_mean is None:
+        raise ValueError("path_norm: got BatchNorm without running statistics; expected them. Track them.")
+    scale = (module.running_var.double() + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight.detach().double()
+    shift = -module.running_mean.double() * scale
+    return scale, shift if module.bias is None else shift + module.bias.detach().double()
 
 
 @method
@@ -136,102 +194,18 @@ class DistanceFromInitialisation(Measure):
 
 
 def initial_weights(layers: Layers, initial: Mapping[str, Tensor] | None, where: str) -> list[Tensor]:
-    """Return the layers' tensors out of a state dict from before training, or one of the backbone alone.
+    """Return the layers' tensors, on their device, out of a state dict from before training.
 
-    They come on the device and in the dtype of the layers. No state dict, and one without a layer in its
-    shape, are refused.
+    It may be that of the backbone alone. One that is missing or of another shape is refused.
     """
     known = {name.removeprefix("module."): t for name, t in (initial or {}).items()}
-    before, wrong = [], []
-    for name, now in zip(layers.names, layers.tensors, strict=True):
-        then = known.get(name, known.get(name.removeprefix("backbone.")))
-        if then is None or then.shape != now.shape:
-            wrong.append(name)
-        else:
-            before.append(then.to(now))
-    if initial is None or wrong:
-        misfit = f"none of the right shape for {', '.join(wrong[:3])}"
-        got = "no initial weights" if initial is None else misfit
-        raise ValueError(f"{where}: got {got}; expected the state dict of this model before training.")
+    found = (known.get(name, known.get(name.removeprefix("backbone."))) for name in layers.names)
+    pairs = list(zip(layers.tensors, found, strict=True))
+    before = [then.to(now) for now, then in pairs if then is not None and then.shape == now.shape]
+    if len(before) < len(pairs):
+        got = f"got initial weights of the right shape for {len(before)} of {len(pairs)} tensors"
+        raise ValueError(f"{where}: {got}; expected the state dict of this model before training.")
     return before
-
-
-def _spectral(problem: Problem) -> Iterator[tuple[str, float]]:
-    """Yield the name and the spectral norm of every layer."""
-    modules = dict(problem.model.named_modules())
-    maps = {f"{name}.weight".lstrip("."): m for name, m in modules.items() if isinstance(m, _ConvNd)}
-    shapes = _input_shapes(problem, maps) if maps else {}
-    for name, weight in select_layers(problem.model, "weights").items():
-        if name in maps:
-            yield name, max(_map_norm(maps[name], shape, weight) for shape in shapes[name])
-        else:
-            yield name, float(torch.linalg.matrix_norm(weight.detach().flatten(1).double(), 2))
-    for name, module in modules.items():
-        if isinstance(module, _BatchNorm) and module.running_var is not None:
-            yield name, float(_affine(module)[0].abs().max())
-
-
-def _input_shapes(problem: Problem, maps: Mapping[str, nn.Module]) -> dict[str, set[torch.Size]]:
-    """Return the shapes of the inputs that every convolution gets when one image goes through the model."""
-    shapes: dict[str, set[torch.Size]] = {name: set() for name in maps}
-    first = next(problem.model.parameters())
-    with ExitStack() as hooks, torch.no_grad():
-        for name, module in maps.items():
-            hook = module.register_forward_pre_hook(lambda _, x, own=shapes[name]: own.add(x[0].shape))
-            hooks.callback(hook.remove)
-        problem.model(torch.zeros_like(problem.clean()[0][0][:1], dtype=first.dtype))
-    if unused := [name for name, reached in shapes.items() if not reached]:
-        got = f"got {', '.join(unused[:3])}, which no image reaches"
-        raise ValueError(f"spectral_norms: {got}; expected every convolution to be used. Remove them.")
-    return shapes
-
-
-def _map_norm(module: nn.Module, shape: torch.Size, weight: Tensor) -> float:
-    """Return the spectral norm of the linear part of ``module``: Lanczos on AᵀA from one fixed start."""
-    from scipy.sparse.linalg import LinearOperator, eigsh  # slow to import
-
-    def gram(v: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(v).reshape(shape).to(weight).requires_grad_()
-        with torch.enable_grad():
-            out = module(x)
-            linear = (out - module(torch.zeros_like(x))).detach()
-            return torch.autograd.grad(out, x, linear)[0].flatten().double().cpu().numpy()
-
-    size = shape.numel()
-    if size <= 64:  # few enough inputs to write the map out as a matrix
-        matrix = np.stack([gram(row) for row in np.eye(size)])
-        return math.sqrt(float(np.linalg.eigvalsh((matrix + matrix.T) / 2)[-1]))
-    start = np.random.default_rng(0).standard_normal(size)
-    operator = LinearOperator((size, size), matvec=gram, dtype=np.float64)
-    top = eigsh(operator, k=1, which="LA", v0=start, tol=1e-4, return_eigenvectors=False)
-    return math.sqrt(max(float(top[0]), 0.0))
-
-
-def _affine(module: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return scale and shift [C] of BatchNorm in eval mode, float64."""
-    if module.running_var is None or module.running_mean is None:
-        raise ValueError("path_norm: got BatchNorm without running statistics; expected them. Track them.")
-    scale = (module.running_var.double() + module.eps).rsqrt()
-    if module.weight is not None:
-        scale = scale * module.weight.detach().double()
-    shift = -module.running_mean.double() * scale
-    return scale, shift if module.bias is None else shift + module.bias.detach().double()
-
-
-def _square_batchnorm(module: _BatchNorm) -> None:
-    """Let BatchNorm in eval mode apply the squares of its scale and shift."""
-    scale, shift = _affine(module)
-    module.weight, module.bias = nn.Parameter(scale.square()), nn.Parameter(shift.square())
-    module.running_mean, module.running_var = torch.zeros_like(scale), torch.ones_like(scale)
-    module.eps = 0.0
-
-
-def _is_other_norm(module: nn.Module) -> bool:
-    """Whether a module normalises, but is no BatchNorm."""
-    if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | _InstanceNorm):
-        return True
-    is_leaf = next(module.children(), None) is None
-    return is_leaf and "norm" in type(module).__name__.lower() and not isinstance(module, _BatchNorm)
 
 
 def _log_sum(values: Iterable[float]) -> float:

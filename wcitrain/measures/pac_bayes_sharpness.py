@@ -18,14 +18,13 @@ then the attack is run anew on every perturbed model.
 import math
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from wcitrain.measures.losses import output_margins
 from wcitrain.measures.means import Chunks, count_examples, mean_and_error
 from wcitrain.measures.norms import initial_weights
-from wcitrain.measures.problem import Measure, Problem, Taken
-from wcitrain.method import InnerShare, Positive, PositiveCount, Text, method
+from wcitrain.measures.problem import Measure, Problem, Taken, attack_text
+from wcitrain.method import InnerShare, Positive, PositiveCount, Text, method, setting
 from wcitrain.params import Layers, select_layers
 from wcitrain.preserve import perturbed
 from wcitrain.seeding import generator_from
@@ -44,11 +43,11 @@ class PACBayesSharpness(Measure):
     error is unknown: NaN.
     """
 
-    max_drop: InnerShare = Field(default=0.1, description="Accuracy that may be lost.")
-    num_draws: PositiveCount = Field(default=10, description="K, draws of the noise.")
-    max_sigma: Positive = Field(default=2.0, description="σ_max, the largest deviation.")
-    num_bisections: PositiveCount = Field(default=15, description="Halvings of [0, σ_max].")
-    layers: Text = Field(default="weights", description="Which weights move, see params.select_layers.")
+    max_drop: InnerShare = setting(0.1, "Accuracy that may be lost.")
+    num_draws: PositiveCount = setting(10, "K, draws of the noise.")
+    max_sigma: Positive = setting(2.0, "σ_max, the largest deviation.")
+    num_bisections: PositiveCount = setting(15, "Halvings of [0, σ_max].")
+    layers: Text = setting("weights", "Which weights move, see params.select_layers.")
     needs_initial = True
     name = "pac_bayes_sharpness"
     noise = "isotropic"  # for humans
@@ -61,25 +60,26 @@ class PACBayesSharpness(Measure):
         centres = {"origin": [torch.zeros_like(t) for t in layers.tensors]}
         if problem.initial is not None:
             centres["initial"] = initial_weights(layers, problem.initial, self.name)
-        chunks = problem.adversarial()
-        m, reference = count_examples(chunks), _accuracy(problem, chunks)
+        reference = _accuracy(problem.model, problem.adversarial())
+        m = count_examples(problem.clean())
         if reference <= self.max_drop:
-            why = f"accuracy {reference:.3g} is at most max_drop {self.max_drop:g}"
-            note = f"{why}: no noise can lose that much"
+            note = (
+                f"accuracy {reference:.3g} is at most max_drop {self.max_drop:g}: no noise can lose that much"
+            )
             return (math.nan, math.nan, m), note, {"accuracy": reference}
         sigma, borne = self._largest_sigma(problem, layers, reference)
         mean, error = mean_and_error(borne)
-        parts = {"sigma": sigma, "accuracy": reference, "perturbed_accuracy": mean}
-        parts["perturbed_accuracy_stderr"] = error
+        parts = {"sigma": sigma, "accuracy": reference}
+        parts |= {"perturbed_accuracy": mean, "perturbed_accuracy_stderr": error}
         for name, centre in centres.items() if sigma > 0 else ():
-            offsets = [w.detach() - w0 for w, w0 in zip(layers.tensors, centre, strict=True)]
-            r = torch.cat([t.flatten().double().cpu() for t in offsets])
+            pairs = zip(layers.tensors, centre, strict=True)
+            r = torch.cat([(w.detach() - w0).flatten().double().cpu() for w, w0 in pairs])
             bound = self.divergence(r, sigma) + math.log(m / sigma) + 10
             parts |= {f"bound_{name}": bound, f"rate_{name}": math.sqrt(max(bound, 0.0) / m)}
         limit = f", sigma at its limit {self.max_sigma:g}" if sigma == self.max_sigma else ""
         kind = f"{self.noise}, drop {self.max_drop:g}, {self.num_draws} draws"
         value = 1 / sigma**2 if sigma > 0 else math.inf
-        return (value, math.nan, m), f"{kind}, {problem.attack_text}{limit}", parts
+        return (value, math.nan, m), f"{kind}, {attack_text(problem.attack)}{limit}", parts
 
     def scaled(self, standard: Tensor, w: Tensor, sigma: float) -> Tensor:
         """Return u by (1), from standard normal numbers."""
@@ -116,7 +116,7 @@ class PACBayesSharpness(Measure):
             noise.append(self.scaled(standard, w, sigma))
         with perturbed(layers.tensors, noise) as move:
             move(1)
-            return _accuracy(problem, problem.attacked_anew(problem.clean()))
+            return _accuracy(problem.model, problem.attacked_anew(problem.clean()))
 
 
 @method
@@ -136,5 +136,5 @@ class MagnitudeAwareSharpness(PACBayesSharpness):
         return float((spread / (FLOOR**2 + sigma**2 * r.square())).log().sum() / 4)
 
 
-def _accuracy(problem: Problem, chunks: Chunks) -> float:
-    return float((output_margins(problem.model, chunks) > 0).double().mean())
+def _accuracy(model: nn.Module, chunks: Chunks) -> float:
+    return float((output_margins(model, chunks) > 0).double().mean())

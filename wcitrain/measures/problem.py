@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.digest import digest
-from wcitrain.measures.examples import Examples
-from wcitrain.measures.means import Chunks, mean_and_error
+from wcitrain.measures.means import Chunks, Pair, in_chunks, mean_and_error, read_pairs
 from wcitrain.method import Method
 from wcitrain.params import unwrapped
 from wcitrain.preserve import full_precision, undisturbed
@@ -39,9 +38,8 @@ class Measurement:
     def __str__(self) -> str:
         """Return "average_flatness 1.21 ± 0.04 (xi 0.5, 10 draws, PGD-20 linf 8/255, 1000 examples)"."""
         number = with_error(self.value, self.stderr) if math.isfinite(self.stderr) else f"{self.value:.4g}"
-        notes = [self.settings, f"{self.num_examples} examples" if self.num_examples else ""]
-        context = ", ".join(note for note in notes if note)
-        return f"{self.name} {number}" + (f" ({context})" if context else "")
+        examples = f", {self.num_examples} examples" if self.num_examples else ""
+        return f"{self.name} {number} ({self.settings}{examples})"
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; a number that is not finite becomes None."""
@@ -59,7 +57,7 @@ class Problem:
 
     Args:
         model: Gives logits [N, C] for images in [0, 1]; DDP and ``torch.compile`` are looked through.
-        batches: (x, y, ...), read anew for another size of chunks: a list, not an iterator.
+        batches: (x, y, ...), read anew for another size of chunks; an iterator is refused then.
         attack: The adversary. A ``ThreatModel`` is PGD on the cross-entropy with ten steps of 2.5 eps / 10
             from a uniform start; None for the clean loss.
         seed: Of everything random. Two models are attacked from the same points.
@@ -84,37 +82,33 @@ class Problem:
             raise ValueError(f"num_examples: got {num_examples}; expected at least 1, or None for all.")
         if isinstance(attack, ThreatModel):
             attack = Attack(attack, 10, attack.step_for(10))
+        if not isinstance(attack, Attack | None):
+            rule = "expected an Attack, a ThreatModel or None. Write ThreatModel('linf', 8/255)."
+            raise TypeError(f"attack: got {attack!r}; {rule}")
         self.model, self.attack = unwrapped(model), attack
         self.batches, self.test_batches, self.num_examples = batches, test_batches, num_examples
         self.seed, self.initial, self.chunk_size = seed, initial, chunk_size
         self._known: dict[object, Chunks] = {}
         self._read: list[Iterable[Any]] = []  # kept, so that no other object takes over an id
 
-    @property
-    def threat(self) -> ThreatModel | None:
-        """The ball of the attack; None without one."""
-        return None if self.attack is None else self.attack.threat
-
-    @property
-    def attack_text(self) -> str:
-        """ "PGD-20x10 linf 8/255", or "clean"."""
-        return attack_text(self.attack)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+    def read(self) -> Iterator[Pair]:
+        """Return the batches from the front, at most ``num_examples``; an iterator can be read only once."""
+        if isinstance(self.batches, Iterator) and any(one is self.batches for one in self._read):
+            rule = "expected batches that can be read anew. Pass a list or a loader."
+            raise ValueError(f"batches: got an iterator, which another measure has used up; {rule}")
+        self._read.append(self.batches)
+        return read_pairs(self.batches, self.num_examples)
 
     def clean(self, chunk_size: int | None = None) -> Chunks:
         """Return the examples in chunks of B, the last perhaps smaller; read once."""
         size = chunk_size or self.chunk_size
-        key = size, id(self.batches), self.num_examples, self.device  # other images are read anew
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        key = size, id(self.batches), self.num_examples, device  # other images are read anew
         if key not in self._known:
-            self._read.append(self.batches)
-            dealt = Examples(self.batches, self.num_examples).chunks(size)
-            self._known[key] = [(x.to(self.device), y.to(self.device)) for x, y in dealt]
-        if not self._known[key]:
-            raise ValueError("data: got no images; expected at least one batch. Is the data set empty?")
+            chunks = [(x.to(device), y.to(device)) for x, y in in_chunks(self.read(), size)]
+            if not chunks:
+                raise ValueError("data: got no images; expected at least one batch. Is the data set empty?")
+            self._known[key] = chunks
         return self._known[key]
 
     def adversarial(self, chunk_size: int | None = None) -> Chunks:
@@ -129,23 +123,13 @@ class Problem:
         return self._known[key]
 
     def attacked_anew(self, chunks: Chunks) -> Chunks:
-        """Return chunks attacked at the weights as they are now, always from the same starts; kept nowhere.
-
-        Each example's image is that of its worst restart.
-        """
+        """Return chunks attacked at the weights as they are now, from the same starts; kept nowhere."""
         if self.attack is None:
             return chunks
         return [
             (self.attack(self.model, x, y, generator_from(x.device, self.seed, "attack", number)), y)
             for number, (x, y) in enumerate(chunks)
         ]
-
-    def test(self) -> "Problem":
-        """Return the same problem on the test images; a ``ValueError`` where there are none."""
-        if not self.test_batches:
-            raise ValueError("test_batches: got none; expected batches (x, y). Give test images for the gap.")
-        own = self.attack, self.seed, self.num_examples, (), self.initial, self.chunk_size
-        return Problem(self.model, self.test_batches, *own)
 
 
 class Measure(Method):
@@ -181,12 +165,8 @@ def measuring(model: nn.Module) -> Iterator[None]:
     if bad := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
         raise ValueError(f"model: got weights that are not finite in {', '.join(bad[:3])}; expected numbers.")
     frozen = [] if any(p.requires_grad for p in model.parameters()) else list(model.parameters())
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        undisturbed(model, training=False),
-        full_precision(model),
-    ):
+    modes = torch.inference_mode(False), torch.enable_grad()
+    with modes[0], modes[1], undisturbed(model, training=False), full_precision(model):
         try:
             for p in frozen:
                 p.requires_grad_(p.is_floating_point())

@@ -2,33 +2,41 @@
 
 The examples are cut into chunks. Each chunk is attacked once; then probes of its traces are drawn at the
 adversarial examples, held fixed (Danskin), and their mean is one sample. The jackknife over the samples gives
-the index and its error (`wci_measurement`); it needs no model of where the variance comes from. How many
-chunks and probes a target error needs is planned in `wci_stages`.
+the index and its error (`wci_measurement`); it needs no model of where the variance comes from.
 
-Choices by measurement (a residual network of 0.3 M weights after AT and WCI, CIFAR-10 at 16x16, PGD-10, one
-CPU thread): chunks of 25, since the part of the variance that comes from pairs of examples does not shrink
-with them, and an attacked example takes 1.2 times as long as in chunks of 100, 2.5 times in chunks of 5. The
-plan of `wci_stages` had 12 and 14 probes; 8 need at most 8 % more time for the same error.
+For a target error chunks are taken until the error is small enough, from the 16th on. Stopping where it is
+low by chance prefers a low index, the two being correlated: in simulations with samples as skewed as χ² of
+one degree the index is low by at most a fifth of a standard error, and ± 1.96 of them cover the truth 90 to
+95 % of the time.
+
+By measurement (a residual network after AT and WCI, CIFAR-10 at 16x16, PGD-10): chunks of 25, since the part
+of the variance that comes from pairs of examples does not shrink with them, and an attacked example takes 1.2
+times as long as in chunks of 100, 2.5 times in chunks of 5; 8 probes need at most 8 % more time for an error
+than the best number, 12 to 14.
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import replace
+from itertools import chain
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.curvature.estimator import Estimator
-from wcitrain.curvature.estimators import ESTIMATORS, Auto, name_of
-from wcitrain.measures.examples import Examples
+from wcitrain.curvature.estimators import ESTIMATORS, Auto, choose, name_of
+from wcitrain.curvature.loss import Loss, cross_entropy
+from wcitrain.curvature.passes import Passes
+from wcitrain.measures.means import Pair, count_examples, in_chunks
 from wcitrain.measures.problem import Measure, Problem, Taken, measuring
-from wcitrain.measures.wci_measurement import WCIMeasurement
-from wcitrain.measures.wci_stages import PILOT_CHUNKS, ModelLoss, Stages, progress_bar, to_target
-from wcitrain.method import Choice, InnerShare, PositiveCount, Text, method, refuse
+from wcitrain.measures.wci_measurement import MIN_CHUNKS, WCIMeasurement
+from wcitrain.method import Choice, InnerShare, PositiveCount, Text, method, setting
+from wcitrain.params import Layers
+from wcitrain.seeding import generator_from
 
 CHUNK_SIZE = 25
 
@@ -39,37 +47,23 @@ class WeightCurvatureIndex(Measure):
 
     The standard error is the jackknife's over chunks: of the examples as a sample, so take them at random,
     not sorted by class. ``parts``: each layer's share of the sum. `by_layer` returns all there is to know. It
-    reads the batches from the front and no further than needed.
-
-    Estimators: ``gauss_newton`` (one backward a probe, never negative, every model; equals the Hessian for
-    piecewise linear networks), ``hutchinson`` (the Hessian, by double backward), ``top_layer`` (the head
-    alone, exact; ``layers`` stays "weights").
+    reads the batches from the front and no further than needed. With ``gauss_newton`` traces are never
+    negative, and for piecewise linear networks the Hessian's.
     """
 
-    estimator: Annotated[Estimator, Choice(ESTIMATORS, without=("num_probes",))] = Field(
-        default=Auto(), description="Of the traces; auto: gauss_newton or hutchinson, as a dry run allows."
+    estimator: Annotated[Estimator, Choice(ESTIMATORS, without=("num_probes",))] = setting(
+        Auto(), "Of the traces; auto: gauss_newton or hutchinson, as a dry run allows."
     )
-    layers: Text = Field(default="weights", description="Which tensors count, see params.select_layers.")
-    split_qkv: bool = Field(
-        default=False, description="Count query, key and value of a fused projection as three layers."
+    layers: Text = setting("weights", "Which tensors count, see params.select_layers.")
+    split_qkv: bool = setting(False, "Count query, key and value of a fused projection as three layers.")
+    num_probes: PositiveCount | None = setting(None, "Probes a chunk; null: 8 with an attack, 2 without.")
+    target_relative_error: InnerShare | None = setting(
+        None, "Take examples until standard error / index is at most this."
     )
-    num_probes: PositiveCount | None = Field(
-        default=None, description="Probes a chunk; null: 8 with an attack, 2 without, or as a target needs."
-    )
-    target_relative_error: InnerShare | None = Field(
-        default=None, description="Take examples and probes until standard error / index is at most this."
-    )
-    chunk_size: PositiveCount | None = Field(
-        default=None, description="Examples at once; null: 25, fewer for fewer than 400 examples."
-    )
+    chunk_size: PositiveCount | None = setting(None, "Examples at once; null: 25, fewer for less than 400.")
     name = "wci"
     source = "Xu & Zhang, arXiv 2410.07719v1"
     cost = "1 attack, 1 forward, num_probes backward passes"
-
-    def __post_init__(self) -> None:
-        if self.target_relative_error is not None and self.num_probes is not None:
-            text = f"got {self.num_probes} beside target_relative_error={self.target_relative_error:g}"
-            refuse("num_probes", f"{text}; expected one of the two: a target plans the probes. Remove one.")
 
     def take(self, problem: Problem) -> Taken:
         """Return the index."""
@@ -78,48 +72,101 @@ class WeightCurvatureIndex(Measure):
         value = result.total, result.total_stderr, result.num_examples
         return value, f"{result.loss}, {result.estimator}", parts
 
-    def by_layer(
-        self, problem: Problem, loss: ModelLoss | None = None, progress: bool = False
-    ) -> WCIMeasurement:
-        """Return the index layer by layer, with how it was measured.
+    def by_layer(self, problem: Problem, progress: bool = False) -> WCIMeasurement:
+        """Return the index layer by layer, with how it was measured; ``progress`` shows a bar on a terminal.
 
-        Args:
-            problem: Its attack climbs the same loss. With a target ``num_examples`` is the most that may be
-                read; where they do not suffice the result says so (``reached``, ``limited_by``).
-            loss: ``loss(model, x, y)`` returns a ``Loss`` or, for hutchinson, the mean over the
-                examples as a tensor; by default cross-entropy, labels [N] or soft [N, C].
-            progress: Show a bar, on a terminal.
+        With a target the problem's ``num_examples`` is the most that may be read; where they do not suffice
+        the result says so (``reached``). Labels are classes [N] or soft targets [N, C].
 
         Raises:
-            ValueError: Images outside [0, 1] under attack, labels that are no classes, outputs that are not
-                [N, C], weights in half precision, no images.
+            ValueError: No images or wrong ones, labels that are no classes, weights in half precision.
         """
-        model, attack = problem.model, problem.attack
-        first = next(model.parameters(), None)
-        if first is None or first.dtype not in (torch.float32, torch.float64):
-            got = "no weights" if first is None else f"weights in {first.dtype}"
-            rule = "weights in float32 or float64: half precision drowns curvature in rounding"
-            raise ValueError(f"wci: got a model with {got}; expected {rule}. Convert it with model.float().")
-        with measuring(model):
-            layers = self.estimator.layers(model, self.layers, split_qkv=self.split_qkv)
-            examples = Examples(problem.batches, problem.num_examples)
-            available = examples.ahead(PILOT_CHUNKS * CHUNK_SIZE)
-            if not available:
+        with measuring(problem.model):
+            layers = self.estimator.layers(problem.model, self.layers, split_qkv=self.split_qkv)
+            sampler = _Sampler(problem, layers, self.num_probes or (8 if problem.attack else 2))
+            pairs, first = map(sampler.placed, problem.read()), list[Pair]()
+            while count_examples(first) < MIN_CHUNKS * CHUNK_SIZE and (pair := next(pairs, None)):
+                first.append(pair)
+            if not first:
                 raise ValueError("wci: got no images; expected at least one batch. Is the data set empty?")
-            stages = Stages(problem, layers, self.estimator, loss, examples.peek())
-            size = self.chunk_size or max(1, min(CHUNK_SIZE, available // PILOT_CHUNKS))
-            chunks = examples.chunks(size)
-            if self.target_relative_error is None:
-                bar = progress_bar(progress, math.ceil((problem.num_examples or 0) / size))
-                result, _ = stages.draw(chunks, self.num_probes or (8 if attack else 2), 0, bar)
-            else:
-                result = to_target(stages, chunks, self.target_relative_error, progress)
+            sampler.choose(self.estimator, *(t[:1] for t in first[0]))
+            size = self.chunk_size or max(1, min(CHUNK_SIZE, count_examples(first) // MIN_CHUNKS))
+            chunks, is_hidden = in_chunks(chain(first, pairs), size), not (progress and sys.stderr.isatty())
+            for x, y in tqdm(chunks, "WCI", unit="chunk", leave=False, disable=is_hidden):
+                sampler.draw(x, y)
+                if self.target_relative_error and sampler.index(self.target_relative_error).reached:
+                    break
+            result = sampler.index(self.target_relative_error)
         if not math.isfinite(result.total_stderr):
-            text = f"got {result.num_examples} examples in a single chunk, which has no spread"
-            advice = "the standard error is infinite. Pass more examples or a smaller chunk_size."
-            warnings.warn(f"wci: {text}: {advice}", UserWarning, stacklevel=2)
-        label = f"robust loss {attack.threat} PGD-{attack.num_steps}" if attack else "clean loss"
-        return replace(result, estimator=name_of(stages.estimator), loss=label)
+            text = "a single chunk has no spread: the standard error is infinite. Pass more examples or a"
+            warnings.warn(f"wci: {text} smaller chunk_size.", UserWarning, stacklevel=2)
+        return result
+
+
+class _Sampler:
+    """Draws of the traces, chunk by chunk."""
+
+    def __init__(self, problem: Problem, layers: Layers, num_probes: int) -> None:
+        self.problem, self.layers, self.num_probes = problem, layers, num_probes
+        self.rows: list[tuple[Tensor, Tensor, int]] = []  # traces [m, L], mean loss, number of examples
+        self.weight = layers.tensors[0]
+        if self.weight.dtype.itemsize < 4:
+            rule = "float32 or float64: half precision drowns curvature in rounding. Use model.float()."
+            raise ValueError(f"wci: got a model with weights in {self.weight.dtype}; expected {rule}")
+
+    def placed(self, pair: Pair) -> Pair:
+        """Return images and labels on the model's device, images in its dtype."""
+        x, y = pair
+        if not x.is_floating_point():
+            rule = "expected floats in [0, 1]. Divide them by 255, or use ToTensor()."
+            raise ValueError(f"wci: got images of dtype {x.dtype}; {rule}")
+        return x.detach().to(self.weight.device, self.weight.dtype), y.to(self.weight.device)
+
+    def loss_at(self, x: Tensor, y: Tensor) -> Loss:
+        """Return the mean loss at images."""
+        logits = self.problem.model(x)
+        if y.ndim == 1 and (int(y.min()) < 0 or int(y.max()) >= logits.shape[1]):
+            rule = f"0 to {logits.shape[1] - 1}, the model's outputs. Are model and data of the same classes?"
+            raise ValueError(f"wci: got labels from {int(y.min())} to {int(y.max())}; expected {rule}")
+        return cross_entropy(logits, y)
+
+    def choose(self, estimator: Estimator, x: Tensor, y: Tensor) -> None:
+        """Try the derivatives on the first example."""
+        with torch.no_grad():
+            self.loss_at(x, y)  # wrong outputs and labels are refused as such, not as a derivative
+        passes = Passes(self.problem.model, self.layers, lambda: self.loss_at(x, y))
+        self.estimator = choose(estimator, passes, needs_gradient=False).estimator
+
+    def draw(self, x: Tensor, y: Tensor) -> None:
+        """Attack a chunk once and draw its traces; randomness depends on the seed and its number alone."""
+        generator = generator_from(x.device, self.problem.seed, "measure_wci", 0, len(self.rows))
+        if attack := self.problem.attack:
+            # The attack sums over examples: N times the mean loss, whatever that is.
+            x = attack.maximise(lambda z: self.loss_at(z, y).total.expand(len(z)), x, generator)
+        passes = Passes(self.problem.model, self.layers, lambda: self.loss_at(x, y))
+        draws, loss = self.estimator.draw(passes, self.num_probes, generator)
+        if not bool(torch.isfinite(loss)):
+            rule = "expected a finite number. Has the model diverged?"
+            raise ValueError(f"wci: got a loss of {float(loss)}; {rule}")
+        self.rows.append((draws, loss.detach(), len(x)))
+
+    def index(self, target: float | None) -> WCIMeasurement:
+        """Return the index of what was drawn."""
+        attack = self.problem.attack
+        draws, losses, sizes = zip(*self.rows, strict=True)
+        weights = torch.tensor(sizes, dtype=torch.float64)
+        return WCIMeasurement.from_samples(
+            tuple(self.layers),
+            self.layers.squared_norms(),
+            torch.stack(draws).double().cpu().mean(1),
+            weights,
+            sizes=self.layers.sizes().cpu(),
+            num_probes=len(draws[0]),
+            estimator=name_of(self.estimator),
+            loss=f"robust loss {attack.threat} PGD-{attack.num_steps}" if attack else "clean loss",
+            mean_loss=float((weights * torch.stack(losses).double().cpu()).sum() / weights.sum()),
+            target_relative_error=target,
+        )
 
 
 @method
@@ -150,18 +197,15 @@ def measure_wci(
     num_examples: int | None = None,
     num_steps: int = 10,
     step_size: float | None = None,
-    loss: ModelLoss | None = None,
     seed: int = 0,
-    progress: bool = True,
     **settings: Any,
 ) -> WCIMeasurement:
     """Measure the index in one call: ``WeightCurvatureIndex(**settings).by_layer(Problem(...))``.
 
     Args:
-        model, batches, threat, seed: See `Problem`.
+        model, batches, threat, seed: See `Problem`; here an iterator will do.
         num_examples: By default 1000 or all there are. With a target all there are, or at most this.
         num_steps, step_size: Of PGD from a random start; the step is 2.5 eps / num_steps by default.
-        loss, progress: See `WeightCurvatureIndex.by_layer`.
         settings: Fields of `WeightCurvatureIndex`: ``estimator``, ``layers``, ``target_relative_error``, ...
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -172,6 +216,7 @@ def measure_wci(
     measure = WeightCurvatureIndex(**settings)
     if num_examples is None and measure.target_relative_error is None:
         num_examples = 1000
-    attack = Attack(threat, num_steps, threat.step_for(num_steps, step_size)) if threat else None
-    problem = Problem(model, batches, attack, seed, num_examples)
-    return measure.by_layer(problem, loss, progress)
+    attack: Any = threat
+    if isinstance(threat, ThreatModel):
+        attack = Attack(threat, num_steps, threat.step_for(num_steps, step_size))
+    return measure.by_layer(Problem(model, batches, attack, seed, num_examples), progress=True)

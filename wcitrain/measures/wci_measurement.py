@@ -1,18 +1,31 @@
-"""The Weight-Curvature Index of a model, from samples of the layer-wise traces, with its standard error.
+"""The Weight-Curvature Index from samples of the layer-wise traces, with its error; and the bound behind it.
 
-    WCI = Σ_l sqrt( a_l t_l ),     a_l = ||W_l||_F²,  t_l = Tr(H_l)          (Xu & Zhang, arXiv 2410.07719v1)
+Legend: W_l weights of layer l, a_l = ||W_l||_F², t_l = Tr(H_l), d_l = numel(W_l); K samples (batches); R̂ mean
+loss on N training examples, δ failure probability, β inverse temperature, B a grid of them.
 
-The square root of a noisy mean is biased low. With K independent samples (batches) the jackknife removes the
-bias of order 1/K and gives the standard error of the sum, correlations between layers included:
+    WCI = Σ_l sqrt( a_l t_l )                                         (Xu & Zhang, arXiv 2410.07719v1)
+
+The square root of a noisy mean is biased low. With K independent samples the jackknife removes the bias of
+order 1/K and gives the standard error of the sum, correlations between layers included:
 
     θ_{-k} = Σ_l sqrt( a_l t_{l,-k} ),  θ̂ = K θ − (K−1) mean θ_{-k},  Var θ̂ = (K−1)/K Σ_k (θ_{-k} − mean)² (1)
 
-The index is the curvature term of a PAC-Bayes bound at its best posterior N(W_l, σ_l² I) of d_l weights:
+The linear PAC-Bayes bound for a loss in [0, 1] (Germain et al. 2016), over all β of a grid fixed in advance,
+with posterior N(W_l, σ_l² I), prior N(0, σ_l² I), so KL = Σ_l a_l / (2 σ_l²), and E_Q R̂ to second order:
 
-    σ_l* = ( a_l / (β t_l) )^¼ = argmin_σ ½ [ σ² t_l + a_l / (β σ²) ],     minimum  sqrt( a_l t_l / β )    (2)
+    E_Q R  ≤  E_Q R̂  +  [ KL(Q‖P) + ln(1/δ) + ln|B| ] / β  +  β / (8N),   E_Q R̂ ≈ R̂ + ½ Σ_l σ_l² t_l      (2)
 
-A loss L + λ WCI is that bound at the temperature β = 1/λ². σ_l* says how far the weights of a layer may move
-at random before the loss rises; the ratios between layers do not depend on β.
+    σ_l* = ( a_l / (β t_l) )^¼  minimises it,   ½ Σ_l [ σ_l*² t_l + a_l / (β σ_l*²) ] = WCI / √β           (3)
+
+    surrogate  =  min_{β in B}  R̂  +  WCI / √β  +  [ ln(1/δ) + ln|B| ] / β  +  β / (8N)                   (4)
+
+σ_l* says how far the weights of a layer may move at random before the loss rises; its ratios between layers
+do not depend on β. A loss L + λ WCI is the bound at β = 1/λ².
+
+(4) is a surrogate and no certificate: cross-entropy is not bounded by one; the Taylor remainder and the
+linear term, whose mean is zero, are dropped; σ_l* depends on the training data, which the prior must not, and
+nothing pays for it; R̂ and t_l are taken at fixed adversarial examples of an attack that need not be the
+worst. It is good for comparing models trained on the same data, and for seeing which λ the index asks for.
 """
 
 import math
@@ -20,12 +33,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from wcitrain.curvature.estimate import TraceEstimate
-from wcitrain.measures.pac_bayes import posterior_sigma
+from wcitrain.curvature.estimator import TraceEstimate
 from wcitrain.measures.problem import finite
 from wcitrain.text import aligned, with_error
+
+MIN_CHUNKS = 16  # a standard error from fewer is itself too uncertain to stop by
+DELTA = 0.05  # δ of all β together
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,6 @@ class WCIMeasurement:
     loss: str = ""  # whose curvature it is: "robust loss linf 8/255 PGD-10"
     mean_loss: float = math.nan  # over the same examples; NaN where nobody kept it
     target_relative_error: float | None = None  # what ``total_stderr / total`` was asked to be at most
-    limited_by: str | None = None  # why not: "examples" (no more) or "stages" (planned anew too often)
 
     @classmethod
     def from_samples(
@@ -72,20 +87,6 @@ class WCIMeasurement:
         return (self.squared_norms * self.trace.mean.clamp_min(0)).sqrt()
 
     @property
-    def per_layer_stderr(self) -> Tensor:
-        """Standard errors of ``per_layer`` [L]: ½ sqrt(a_l / t_l) stderr(t_l), the delta method.
-
-        At most sqrt(a_l stderr(t_l)), the index of a trace of one standard error, where the method fails.
-        """
-        t, error = self.trace.mean.clamp_min(0), self.trace.stderr
-        return ((self.squared_norms / t).sqrt() / 2 * error).fmin((self.squared_norms * error).sqrt())
-
-    @property
-    def shares(self) -> Tensor:
-        """Each layer's share of the sum of ``per_layer`` [L]; NaN where all traces are zero."""
-        return self.per_layer / self.per_layer.sum()
-
-    @property
     def num_negative(self) -> int:
         """Trace estimates that are negative and count as zero in the index."""
         return int((self.trace.mean < 0).sum())
@@ -99,29 +100,31 @@ class WCIMeasurement:
 
     @property
     def reached(self) -> bool | None:
-        """Whether ``target_relative_error`` holds; None without one."""
-        target = self.target_relative_error
-        return None if target is None else self.relative_error <= target
-
-    def posterior_sigma(self, beta: float = 1.0) -> Tensor:
-        """Return σ_l* [L] of (2), in the units of the weights; infinite where the loss is flat."""
-        return posterior_sigma(self.squared_norms, self.trace.mean, beta)
+        """Whether ``target_relative_error`` holds, by enough chunks to tell; None without one."""
+        target, num = self.target_relative_error, self.trace.num_probes
+        return None if target is None else num >= MIN_CHUNKS and self.relative_error <= target
 
     def columns(self, beta: float = 1.0) -> dict[str, Tensor]:
-        """Return what is known of every layer [L]; ``relative_sigma`` is σ_l* sqrt(d_l) / ||W_l||."""
-        sigma = self.posterior_sigma(beta)
+        """Return what is known of every layer [L].
+
+        The standard error of the index's part is ½ sqrt(a_l / t_l) stderr(t_l), the delta method, and at most
+        sqrt(a_l stderr(t_l)), the index of a trace of one standard error. Shares are NaN where all traces are
+        zero, σ_l* of (3) is infinite where t_l <= 0, ``relative_sigma`` is σ_l* sqrt(d_l) / ||W_l||.
+        """
+        a, t, error = self.squared_norms, self.trace.mean, self.trace.stderr
+        delta = (a / t.clamp_min(0)).sqrt() / 2 * error
+        sigma = torch.where(t > 0, a / (beta * t), torch.inf) ** 0.25
         columns = {
-            "squared_norm": self.squared_norms,
-            "trace": self.trace.mean,
-            "trace_stderr": self.trace.stderr,
+            "squared_norm": a,
+            "trace": t,
+            "trace_stderr": error,
             "wci": self.per_layer,
-            "wci_stderr": self.per_layer_stderr,
-            "share": self.shares,
+            "wci_stderr": delta.fmin((a * error).sqrt()),
+            "share": self.per_layer / self.per_layer.sum(),
             "sigma": sigma,
         }
         if self.sizes is not None:
-            relative = sigma * (self.sizes.cpu() / self.squared_norms).sqrt()
-            columns |= {"size": self.sizes, "relative_sigma": relative}
+            columns |= {"size": self.sizes, "relative_sigma": sigma * (self.sizes.cpu() / a).sqrt()}
         return columns
 
     def metrics(self) -> dict[str, float]:
@@ -140,7 +143,7 @@ class WCIMeasurement:
             notes.append(f"{self.num_negative} of {len(self.layers)} traces negative, counted as 0")
         if self.reached is False:
             error = f"relative error {self.relative_error:.2g} instead of {self.target_relative_error:g}"
-            notes.append(f"{error}: limited by {self.limited_by}")
+            notes.append(f"{error}: limited by examples")
         total = with_error(self.total, self.total_stderr)
         return f"WCI {total} ({', '.join(note for note in notes if note)})"
 
@@ -163,9 +166,51 @@ class WCIMeasurement:
             "relative_error": finite(self.relative_error),
             "mean_loss": finite(self.mean_loss),
             "num_chunks": self.trace.num_probes,
-            **{name: getattr(self, name) for name in (*own, "reached", "limited_by")},
+            **{name: getattr(self, name) for name in (*own, "reached")},
             "layers": {
                 name: {key: finite(column[i]) for key, column in columns}
                 for i, name in enumerate(self.layers)
             },
         }
+
+
+@dataclass(frozen=True)
+class PACBayesBound:
+    """The minimum (4), a surrogate for the mean risk over perturbed weights, in the unit of the loss."""
+
+    value: float
+    beta: float  # the minimiser on the grid
+    terms: dict[str, float]  # of (4) by name; they sum to the value
+    delta: float
+    stderr: float | None = None  # as far as it comes from WCI's: that over √β, to first order
+
+    def __str__(self) -> str:
+        """One line for the log, with the word surrogate in it."""
+        error = "" if self.stderr is None else f" ± {self.stderr:.2g}"
+        parts = " + ".join(f"{name} {term:.4g}" for name, term in self.terms.items())
+        at = f"beta {self.beta:.4g}, delta {self.delta:g}"
+        return f"PAC-Bayes surrogate {self.value:.4g}{error} = {parts} ({at})"
+
+
+def pac_bayes_bound(
+    risk: float, wci: float, num_examples: int, wci_stderr: float | None = None
+) -> PACBayesBound:
+    """Return (4) for a mean loss R̂ >= 0 and an index >= 0 on a training set of N = ``num_examples`` >= 1.
+
+    The grid of β is the powers of two from 1 to 64 N: it depends on N alone, never on the data. The best β,
+    about (4 N WCI)^(2/3), is inside for WCI up to 128 √N, and there that of the grid is at most
+    (√2 + 1/√2)/2 = 1.061 times worse.
+    """
+    betas = [2.0**k for k in range(int(math.log2(64 * num_examples)) + 1)]
+
+    def terms(beta: float) -> dict[str, float]:
+        return {
+            "risk": float(risk),
+            "curvature": wci / math.sqrt(beta),
+            "confidence": (math.log(1 / DELTA) + math.log(len(betas))) / beta,
+            "complexity": beta / (8 * num_examples),
+        }
+
+    best = min(betas, key=lambda beta: sum(terms(beta).values()))
+    stderr = None if wci_stderr is None else wci_stderr / math.sqrt(best)
+    return PACBayesBound(sum(terms(best).values()), best, terms(best), DELTA, stderr)

@@ -1,13 +1,9 @@
 """Training objectives: what the adversary does with a batch, and the differentiable loss at its images."""
 
-from wcitrain.objectives.free import FreeAT
 from wcitrain.objectives.input_regularizers import CURE, InputGradient, InputRegularizer, WithInputRegularizer
-from wcitrain.objectives.objective import Objective
-from wcitrain.objectives.pairing import ALP, MART, TRADES, trades
-from wcitrain.objectives.plain import PGDAT, Standard
-from wcitrain.objectives.rotation import RotationAT
-from wcitrain.objectives.single_step import FGSMRS, CatastrophicOverfittingGuard, GradAlign
-from wcitrain.objectives.union import UnionAT, UnionThreat
+from wcitrain.objectives.objective import PGDAT, Objective, Standard, UnionAT, UnionThreat
+from wcitrain.objectives.pairing import ALP, MART, TRADES, RotationAT
+from wcitrain.objectives.single_step import FGSMRS, CatastrophicOverfittingGuard, FreeAT, GradAlign
 
 OBJECTIVES: dict[str, type] = {
     "standard": Standard,

@@ -8,13 +8,18 @@ weights: BatchNorm in train mode is fine, ``torch.compile`` is not.
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wcitrain.attacks import ascent
+from wcitrain.attacks.threat import shaped
 from wcitrain.curvature.loss import Loss
 from wcitrain.method import Method, NonNegative, method, setting
-from wcitrain.objectives.objective import Objective
-from wcitrain.objectives.terms import dot, input_gradient, norm, with_term
-from wcitrain.preserve import kept_random_state
+from wcitrain.objectives.objective import Objective, with_term
+from wcitrain.preserve import full_precision, kept_random_state
+
+TINY = 1e-30  # floor of a squared norm under a root; far below the square of any gradient that matters
 
 
 class InputRegularizer(Method):
@@ -39,13 +44,12 @@ class CURE(InputRegularizer):
 
         (1/B) Σ_n ‖ g_n(x_n + h z_n) − g_n(x_n) ‖²,    z_n = sign(g_n) / ‖sign(g_n)‖₂, detached            (1)
 
-    The authors' code takes the norm, not its square (``squared=False``), of gradients of the *mean* loss (1/B
-    of ours), in eval mode. The paper reaches h = 1.5 in five epochs from 0, which ``scaled`` does.
+    The authors' code takes the norm, not its square, of gradients of the *mean* loss (1/B of ours), in eval
+    mode. The paper reaches h = 1.5 in five epochs from 0, which ``scaled`` does.
     """
 
     weight: NonNegative = setting(4.0, "Weight in the loss; 4 in the paper.")
     h: NonNegative = setting(1.5, "Length of the finite difference, l2, in pixel units.")
-    squared: bool = setting(True, "Square the difference, as the paper; its code does not.")
     label = "CURE {weight:g}"
     source = "Moosavi-Dezfooli et al., arXiv 1811.09716, eq. 4 and 5"
     cost = "2 forward passes and 4 backward more (at both points, twice)"
@@ -57,9 +61,9 @@ class CURE(InputRegularizer):
         with kept_random_state(x.device):
             here = input_gradient(model, x, y, create_graph=True)
         sign = here.detach().sign()
-        length = norm(sign).reshape(-1, *[1] * (x.ndim - 1))
-        difference = input_gradient(model, x + self.h * sign / length, y, create_graph=True) - here
-        return (dot(difference, difference) if self.squared else norm(difference)).mean()
+        moved = x + self.h * sign / shaped(norm(sign), x)
+        difference = input_gradient(model, moved, y, create_graph=True) - here
+        return dot(difference, difference).mean()
 
     def scaled(self, factor: float) -> Self:
         """Return the penalty with a step of ``factor`` times the length."""
@@ -87,9 +91,34 @@ class InputGradient(InputRegularizer):
         return (dot(gradient, gradient) if self.norm == "l2" else gradient.abs().flatten(1).sum(1)).mean()
 
 
+def input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool) -> Tensor:
+    """Return ∇_x ℓ_n for every example [B, *dims], ℓ the cross-entropy: the gradient of the losses' *sum*.
+
+    In float32, with attention by its plain formula. Running statistics are left alone: the passes update
+    copies, as autograd refuses to go back through a graph whose buffers have been put back since.
+    """
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    with full_precision(model), sdpa_kernel(SDPBackend.MATH):
+        return ascent.input_gradient(
+            lambda images: ascent.ce(functional_call(model, buffers, (images,)), y),
+            x,
+            create_graph=create_graph,
+        )
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Return the inner product of every example [B]."""
+    return (left * right).flatten(1).sum(1)
+
+
+def norm(x: Tensor) -> Tensor:
+    """Return the l2 norm of every example [B]; its derivative at zero is zero, not NaN."""
+    return dot(x, x).clamp_min(TINY).sqrt()
+
+
 @dataclass(frozen=True)
-class WithInputRegularizer(Objective):
-    """An objective plus a penalty on the loss as a function of the clean input.
+class WithInputRegularizer(Method):
+    """An objective plus a penalty on the loss as a function of the clean input; the rest is the objective's.
 
         objective.loss + regularizer.weight · regularizer.penalty                                          (3)
 
@@ -98,45 +127,26 @@ class WithInputRegularizer(Objective):
 
     objective: Objective
     regularizer: InputRegularizer
-
     label = "{objective} + {regularizer}"
     needs_double_backward = True
 
-    def __post_init__(self) -> None:
-        for name in ("num_replays", "is_single_step", "needs_rotation_head", "attacks_in_backward"):
-            object.__setattr__(self, name, getattr(self.objective, name))
-
     def __getattr__(self, name: str) -> Any:
-        """Look up what only some objectives have: ``after_backward``, ``state_dict``, ``threat``."""
         if name.startswith("__") or name in ("objective", "regularizer"):  # while being copied or unpickled
             raise AttributeError(name)
         return getattr(self.objective, name)
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
-        """Return the objective's adversarial images."""
-        return self.objective.perturb(model, x, y, generator)
-
     def loss(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Loss:
         """Return (3) with ``x_adv`` held fixed."""
-        return self._with_penalty(self.objective.loss(model, x, x_adv, y), model, x, y)
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Loss:
-        """Return (3) at freshly made adversarial images."""
-        return self._with_penalty(self.objective(model, x, y, generator), model, x, y)
-
-    def attack_passes(self) -> tuple[int, int]:
-        """The objective's."""
-        return self.objective.attack_passes()
+        loss = self.objective.loss(model, x, x_adv, y)
+        penalty = self.regularizer.penalty(model, x, y)
+        return with_term(loss, self.regularizer.weight, self.regularizer.name, penalty)
 
     def loss_passes(self) -> tuple[int, int]:
         """The objective's and the penalty's."""
-        forward, backward = self.objective.loss_passes()
-        more_forward, more_backward = self.regularizer.passes
-        return forward + more_forward, backward + more_backward
+        (forward, backward), more = self.objective.loss_passes(), self.regularizer.passes
+        return forward + more[0], backward + more[1]
 
-    def _lengths(self, factor: float) -> dict[str, object]:
-        return {"objective": self.objective.scaled(factor), "regularizer": self.regularizer.scaled(factor)}
-
-    def _with_penalty(self, loss: Loss, model: nn.Module, x: Tensor, y: Tensor) -> Loss:
-        penalty = self.regularizer.penalty(model, x, y)
-        return with_term(loss, self.regularizer.weight, self.regularizer.name, penalty)
+    def scaled(self, factor: float) -> Self:
+        """Return both with their lengths in input space times ``factor``; 1 returns itself."""
+        objective, regularizer = self.objective.scaled(factor), self.regularizer.scaled(factor)
+        return self if factor == 1 else replace(self, objective=objective, regularizer=regularizer)

@@ -1,35 +1,32 @@
-"""The contract of a training objective, and what most objectives share: the settings of their attack.
+"""The contract of a training objective; training without an adversary, with one, and with several.
 
-Legend: B batch, C classes, x images [B, *dims] in [0, 1], x_adv adversarial images, y class indices [B] or
-soft targets [B, C] that sum to one (mixup, CutMix), f_w the model.
+Legend: B batch, C classes, T threat models, x images [B, *dims] in [0, 1], x_adv adversarial images, y class
+indices [B] or soft targets [B, C] that sum to one (mixup, CutMix), f_w the model.
 
 ``perturb`` runs the attack once and leaves no trace on the model; ``loss`` is a function of the weights at
-*fixed* adversarial examples: its Hessian is the one the index speaks of. ``objective(model, x, y)`` is both.
+*fixed* adversarial examples: its Hessian is the one the index speaks of.
 Passes are counted in batches of B images; an input gradient that is differentiated again counts twice.
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from wcitrain.attacks import Attack, L1Share, LossName, NumRestarts, Start, Threat, ThreatModel
-from wcitrain.curvature.loss import Loss, cross_entropy
-from wcitrain.method import Method, PositiveCount, Share, StepSize, method, refuse, setting
+from wcitrain.attacks import ATTACK_LOSSES, Norm, ThreatModel, msd
+from wcitrain.attacks.ascent import Attack, L1Share, LabelLossName, LossName, Start, Threat, ce
+from wcitrain.curvature.loss import Loss, Output, cross_entropy
+from wcitrain.method import Method, Nested, PositiveCount, Radius, Share, StepSize, method, refuse, setting
 from wcitrain.preserve import undisturbed
 
 NumSteps = Annotated[PositiveCount, Field(description="Attack steps for each batch.")]
-RandomStart = Annotated[bool, Field(description="Start from a random point of the ball.")]
 AttackMode = Annotated[
     Literal["eval", "train"],
     Field(description="Mode of BatchNorm and dropout during the attack; running statistics are left alone."),
 ]
-LabelSmoothing = Annotated[
-    Share,
-    Field(description="Share of the target spread over all classes, in [0, 1]; the attack sees true labels."),
-]
+LabelSmoothing = Annotated[Share, Field(description="Target share spread over all classes; not in attacks.")]
 
 
 class Objective(Method):
@@ -43,10 +40,11 @@ class Objective(Method):
     passes: tuple[int, int] = (1, 1)  # what ``loss_passes`` returns
     cost: ClassVar[str] = "1 forward and 1 backward pass, and the attack's"
     label_smoothing: float
+    _state: dict[str, Tensor]  # what an objective carries from step to step
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
         """Return adversarial images for ``x``: detached, in [0, 1]; the model is left exactly as it was."""
-        raise NotImplementedError
+        return x
 
     def loss(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Loss:
         """Return the batch mean loss, differentiable in the weights: the cross-entropy at ``x_adv``.
@@ -63,85 +61,168 @@ class Objective(Method):
         """Return the forward and backward passes that one ``loss`` and its backward cost."""
         return self.passes
 
-    def scaled(self, factor: float) -> Self:
+    def scaled(self, factor: float, **lengths: object) -> Self:
         """Return the objective with radii and attack steps times ``factor`` in [0, 1]; 1 returns itself."""
-        return self if factor == 1 else replace(self, **self._lengths(factor))  # type: ignore[type-var]
+        if factor == 1:
+            return self
+        parts = {name: part.scaled(factor) for name, part in vars(self).items() if hasattr(part, "scaled")}
+        return replace(self, **parts | lengths)  # type: ignore[type-var]
 
-    def _lengths(self, factor: float) -> dict[str, object]:
-        """Return the settings that are lengths in the images, times ``factor``; no step where no radius."""
-        return {}
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Loss:
-        """Return the loss at freshly made adversarial images: ``perturb``, then ``loss``."""
-        return self.loss(model, x, self.perturb(model, x, y, generator), y)
+@method
+class Standard(Objective):
+    """Cross-entropy on clean images: no adversary."""
+
+    label_smoothing: LabelSmoothing = 0.0
+    label = "standard"
+    source = "empirical risk minimisation"
+    cost = "1 forward and 1 backward pass"
 
 
 class Attacked(Objective):
-    """An objective with one adversary, described by ``attack``."""
+    """An objective with an adversary, which is ``attack`` unless ``search`` says otherwise."""
 
-    threat: ThreatModel
     attack_bn: AttackMode
-    start: ClassVar[Start] = "uniform"  # what a random start is
+    attack_loss: LossName
+    l1_share: float
+    start: ClassVar[Start] = "uniform"
 
     @property
     def attack(self) -> Attack:
         """The adversary with its settings."""
         raise NotImplementedError
 
+    def attack_on(self, threat: ThreatModel, num_steps: int, step_size: float | None = None) -> Attack:
+        """Return the adversary in a ball, with the settings that do not depend on it."""
+        step, loss = threat.step_for(num_steps, step_size), self.attack_loss
+        return Attack(threat, num_steps, step, self.start, loss=loss, l1_share=self.l1_share)
+
+    def search(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None) -> Tensor:
+        """Return adversarial images against the model in the mode it is in."""
+        return self.attack(model, x, y, generator)
+
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
-        """Return the adversary's images against the current weights; the model is left exactly as it was."""
-        with attack_mode(model, self.attack_bn):
-            return self.attack(model, x, y, generator)
+        """Return adversarial images against the current weights; the model is left exactly as it was."""
+        with undisturbed(model, training=None if self.attack_bn == "train" else False):
+            return self.search(model, x, y, generator)
 
     def attack_passes(self) -> tuple[int, int]:
         """Those of the attack, see ``Attack.passes``."""
         return self.attack.passes()
 
-    def _lengths(self, factor: float) -> dict[str, object]:
-        return {"threat": self.threat.scaled(factor)}
-
 
 @method
-class PGDAttacked(Attacked):
-    """The settings of an objective whose adversary is projected gradient ascent, see ``Attack``.
+class PGDAT(Attacked):
+    """Adversarial training: cross-entropy at the images of a PGD adversary.
+
+        min_w  (1/B) Σ_n  max_{‖δ_n‖ ≤ eps}  CE( f_w(x_n + δ_n), y_n )                                     (1)
 
     ``attack_bn="train"`` uses batch statistics, as Rice et al. 2020, whose attack updates the running ones
-    too.
+    too. Gauss–Newton: exact.
     """
 
     threat: Threat = ThreatModel()
     num_steps: NumSteps = 10
     step_size: StepSize | None = setting(None, "Length of an attack step; null: 2.5 eps / num_steps.")
-    random_start: RandomStart = True
-    num_restarts: NumRestarts = 1
     attack_bn: AttackMode = "eval"
     label_smoothing: LabelSmoothing = 0.0
     attack_loss: LossName = "ce"
     l1_share: L1Share = 0.05
-
-    def __post_init__(self) -> None:
-        check_start(self.random_start, self.attack_loss)
+    label = "AT"
+    source = "Madry et al., arXiv 1706.06083, eq. 2.1"
 
     @property
     def attack(self) -> Attack:
         """The adversary with its settings."""
-        step_size = self.threat.step_for(self.num_steps, self.step_size)
-        start: Start = self.start if self.random_start else "none"
-        return Attack(
-            self.threat, self.num_steps, step_size, start, self.num_restarts, self.attack_loss, self.l1_share
-        )
+        return self.attack_on(self.threat, self.num_steps, self.step_size)
 
-    def _lengths(self, factor: float) -> dict[str, object]:
-        return super()._lengths(factor) | {"step_size": self.attack.step_size * factor or None}
+    def scaled(self, factor: float, **lengths: object) -> Self:
+        """Return the objective with radius and attack steps times ``factor``; no step where no radius."""
+        return super().scaled(factor, step_size=self.attack.step_size * factor or None, **lengths)
 
 
-def check_start(random_start: bool, attack_loss: LossName) -> None:
-    """Refuse an attack on the KL that starts where the KL has no gradient."""
-    if attack_loss == "kl" and not random_start:
-        text = "got False with attack_loss 'kl'; expected True: at the image itself the KL has no gradient."
-        refuse("random_start", f"{text} Set it.")
+@method
+class UnionThreat(ThreatModel):
+    """One ball of a union; steps in it are 2.5 eps / num_steps long."""
+
+    norm: Norm = Field(description="Norm of the image perturbation.")
+    eps: Radius = Field(description="Radius of the ball in [0, 1] pixel units.")
 
 
-def attack_mode(model: nn.Module, mode: AttackMode) -> AbstractContextManager[None]:
-    """Return the context in which ``model`` is attacked; it leaves no trace (``preserve.undisturbed``)."""
-    return undisturbed(model, training=None if mode == "train" else False)
+@method
+class UnionAT(Attacked):
+    """Adversarial training on the union of several balls.
+
+        "max":      CE at the one of the T PGD adversaries' images where it is largest, for each example   (2)
+        "average":  the mean of the CE at all T images                                                     (3)
+        "msd":      CE at one adversary's image, every step the best of T steps (``attacks.msd``)          (4)
+
+    For "average", ``perturb`` returns the images of all adversaries one after the other, [T·B, *dims].
+    Maini et al. attack l1 with 5 to 20 coordinates a step, drawn at random, and with 50 to 100 steps; their
+    CIFAR-10 radii are linf 0.03, l2 0.5, l1 12. Gauss–Newton: exact.
+    """
+
+    threats: Annotated[tuple[Annotated[UnionThreat, Nested()], ...], Field(strict=False)] = Field(
+        default=(UnionThreat("linf", 8 / 255), UnionThreat("l2", 0.5)),
+        description="The threat models of training, at least two; threat is that of the evaluation.",
+    )
+    strategy: Literal["max", "average", "msd"] = setting("max", "Worst of each image, mean, or best step.")
+    num_steps: NumSteps = 10
+    attack_bn: AttackMode = "eval"
+    label_smoothing: LabelSmoothing = 0.0
+    attack_loss: LabelLossName = "ce"
+    l1_share: L1Share = 0.05
+    label = "AT {strategy} of {norms}"
+    source = "Tramèr & Boneh, arXiv 1904.13000; Maini et al., arXiv 1909.04068 (msd)"
+    cost = "1 forward and 1 backward pass, for the average one for each ball; and the attacks'"
+
+    def __post_init__(self) -> None:
+        if len(self.threats) < 2:
+            refuse("threats", f"got {len(self.threats)}; expected at least 2 balls. For one, use PGDAT.")
+
+    def __str__(self) -> str:
+        return self.label.format(strategy=self.strategy, norms=", ".join(ball.norm for ball in self.threats))
+
+    @property
+    def attacks(self) -> tuple[Attack, ...]:
+        """One adversary for each threat model."""
+        return tuple(self.attack_on(ball, self.num_steps) for ball in self.threats)
+
+    def search(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None) -> Tensor:
+        """Return the images of (2), (3) or (4)."""
+        if self.strategy == "msd":
+            loss = ATTACK_LOSSES[self.attack_loss]
+            return msd(lambda x_adv: loss(model(x_adv), y), x, self.attacks, generator)
+        candidates = torch.stack([attack(model, x, y, generator) for attack in self.attacks])
+        if self.strategy == "average":
+            return candidates.flatten(0, 1)
+        with torch.no_grad():
+            worst = torch.stack([ce(model(x_adv), y) for x_adv in candidates]).argmax(0)
+        return candidates[worst, torch.arange(len(x), device=x.device)]
+
+    def loss(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Loss:
+        """Return the mean cross-entropy at ``x_adv``, held fixed; the targets are repeated to as many."""
+        times = len(x_adv) // len(y)
+        return super().loss(model, x, x_adv, y.repeat(times, *[1] * (y.ndim - 1)))
+
+    def attack_passes(self) -> tuple[int, int]:
+        """K steps in each ball and T forward passes to choose the worst; "msd": K (1 + T) and K."""
+        num, steps = len(self.threats), self.num_steps
+        compare = {"max": num, "average": 0, "msd": num * steps}[self.strategy]
+        backward = steps if self.strategy == "msd" else num * steps
+        return backward + compare, backward
+
+    def loss_passes(self) -> tuple[int, int]:
+        """One forward and backward pass; for "average" over T batches."""
+        times = len(self.threats) if self.strategy == "average" else 1
+        return times, times
+
+    def scaled(self, factor: float, **lengths: object) -> Self:
+        """Return the objective with every ball and its steps times ``factor``."""
+        return super().scaled(factor, threats=tuple(ball.scaled(factor) for ball in self.threats), **lengths)
+
+
+def with_term(loss: Loss, weight: float, name: str, term: Tensor, *outputs: Output) -> Loss:
+    """Return ``loss`` + weight · term; the term is logged without the weight and depends on ``outputs``."""
+    parts = {**loss.parts, name: term.detach()}
+    return Loss(loss.total + weight * term, parts, (*loss.outputs, *outputs))

@@ -1,6 +1,6 @@
 """The optimizer-wrapper layer: weight perturbations and penalties around any torch optimizer."""
 
-from wcitrain.optim.ascent import ASAM, ASCENTS, AWP, CRSAM, GSAM, SAM, GradientNorm, VaSSO, WCIAdversary
+from wcitrain.optim.ascent import ASAM, AWP, CRSAM, GSAM, SAM, GradientNorm, VaSSO, WCIAdversary
 from wcitrain.optim.penalty import (
     PENALTIES,
     FrobeniusPenalty,
@@ -9,17 +9,23 @@ from wcitrain.optim.penalty import (
     TracePenalty,
     WCIPenalty,
 )
-from wcitrain.optim.perturbation import WeightPerturbation
-from wcitrain.optim.random_directions import (
-    RANDOM_DIRECTIONS,
-    RWP,
-    NoiseStability,
-    UniformNoise,
-    WCIPosterior,
-)
-from wcitrain.optim.schedule import StrengthSchedule
+from wcitrain.optim.perturbation import StrengthSchedule, WeightPerturbation
+from wcitrain.optim.random_directions import RWP, NoiseStability, UniformNoise, WCIPosterior
 from wcitrain.optim.wrapper import RegularizedOptimizer
 
 WCI = WCIPosterior  # the project's own rule, under its short name
 
-PERTURBATIONS: dict[str, type[WeightPerturbation]] = ASCENTS | RANDOM_DIRECTIONS
+PERTURBATIONS: dict[str, type[WeightPerturbation]] = {
+    "sam": SAM,
+    "asam": ASAM,
+    "awp": AWP,
+    "vasso": VaSSO,
+    "gsam": GSAM,
+    "gradient_norm": GradientNorm,
+    "cr_sam": CRSAM,
+    "wci_adversary": WCIAdversary,
+    "wci": WCIPosterior,
+    "noise": UniformNoise,
+    "noise_stability": NoiseStability,
+    "rwp": RWP,
+}

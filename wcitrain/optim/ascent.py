@@ -4,8 +4,7 @@ Legend: g gradient of the loss at W, at fixed adversarial examples; u perturbati
 posterior's standard deviation (`random_directions`).
 
 A rule steps on g(W + u), unless it says otherwise. The ascent uses the gradient of the micro-batch on its own
-process ("m-sharpness", as all published code does). All trainable tensors move, except under AWP and
-WCIAdversary, defined on weight matrices.
+process ("m-sharpness", as all published code does).
 """
 
 from collections.abc import Sequence
@@ -13,15 +12,13 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
-from wcitrain.curvature.passes import Passes, Step, carry_nan, collected
+from wcitrain.curvature.passes import TINY, Passes, Step, carry_nan, collected
 from wcitrain.method import NonNegative, Positive, PositiveShare, method, setting
-from wcitrain.optim import perturbation
-from wcitrain.optim.perturbation import TINY, Combination, LastPass, Schedule, State, WeightPerturbation
+from wcitrain.optim.perturbation import ALWAYS, Combination, LastPass, Schedule, WeightPerturbation, visit
 from wcitrain.optim.random_directions import FLOOR, Floor, RelativeSize, WCIPosterior
-from wcitrain.optim.schedule import ALWAYS
 from wcitrain.params import Layers
 
 Tensors = Sequence[Tensor]
@@ -39,19 +36,18 @@ class Ascent(WeightPerturbation):
         """Return u for gradients ``g`` of the layers' tensors, at ``factor`` of full strength."""
         return along(layers, g, factor * self.rho)
 
-    def gradient(self, passes: Passes, state: State, factor: float, last_pass: LastPass | None) -> Step:
+    def gradient(self, passes: Passes, factor: float, last_pass: LastPass | None) -> Step:
         """Ascend along the gradient at W; its own weight, where it has one, is added in that same pass."""
         weights = self.combination(factor)
         with passes.local():
             loss, g, traces = self._at_the_weights(passes, weights.here)
-        smoothed = self.smoothed(g, state.memory)
-        direction = self.displacement(passes.layers, smoothed or g, factor, state.traces)
-        size = perturbation.relative_size(passes, direction)
+        memory = self.smoothed(g, passes.memory)
+        direction = self.displacement(passes.layers, memory or g, factor, passes.traces)
+        size = passes.relative_size(direction)
         last_pass = last_pass or self.own_last_pass(passes, g)
-        moved = perturbation.moved_passes
-        steps, _ = moved(passes, direction, weights, last_pass, keep_statistics=True)
+        steps, _ = visit(passes, direction, weights, last_pass, keep_statistics=True)
         shown, last = carry_nan(loss, sum(step.loss for step in steps)), steps[-1]
-        return Step(shown, traces if last.traces is None else last.traces, size, last.strength, smoothed)
+        return Step(shown, traces if last.traces is None else last.traces, size, last.strength, memory)
 
     def _at_the_weights(self, passes: Passes, weight: float) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """Return loss, gradient and, if measured, traces at W; a gradient with a weight goes to ``.grad``."""
@@ -60,9 +56,8 @@ class Ascent(WeightPerturbation):
             with collected(passes.layers, lambda _, gradient: gradient / scale) as gradients:
                 loss = passes.plain(weight)
             return loss, passes.filled(gradients), None
-        evaluated = passes.evaluate()
-        g = passes.filled(passes.layer_gradients(evaluated.total, retain_graph=self.measures_traces))
-        traces = None
+        evaluated, traces = passes.evaluate(), None
+        g = passes.layer_gradients(evaluated.total, retain_graph=self.measures_traces)
         if self.measures_traces:
             generator = passes.generator("gauss_newton")
             traces = gauss_newton_samples(evaluated, passes.layers, generator=generator).mean(0)
@@ -76,7 +71,7 @@ class Ascent(WeightPerturbation):
         """Return what the rule does at W + u instead of a plain pass, if anything; ``g`` is that at W."""
         return None
 
-    def extra_passes(self, model: nn.Module) -> tuple[int, int]:
+    def extra_passes(self) -> tuple[int, int]:
         """Return a pass for each point beside the last one, and one backward for traces."""
         moved = 1 + (self.combination().minus != 0)
         return moved, moved + self.measures_traces
@@ -101,8 +96,7 @@ class ASAM(Ascent):
 
         u = ρ T² g / ||T g||,    T = |W| + η elementwise, 1 for biases                                     (2)
 
-    As in the authors' code T is 1 for every tensor not named "weight"; the widespread unofficial code has
-    T = |W|. ρ and η are the paper's.
+    As in the authors' code T is 1 for every tensor not named "weight"; the unofficial code has T = |W|.
     """
 
     rho: Positive = setting(0.5, "ρ, length of the perturbation in units of each weight.")
@@ -128,8 +122,7 @@ class AWP(Ascent):
 
         u_l = γ ||W_l|| g_l / ||g_l||,   update with the gradient at W + u, applied at W.                  (3)
 
-    The authors' code updates running statistics at W + u. The paper has γ = 0.01 for adversarial training and
-    0.005 for TRADES.
+    The authors' code updates running statistics at W + u. The paper has γ = 0.005 for TRADES.
     """
 
     gamma: Positive = setting(0.01, "γ, perturbation norm over each layer's norm.")
@@ -175,8 +168,7 @@ class VaSSO(Ascent):
 
         m_t = (1 − θ) m_{t−1} + θ g_t,   m_0 = 0,    u = ρ m_t / ||m_t||                                   (5)
 
-    m is part of the optimizer's state and stands still while the rule does not act. Micro-batches and
-    processes each ascend along their own m_t; what is kept is the mean.
+    Micro-batches and processes each ascend along their own m_t; what is kept is the mean.
     """
 
     rho: Rho = 0.05
@@ -222,8 +214,7 @@ class GSAM(Ascent):
 
         u = ρ g / ||g||,   h = g(W + u),   step on  h − α g_⊥,   g_⊥ = g − (<g, h> / ||h||²) h             (7)
 
-    The step decreases the perturbed loss and, orthogonally to that, *increases* the plain one. Inner products
-    are over one micro-batch on one process. The authors tie ρ to the learning rate.
+    The step decreases the perturbed loss and, orthogonally to that, *increases* the plain one.
     """
 
     rho: Rho = 0.05
@@ -253,8 +244,8 @@ class CRSAM(Ascent):
 
         u = ρ g / ||g||,   step on  g(W+u) + α [g(W+u) + g(W−u) − 2 g(W)] + β [g(W+u) − g(W−u)]            (8)
 
-    The brackets are the gradients of the second and the first difference of the loss along the gradient. The
-    paper penalises their logarithms; its code does not, since a second difference may be zero or negative.
+    The brackets are the gradients of the second and the first difference of the loss along the gradient, of
+    which the paper penalises the logarithms.
     """
 
     rho: Rho = 0.1
@@ -268,18 +259,6 @@ class CRSAM(Ascent):
     def combination(self, factor: float = 1.0) -> Combination:
         """Return (8)."""
         return Combination(-2 * self.alpha, 1 + self.alpha + self.beta, self.alpha - self.beta)
-
-
-ASCENTS: dict[str, type[WeightPerturbation]] = {
-    "sam": SAM,
-    "asam": ASAM,
-    "awp": AWP,
-    "vasso": VaSSO,
-    "gsam": GSAM,
-    "gradient_norm": GradientNorm,
-    "cr_sam": CRSAM,
-    "wci_adversary": WCIAdversary,
-}
 
 
 def along(layers: Layers, g: Tensors, length: float) -> list[Tensor]:

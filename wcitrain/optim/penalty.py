@@ -18,11 +18,12 @@ from pydantic import Field
 from torch import Tensor
 
 from wcitrain.curvature.estimator import Estimator
-from wcitrain.curvature.estimators import ESTIMATORS, Auto
+from wcitrain.curvature.estimators import ESTIMATORS, Auto, name_of
+from wcitrain.curvature.gauss_newton import GaussNewton
 from wcitrain.curvature.passes import Passes, Step
-from wcitrain.method import Choice, Method, Nested, NonNegative, method, setting
+from wcitrain.method import Choice, Method, Nested, NonNegative, method, refuse, setting
+from wcitrain.optim.perturbation import ALWAYS, Combination, StrengthSchedule, WeightPerturbation
 from wcitrain.optim.random_directions import norm_coefficients, posterior_shape
-from wcitrain.optim.schedule import ALWAYS, StrengthSchedule
 
 ESTIMATOR = "How traces are estimated; auto tries and says why."
 SCHEDULE = "When it acts; its ``every`` multiplies λ."
@@ -32,45 +33,33 @@ Schedule = Annotated[StrengthSchedule, Nested(), Field(description=SCHEDULE)]
 
 
 class Penalty(Method):
-    """The contract of the penalties."""
+    """The contract of the penalties: φ by the two coefficients of its gradient (1)."""
 
     schedule: StrengthSchedule
-    strength: float
+    strength: float  # λ; `FrobeniusTracePenalty` has two weights in its place: read ``strengths``
     estimator: Estimator | None = None  # of t_l and its gradient; None: no traces, no extra pass
     cost = "that of its estimator"
 
     @property
-    def norm_strength(self) -> float:
-        """What multiplies the squared norms."""
-        return 0.0
-
-    @property
-    def trace_strength(self) -> float:
-        """What multiplies the traces' part; zero needs no gradient of it."""
-        return self.strength
-
-    @property
-    def is_active(self) -> bool:
-        """Whether it changes a gradient, or only monitors."""
-        return self.norm_strength > 0 or self.trace_strength > 0
+    def strengths(self) -> tuple[float, float]:
+        """What multiplies the squared norms, and the traces' part; both zero: it only monitors."""
+        return 0.0, self.strength
 
     def norm_coefficients(self, a: Tensor, t: Tensor | None) -> Tensor | None:
         """Return the coefficients 2 ∂φ/∂a_l of W_l [L] in (1), None for none."""
-        return torch.full_like(a, 2 * self.norm_strength) if self.norm_strength else None
+        strength, _ = self.strengths
+        return torch.full_like(a, 2 * strength) if strength else None
 
     def trace_coefficients(self, a: Tensor, d: Tensor, t: Tensor | None) -> tuple[Tensor, float]:
         """Return the shape of c_l [L] (positive), and the factor it is multiplied with."""
-        return torch.ones_like(a), self.trace_strength
+        return torch.ones_like(a), self.strengths[1]
 
-    def add_gradient(
-        self, passes: Passes, estimator: Estimator, factor: float, traces: Tensor | None, a: Tensor
-    ) -> Step:
+    def add_gradient(self, passes: Passes, estimator: Estimator, factor: float, a: Tensor) -> Step:
         """Leave g + factor · ∇ Σ_l c_l t_l in ``.grad``; the norms' part, which needs no pass, is not here.
 
-        ``a`` are the squared norms at W: beside a weight perturbation the pass is at W + u, and the
-        coefficients c_l stay those of W.
+        ``a`` are the squared norms at W: also where the pass is at W + u, the coefficients stay those of W.
         """
-        shape, strength = self.trace_coefficients(a, passes.layers.sizes(), traces)
+        shape, strength = self.trace_coefficients(a, passes.layers.sizes(), passes.traces)
         return estimator.add_gradient(passes, shape, factor * strength)
 
 
@@ -78,8 +67,7 @@ class Penalty(Method):
 class WCIPenalty(Penalty):
     """The Weight-Curvature Index as a penalty, λ Σ_l sqrt(a_l t_l).
 
-    Its gradient is that of λ/2 Σ_l (s_l t_l + a_l / s_l) at constant s_l = sqrt(a_l/t_l), the variances of
-    the PAC-Bayes posterior.
+    Its gradient is that of λ/2 Σ_l (s_l t_l + a_l / s_l) at constant s_l = sqrt(a_l/t_l).
     """
 
     strength: Strength = 0.0
@@ -97,13 +85,10 @@ class WCIPenalty(Penalty):
         shape, is_known = posterior_shape(a, d, t)
         return shape / 2, self.strength if self.strength and bool(is_known) else 0.0
 
-    def add_gradient(
-        self, passes: Passes, estimator: Estimator, factor: float, traces: Tensor | None, a: Tensor
-    ) -> Step:
+    def add_gradient(self, passes: Passes, estimator: Estimator, factor: float, a: Tensor) -> Step:
         """Add the gradient, and say the size of the posterior it amounts to: ||u||² = λ Σ d_l s_l."""
-        d = passes.layers.sizes()
-        shape, strength = self.trace_coefficients(a, d, traces)
-        step = super().add_gradient(passes, estimator, factor, traces, a)
+        step, d = super().add_gradient(passes, estimator, factor, a), passes.layers.sizes()
+        shape, strength = self.trace_coefficients(a, d, passes.traces)
         if not strength:
             return step
         size = (2 * factor * strength * (d * shape).sum() / a.sum()).sqrt()
@@ -124,14 +109,9 @@ class FrobeniusPenalty(Penalty):
     cost = "no pass more"
 
     @property
-    def norm_strength(self) -> float:
-        """λ."""
-        return self.strength
-
-    @property
-    def trace_strength(self) -> float:
-        """None."""
-        return 0.0
+    def strengths(self) -> tuple[float, float]:
+        """λ, and none for the traces."""
+        return self.strength, 0.0
 
 
 @method
@@ -157,14 +137,9 @@ class FrobeniusTracePenalty(Penalty):
     source = "this project, as a control for the index"
 
     @property
-    def norm_strength(self) -> float:
-        """λ_F."""
-        return self.frobenius_weight
-
-    @property
-    def trace_strength(self) -> float:
-        """λ_T."""
-        return self.trace_weight
+    def strengths(self) -> tuple[float, float]:
+        """λ_F and λ_T."""
+        return self.frobenius_weight, self.trace_weight
 
 
 PENALTIES: dict[str, type[Penalty]] = {
@@ -173,3 +148,28 @@ PENALTIES: dict[str, type[Penalty]] = {
     "trace": TracePenalty,
     "frobenius_trace": FrobeniusTracePenalty,
 }
+
+
+def layers_for(perturbation: WeightPerturbation | None, penalty: Penalty | None, layers: str | None) -> str:
+    """Return which tensors are layers, see ``params.select_layers``; None: what the rule is published for.
+
+    A curvature penalty is evaluated at W + u, so it needs a rule that takes the gradient there and nowhere
+    else, and an estimator of all layers that moves no weights itself. ValueError where the two would not be
+    one well-defined objective on the same layers.
+    """
+    if perturbation is not None and penalty is not None and penalty.estimator is not None:
+        if not isinstance(penalty.estimator, Auto | GaussNewton):
+            text = f"got {name_of(penalty.estimator)} beside {perturbation}; expected gauss_newton"
+            refuse("penalty.estimator", f"{text}, which has all layers and moves no weights. Change it.")
+        # Half strength stands for a ramp: GradientNorm's weights at full strength may be those of SAM.
+        is_alone = all(perturbation.combination(factor) == Combination() for factor in (0.5, 1.0))
+        if perturbation.measures_traces or not is_alone:
+            text = (
+                f"got {penalty} beside {perturbation}; expected a rule that takes the gradient at W + u alone"
+            )
+            refuse("penalty", f"{text} (SAM, ASAM, AWP, VaSSO, RWP with mixing 1). Leave one of the two out.")
+    wanted = perturbation.default_layers if perturbation else "weights"
+    if layers is None and penalty is not None and wanted != "weights":
+        text = f"got null with {perturbation}, which is published for all tensors, and {penalty}"
+        refuse("layers", f"{text}; expected the layers of both. Set layers to 'weights' or 'all'.")
+    return layers or wanted

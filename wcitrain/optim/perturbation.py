@@ -1,26 +1,44 @@
 """What a weight perturbation is: a direction times a radius, and a way to combine the gradients found there.
 
 Legend: W weights of the layers, u perturbation, g(·) gradient of the loss at fixed adversarial examples.
-
-The passes are made in the order W, W + u, W − u, each only where its gradient has a weight; all but the last
-run on their own process. Running statistics move in the pass at W if there is one, else in the last.
+Running statistics move in the pass at W if there is one, else in the last.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from wcitrain.curvature.passes import Passes, Step, slopes
-from wcitrain.method import Method, Nested
-from wcitrain.optim.schedule import StrengthSchedule
+from wcitrain.method import Method, Nested, NonNegative, PositiveCount, method, setting
 from wcitrain.preserve import kept_buffers, perturbed
 
-TINY = 1e-30
 LastPass = Callable[[], Step]  # made at W + u instead of a plain pass
+
+
+@method
+class StrengthSchedule:
+    """Off before ``start``, then a linear ramp to full strength, acting on every ``every``-th optimizer step.
+
+    A penalty is multiplied by ``every`` to keep its mean strength. A perturbation is not: it is a radius.
+    """
+
+    start: NonNegative = setting(0.0, "Epochs trained before it acts; steps in plain loops.")
+    ramp: NonNegative = setting(0.0, "Epochs over which it grows to full strength.")
+    every: PositiveCount = setting(1, "Acts in one of so many optimizer steps.")
+
+    def factor(self, step: int, steps_per_epoch: int = 1) -> float:
+        """Return the share of full strength at optimizer step ``step`` (0-based), 0 where it does not act."""
+        start, ramp = round(self.start * steps_per_epoch), round(self.ramp * steps_per_epoch)
+        if step < start or (step - start) % self.every:
+            return 0.0
+        return 1.0 if step >= start + ramp else (step - start + 1) / (ramp + 1)
+
+
+ALWAYS = StrengthSchedule()
 SCHEDULE = "When it acts; the ramp scales the radius."
 Schedule = Annotated[StrengthSchedule, Nested(), Field(description=SCHEDULE)]
 
@@ -33,15 +51,8 @@ class Combination(NamedTuple):
     minus: float = 0.0
 
 
-class State(NamedTuple):
-    """What a rule knows of earlier steps: running averages of t_l [L], and what it asked to carry."""
-
-    traces: Tensor | None = None
-    memory: Sequence[Tensor] | None = None
-
-
 class WeightPerturbation(Method):
-    """The contract of the rules."""
+    """The contract of the rules: the gradient that is stepped on, and what it costs beyond the one at W."""
 
     schedule: StrengthSchedule
     default_layers: ClassVar[str] = "weights"  # see params.select_layers
@@ -51,29 +62,21 @@ class WeightPerturbation(Method):
         """Return the weights of the gradients at W, W + u and W − u, at ``factor`` of full strength."""
         return Combination()
 
-    def gradient(self, passes: Passes, state: State, factor: float, last_pass: LastPass | None) -> Step:
-        """Leave the gradient of the rule, at ``factor`` > 0 of full strength, in ``.grad``.
-
-        ``last_pass`` is a penalty, where it `goes_with_penalties`.
-        """
+    def gradient(self, passes: Passes, factor: float, last_pass: LastPass | None) -> Step:
+        """Leave the gradient of the rule, at ``factor`` > 0 of full strength, in ``.grad``."""
         raise NotImplementedError
 
-    def extra_passes(self, model: nn.Module) -> tuple[int, int]:
+    def extra_passes(self) -> tuple[int, int]:
         """Return the forward and backward passes of a step beyond one each."""
-        raise NotImplementedError
-
-    @property
-    def goes_with_penalties(self) -> bool:
-        """Whether g is taken at W + u alone, on a ramp too: then a penalty there is one objective with it."""
-        is_alone = all(self.combination(factor) == Combination() for factor in (0.5, 1.0))
-        return is_alone and not self.measures_traces
+        num_points = sum(weight != 0 for weight in self.combination())
+        return num_points - 1, num_points - 1
 
 
-def moved_passes(
+def visit(
     passes: Passes,
     direction: list[Tensor],
     weights: Combination,
-    last_pass: LastPass | None,
+    last_pass: LastPass | None = None,
     *,
     keep_statistics: bool,
     needs_slopes: bool = False,
@@ -95,9 +98,3 @@ def moved_passes(
                 move(sign)
                 steps.append(last_pass() if last_pass and is_last else Step(passes.plain(weight)))
     return steps, [layers.joined(s, torch.nan) for s in sums]
-
-
-def relative_size(passes: Passes, direction: list[Tensor]) -> Tensor:
-    """Return ||u|| / ||W||."""
-    layers = passes.layers
-    return (layers.squares(direction).sum() / layers.squared_norms().sum().clamp_min(TINY)).sqrt()

@@ -13,27 +13,23 @@ exactly on a quadratic loss, up to O(σ²) on a smooth one. On ReLU networks (1)
 smoothed over the radius, not Tr(H).
 """
 
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from wcitrain.curvature.passes import Passes, Step, carry_nan
+from wcitrain.curvature.passes import TINY, Passes, Step, carry_nan
 from wcitrain.method import Positive, PositiveShare, method, refuse, setting
-from wcitrain.optim import perturbation
-from wcitrain.optim.perturbation import TINY, Combination, LastPass, Schedule, State, WeightPerturbation
-from wcitrain.optim.schedule import ALWAYS
+from wcitrain.optim.perturbation import ALWAYS, Combination, LastPass, Schedule, WeightPerturbation, visit
 from wcitrain.params import wide
 
 FLOOR = 1e-4  # σ_l² of a layer is at most 1/sqrt(FLOOR) = 100 times that of the mean layer
 FIRST_SIZE = 0.1  # relative size of perturbations that measure, before traces turn λ into a size
 
-STATISTICS = "Where running statistics move: perturbed in the pass at W − u, clean in one more forward at W."
-Statistics = Annotated[Literal["perturbed", "clean"], Field(description=STATISTICS)]
 RelativeSize = Annotated[Positive, Field(description="r, perturbation norm over weight norm.")]
-FLOOR_TEXT = "Lowest norm-curvature product of a layer, as a share of the layers' mean, in (0, 1]."
-Floor = Annotated[PositiveShare, Field(description=FLOOR_TEXT)]
+LOWEST = "Lowest norm-curvature product of a layer, as a share of the layers' mean, in (0, 1]."
+Floor = Annotated[PositiveShare, Field(description=LOWEST)]
 
 
 class Posterior(NamedTuple):
@@ -48,8 +44,7 @@ class Posterior(NamedTuple):
 class Noise(WeightPerturbation):
     """A random rule with one standard deviation a layer: `posterior` says which."""
 
-    statistics: Statistics
-    cost: ClassVar[str] = "1 forward and 1 backward pass more; 2 forward with clean statistics"
+    cost: ClassVar[str] = "1 forward and 1 backward pass more"
     measures_traces: ClassVar[bool] = True
     is_gaussian: ClassVar[bool] = False  # else signs
 
@@ -61,26 +56,18 @@ class Noise(WeightPerturbation):
         """Return the posterior for squared norms ``a``, sizes ``d`` and traces ``t`` (if known), all [L]."""
         raise NotImplementedError
 
-    def gradient(self, passes: Passes, state: State, factor: float, last_pass: LastPass | None) -> Step:
+    def gradient(self, passes: Passes, factor: float, last_pass: LastPass | None) -> Step:
         """Draw u, average the pair, and read the traces off its difference."""
         layers, weights = passes.layers, self.combination(factor)
-        posterior = self.posterior(layers.squared_norms(), layers.sizes(), state.traces, factor)
-        loss = statistics_pass(passes, self.statistics)
+        posterior = self.posterior(layers.squared_norms(), layers.sizes(), passes.traces, factor)
         direction, sigma = passes.random_direction(posterior.sigma, gaussian=self.is_gaussian)
-        steps, slopes = perturbation.moved_passes(
-            passes, direction, weights, None, keep_statistics=loss is not None, needs_slopes=True
-        )
-        mean = torch.stack([step.loss for step in steps]).mean()
+        steps, slopes = visit(passes, direction, weights, keep_statistics=False, needs_slopes=True)
         passes.add_norm_gradients(posterior.frobenius)
         variance = wide(sigma).square()  # (1); NaN for a layer not moved or without gradient
         traces = (slopes[0] - slopes[1]) / torch.where(variance > 0, 2 * variance, torch.nan)
         traces = traces / (weights.plus * passes.share)
-        shown = mean if loss is None else carry_nan(loss, mean)
-        return Step(shown, traces, posterior.relative_size, posterior.strength)
-
-    def extra_passes(self, model: nn.Module) -> tuple[int, int]:
-        """Return one of each, and one forward for clean statistics."""
-        return 1 + (self.statistics == "clean" and has_running_statistics(model)), 1
+        loss = torch.stack([step.loss for step in steps]).mean()
+        return Step(loss, traces, posterior.relative_size, posterior.strength)
 
 
 @method
@@ -93,18 +80,15 @@ class WCIPosterior(Noise):
     The last equality of (3) holds at the optimal s_l, which (4) plugs in from a running average of t_l.
     Directions are random signs, so the relative size is r exactly. A layer whose product a_l t_l is below
     ``floor`` times the mean, or negative, counts with that floor; one without any estimate with the mean.
-    Until some trace is positive the shares are ``UniformNoise``'s, and a run by ``strength`` takes
-    perturbations of relative size 0.1. Under bfloat16 traces from perturbations below about 0.05 are rounding
-    noise: avoid long ramps. Without the second term of (3) the weights may grow to escape the noise where the
-    loss is scale-invariant.
+    Until some trace is positive the shares are ``UniformNoise``'s, and the size of a run by ``strength`` is
+    0.1. Under bfloat16 traces from perturbations below about 0.05 are rounding noise: avoid long ramps.
     """
 
     relative_size: Positive | None = setting(
-        None, "r, perturbation over weight norm; null: 1, or by strength."
+        None, "r, perturbation over weight norm; null: 1 or by strength."
     )
     strength: Positive | None = setting(None, "λ, weight of the index in the loss, instead of relative_size.")
     frobenius: bool = setting(False, "Add the penalty (λ/2) a_l / s_l, gradient λ W_l / s_l.")
-    statistics: Statistics = "perturbed"
     floor: Floor = FLOOR
     schedule: Schedule = ALWAYS
     source = "this project, on the index of Xu & Zhang, arXiv 2410.07719"
@@ -114,25 +98,21 @@ class WCIPosterior(Noise):
             text = f"got {self.strength:g} beside relative_size={self.relative_size:g}; expected one of them."
             refuse("strength", f"{text} Leave one out.")
 
-    @property
-    def size(self) -> float:
-        """r; where λ decides it, what it is before any trace is known."""
-        return self.relative_size or (1.0 if self.strength is None else FIRST_SIZE)
-
     def __str__(self) -> str:
-        knob = f"r={self.size:g}" if self.strength is None else f"λ={self.strength:g}"
+        knob = f"r={self.relative_size or 1.0:g}" if self.strength is None else f"λ={self.strength:g}"
         return f"WCI {knob}{' +F' * self.frobenius}"
 
     def posterior(self, a: Tensor, d: Tensor, t: Tensor | None, factor: float) -> Posterior:
         """Return (4)."""
         s, is_known = posterior_shape(a, d, t, self.floor)
         volume = (d * s).sum().clamp_min(TINY)  # all layers zero: nothing to perturb, sigma = 0
-        strength = (factor * self.size) ** 2 * a.sum() / volume
+        size = self.relative_size or (1.0 if self.strength is None else FIRST_SIZE)
+        strength = (factor * size) ** 2 * a.sum() / volume
         if self.strength is not None:
             strength = torch.where(is_known, torch.full_like(strength, factor * self.strength), strength)
         frobenius = norm_coefficients(a, t) * strength if self.frobenius and t is not None else None
-        size = (strength * volume / a.sum().clamp_min(TINY)).sqrt()
-        return Posterior((strength * s).sqrt(), frobenius, strength, size)
+        relative_size = (strength * volume / a.sum().clamp_min(TINY)).sqrt()
+        return Posterior((strength * s).sqrt(), frobenius, strength, relative_size)
 
 
 @method
@@ -143,7 +123,6 @@ class UniformNoise(Noise):
     """
 
     relative_size: RelativeSize = 1.0
-    statistics: Statistics = "perturbed"
     schedule: Schedule = ALWAYS
     label = "noise r={relative_size:g}"
     source = "this project, as a control"
@@ -160,11 +139,10 @@ class NoiseStability(Noise):
 
         u ~ N(0, σ² I),  step on ½ [g(W + u) + g(W − u)],  expectation ∇[L + (σ²/2) Tr(H)] + O(σ⁴).        (6)
 
-    One antithetic pair a step; the authors average several. All trainable tensors move.
+    One antithetic pair a step; the authors average several.
     """
 
     sigma: Positive = setting(0.01, "σ, standard deviation of every weight, in its units.")
-    statistics: Statistics = "perturbed"
     schedule: Schedule = ALWAYS
     label = "NSO σ={sigma:g}"
     source = "Zhang, Li & Ju, arXiv 2306.08553"
@@ -185,70 +163,35 @@ class RWP(WeightPerturbation):
         u_j = σ ||w_j|| ξ,  ξ ~ N(0, I),    step on (1 − α) g(W) + α g(W + u).                             (7)
 
     A vector is one filter. α = 1 is LPF-SGD with one sample; α < 1 is RWP's mixed loss (its authors take the
-    two gradients on different halves of a batch). Running statistics move at W where there is a pass at W.
+    two gradients on different halves of a batch).
     """
 
     sigma: Positive = setting(0.01, "σ, standard deviation over the filter's norm.")
     mixing: PositiveShare = setting(0.5, "α, share of the perturbed gradient, in (0, 1].")
-    statistics: Statistics = setting("perturbed", f"{STATISTICS} Only where mixing is 1.")
     schedule: Schedule = ALWAYS
     label = "RWP σ={sigma:g} α={mixing:g}"
     source = "Bisla et al. 2022 (LPF-SGD), arXiv 2201.08025; Li et al. 2024 (RWP), arXiv 2404.00357"
-    cost = "1 forward and 1 backward pass more where it mixes, else none (1 forward for clean statistics)"
+    cost = "1 forward and 1 backward pass more where it mixes, else none"
     default_layers = "all"
-
-    def __post_init__(self) -> None:
-        if self.mixing < 1 and self.statistics == "clean":
-            text = "got clean with mixing below 1, where statistics move at the clean weights anyway"
-            refuse("statistics", f"{text}; expected perturbed. Remove it.")
 
     def combination(self, factor: float = 1.0) -> Combination:
         """Mix the gradients at W and W + u."""
         return Combination(1 - self.mixing, self.mixing)
 
-    def gradient(self, passes: Passes, state: State, factor: float, last_pass: LastPass | None) -> Step:
+    def gradient(self, passes: Passes, factor: float, last_pass: LastPass | None) -> Step:
         """Draw u by (7) and mix."""
-        weights = self.combination(factor)
-        loss: Tensor | None
+        weights, loss = self.combination(factor), None
         if weights.here:
             with passes.local():
                 loss = passes.plain(weights.here)
-        else:
-            loss = statistics_pass(passes, self.statistics)
-        pairs = zip(passes.gaussian(), passes.layers.tensors, strict=True)
-        direction = [xi * (factor * self.sigma) * filter_norms(t) for xi, t in pairs]
-        size = perturbation.relative_size(passes, direction)
-        keep, moved = loss is not None, perturbation.moved_passes
-        steps, _ = moved(passes, direction, weights, last_pass, keep_statistics=keep)
-        shown = steps[0].loss if loss is None else carry_nan(loss, steps[0].loss)
-        return steps[0]._replace(loss=shown, relative_size=size)
-
-    def extra_passes(self, model: nn.Module) -> tuple[int, int]:
-        """Return one of each for mixing, else at most one forward, for clean statistics."""
-        if self.mixing < 1:
-            return 1, 1
-        return int(self.statistics == "clean" and has_running_statistics(model)), 0
-
-
-def has_running_statistics(model: nn.Module) -> bool:
-    """Tell whether a forward pass in train mode moves anything."""
-    return any(getattr(m, "running_mean", None) is not None for m in model.modules())
-
-
-def statistics_pass(passes: Passes, statistics: str) -> Tensor | None:
-    """Move the running statistics by a forward pass at W, where they are to be clean; return its loss."""
-    if statistics != "clean" or not has_running_statistics(passes.model):
-        return None
-    with torch.no_grad(), passes.local():
-        return passes.evaluate(needs_graph=False).total
-
-
-RANDOM_DIRECTIONS: dict[str, type[WeightPerturbation]] = {
-    "wci": WCIPosterior,
-    "noise": UniformNoise,
-    "noise_stability": NoiseStability,
-    "rwp": RWP,
-}
+        sigma = torch.full_like(passes.layers.sizes(), factor * self.sigma)
+        direction, _ = passes.random_direction(sigma, gaussian=True)
+        for u, t in zip(direction, passes.layers.tensors, strict=True):
+            u.mul_(filter_norms(t))
+        size = passes.relative_size(direction)
+        (step,), _ = visit(passes, direction, weights, last_pass, keep_statistics=loss is not None)
+        shown = step.loss if loss is None else carry_nan(loss, step.loss)
+        return step._replace(loss=shown, relative_size=size)
 
 
 def filter_norms(t: Tensor) -> Tensor:

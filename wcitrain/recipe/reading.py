@@ -9,9 +9,8 @@ from typing import Any
 import yaml
 
 Key = tuple[str, ...]  # ("train", "epochs") stands for train.epochs
-COMMAND_LINE = "command line"  # the place of a setting that no file holds
-# What PyYAML raises; the last three for a tag that does not fit its value, such as !!bool foo.
-NOT_YAML = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError)
+# What PyYAML raises; the last ones for an anchor inside itself and a tag that does not fit: !!bool foo.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, IndexError, AttributeError)
 
 
 class RecipeError(ValueError):
@@ -22,7 +21,7 @@ class RecipeError(ValueError):
 class Layer:
     """Nested plain data, where each key was written (``places[()]``: the whole), and what is wrong."""
 
-    data: dict[str, Any]
+    data: Any
     places: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -76,47 +75,25 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Dumper.add_representer(str, _represent_text)
 
 
-def read_yaml(text: str) -> Any:
-    """Return the data in ``text``, by the rules of recipes.
-
-    Raises:
-        ValueError: The text is no YAML, or has a key twice.
-    """
-    try:
-        layer = _parse(text, (), "line {}".format)
-    except NOT_YAML as error:
-        raise ValueError(f"got {text[:60]!r}; expected YAML ({_reason(error)}).") from error
-    if layer.problems:
-        raise RecipeError("; ".join(layer.problems))
-    return layer.data
-
-
 def to_yaml_text(data: Mapping[str, Any]) -> str:
     """Return ``data`` as YAML in the given order; reading the text gives equal data."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def read_override(override: str) -> Layer:
-    """Read one setting such as ``"train.epochs=3"``; one that cannot be read is a problem."""
-    name, equals, text = override.partition("=")
-    key = tuple(part.strip() for part in name.split("."))
-    if not equals or not all(key):
-        text = f"command line: got {override!r}; expected section.key=value. Write seed=3."
-        return Layer({}, problems=[text])
-    try:
-        layer = _parse(text, key, lambda line: COMMAND_LINE)
-    except NOT_YAML as error:
-        rule = f"a YAML value ({_reason(error)}). Put quotes around it."
-        return Layer({}, problems=[f"command line: {name}: got {text!r}; expected {rule}"])
-    value: Any = layer.data
-    for part in reversed(key):
-        value = {part: value}
-    around = {key[:end]: COMMAND_LINE for end in range(1, len(key) + 1)}
-    return Layer(value, around | layer.places, layer.problems)
+def read_yaml(text: str) -> Any:
+    """Return the data in ``text``, by the rules of recipes.
+
+    Raises:
+        RecipeError: The text is no YAML, or has a key twice.
+    """
+    layer = parse(text, "line {}".format)
+    if layer.problems:
+        raise RecipeError("; ".join(layer.problems))
+    return layer.data
 
 
-def read_file(path: Path, asked_by: str = "") -> Layer:
-    """Read one file; ``asked_by`` opens the error when there is no such file.
+def read_file(path: Path) -> Layer:
+    """Return what a file says.
 
     Raises:
         RecipeError: It is missing, unreadable or not a YAML mapping.
@@ -124,29 +101,24 @@ def read_file(path: Path, asked_by: str = "") -> Layer:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        got = f"'{path}' ({getattr(error, 'strerror', None) or 'not UTF-8 text'})"
-        raise RecipeError(f"{asked_by}got {got}; expected a readable YAML file. Check the path.") from error
-    try:
-        layer = _parse(text, (), f"{path}:{{}}".format)
-    except NOT_YAML as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        got = f"got text that is not YAML ({_reason(error)})"
-        raise RecipeError(f"{place}: {got}; expected key: value lines. Correct that line.") from error
+        raise RecipeError(f"{path}: got {error}; expected a readable YAML file. Check the path.") from error
+    layer = parse(text, f"{path}:{{}}".format)
     if not isinstance(layer.data, dict | None):
         got = f"got a {type(layer.data).__name__}"
         raise RecipeError(f"{path}: {got}; expected sections such as train: {{epochs: 3}}.")
     return Layer(layer.data or {}, {(): str(path)} | layer.places, layer.problems)
 
 
-def _parse(text: str, key: Key, place: Callable[[int], str]) -> Layer:
-    """Return the data in ``text``, with the place of every key below ``key``; duplicates are problems."""
+def parse(text: str, place: Callable[[int], str], key: Key = ()) -> Layer:
+    """Return the data in ``text``, the value of ``key``; ``place`` says where a line is.
+
+    Raises:
+        RecipeError: The text is no YAML. A key that is there twice is a problem of the layer.
+    """
     places: dict[Key, str] = {}
     problems: list[str] = []
 
-    def walk(node: yaml.Node, key: Key, around: tuple[yaml.Node, ...]) -> None:
-        if any(node is outer for outer in around):
-            raise ValueError("an anchor that contains itself")
+    def walk(node: yaml.Node | None, key: Key) -> None:
         items: list[tuple[str, yaml.Node, yaml.Node]] = []
         if isinstance(node, yaml.SequenceNode):
             items = [(str(number), item, item) for number, item in enumerate(node.value)]
@@ -160,19 +132,16 @@ def _parse(text: str, key: Key, place: Callable[[int], str]) -> Layer:
                 problems.append(f"{here}: {got}; expected each key once. Delete one of the two.")
             first.setdefault(name, here)
             places[child] = here
-            walk(item, child, (*around, node))
+            walk(item, child)
 
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
-        if node is None:
-            return Layer(None)  # type: ignore[arg-type]
-        walk(node, key, ())
-        return Layer(loader.construct_document(node), places, problems)
-    finally:
-        loader.dispose()
-
-
-def _reason(error: Exception) -> str:
-    """Return what the YAML reader complained about, in one line."""
-    return str(getattr(error, "problem", None) or error).splitlines()[0]
+        walk(node, key)
+        data = None if node is None else loader.construct_document(node)
+    except NOT_YAML as error:
+        mark, name = getattr(error, "problem_mark", None), f"{'.'.join(key)}: " if key else ""
+        reason = str(getattr(error, "problem", None) or error).splitlines()[0]
+        where = f"{place(mark.line + 1 if mark else 1)}: {name}"
+        raise RecipeError(f"{where}got text that is not YAML ({reason}); expected YAML. Quote it?") from error
+    return Layer(data, places, problems)

@@ -2,21 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from wcitrain.measures import MEASURES, Measure
-from wcitrain.method import (
-    STRICT,
-    Choice,
-    Decay,
-    NonNegative,
-    Positive,
-    PositiveCount,
-    StepSize,
-    Text,
-    refuse,
-    setting,
-)
+from wcitrain.method import STRICT, Choice, Decay, Positive, PositiveCount, StepSize, Text, setting
 
 
 class Section(BaseModel):
@@ -40,21 +29,6 @@ class Model(Section):
         None, "Channel deviations divided by inside the model, in [0, 1]; null: timm's."
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> "Model":
-        """Refuse arguments that the recipe sets itself, and half a normalisation."""
-        own = {"model_name", "num_classes", "in_chans", "pretrained", "checkpoint_path"}
-        if reserved := sorted(own & set(self.kwargs)):
-            text = f"got {', '.join(reserved)}; expected arguments that the recipe does not set itself."
-            refuse("kwargs", f"{text} Remove them.")
-        if (self.mean is None) != (self.std is None):
-            missing, given = ("mean", "std") if self.mean is None else ("std", "mean")
-            refuse(missing, f"got null; expected a list like model.{given}. Set both or none.")
-        if self.mean and self.std and len(self.mean) != len(self.std):
-            text = f"got {len(self.std)} values; expected {len(self.mean)} as in model.mean."
-            refuse("std", f"{text} Give one value per channel.")
-        return self
-
 
 class Wrapper(Section):
     """Where perturbation and penalty act, and how traces are averaged; see optim.RegularizedOptimizer."""
@@ -75,7 +49,7 @@ class Train(Section):
     precision: Literal["no", "bf16"] = setting("no", "Mixed precision; no: float32. fp16 would overflow.")
     channels_last: bool = setting(False, "Store images with channels last in memory.")
     compile: bool = setting(False, "Compile the model with torch.compile.")
-    eps_warmup_epochs: NonNegative = setting(
+    eps_warmup_epochs: Annotated[float, Field(ge=0)] = setting(
         0.0, "Epochs over which training's radius and steps grow linearly from 0; evaluation's do not."
     )
     overfitting_guard: Literal["ignore", "warn", "stop"] = setting(
@@ -107,22 +81,20 @@ class Evaluation(Section):
 class Measures(Section):
     """What else is measured while training; see `measures.MEASURES`."""
 
-    take: list[Annotated[Measure, Choice(WHILE_TRAINING)]] = Field(
-        default_factory=list,
-        description="Measures, such as wci or {name: average_flatness, xi: 0.25}; none: [].",
-        json_schema_extra={"was": ["names", "settings"]},
+    take: list[Annotated[Measure, Choice(WHILE_TRAINING)]] = setting(
+        list, "Measures, such as wci or {name: average_flatness, xi: 0.25}; none: []."
     )
     every: PositiveCount = setting(5, "Epochs between measurements; the last epoch is always one.")
     split: Literal["train", "val"] = setting("train", "Images they are taken on.")
     num_examples: PositiveCount = setting(200, "How many of them, at most.")
 
-    @model_validator(mode="after")
-    def _check(self) -> "Measures":
-        """Refuse two of a kind: their metrics have one name."""
-        names = [Choice(MEASURES).name_of(measure) for measure in self.take]
-        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
-            refuse("take", f"got {twice[0]} twice; expected each measure once. Remove one of the two.")
-        return self
+
+class EarlyStopping(Section):
+    """When training ends before its last epoch (Rice, Wong, Kolter, arXiv 2002.11569)."""
+
+    patience: PositiveCount | None = setting(
+        None, "Epochs without a better robust validation accuracy before training stops; null: never."
+    )
 
 
 class Checkpoint(Section):

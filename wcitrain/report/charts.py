@@ -13,7 +13,6 @@ from wcitrain.report import drawing
 from wcitrain.report.drawing import Line, Panel, grid, legend, look, panels_figure, scaled, styled
 from wcitrain.report.runs import Row, Run, number
 
-MAX_LAYER_ROWS = 6  # methods in the figures of layers
 STDERR = ("_stderr", "/stderr")
 CURVES = {  # title: (unit, keys: the first solid, the second dashed)
     "Clean accuracy": ("%", ("val/clean_accuracy", "train/clean_accuracy")),
@@ -22,16 +21,8 @@ CURVES = {  # title: (unit, keys: the first solid, the second dashed)
     "Robust generalisation gap": ("% points, train − validation", ("robust_gap",)),
     "Weight-Curvature Index": ("sum over layers", ("wci/total",)),
 }
-Layers = list[tuple[Row, list[float], dict[str, np.ndarray]]]  # with epochs, and each layer's index at them
-
-
-def curves(rows: Sequence[Row]) -> Figure | None:
-    """Draw accuracies, loss, gap and index against the epoch: mean over seeds in their range.
-
-    The index of a single run is drawn in a band of its standard error.
-    """
-    note = "solid: validation, dashed: train; bands: min to max over seeds, one run: ± standard error"
-    return _curves(rows, "Training curves by epoch", CURVES, note)
+KINDS = {"clean": "clean test accuracy (%)", "robust": "robust test accuracy (%)"}
+KINDS |= {"gap": "gap, train − test (points)", "wci": "Weight-Curvature Index"}
 
 
 def training_measures(rows: Sequence[Row]) -> Figure | None:
@@ -39,32 +30,49 @@ def training_measures(rows: Sequence[Row]) -> Figure | None:
     keys = dict.fromkeys(key for row in rows for run in row.runs for entry in run.metrics for key in entry)
     names = [key for key in keys if key.startswith("measures/") and not key.endswith(STDERR)]
     panels = {key.removeprefix("measures/").replace("_", " "): ("", (key,)) for key in names}
-    return _curves(rows, "Measures during training", panels)
+    return curves(rows, "Measures during training", panels, "")
 
 
-def _curves(
-    rows: Sequence[Row], title: str, asked: Mapping[str, tuple[str, tuple[str, ...]]], note: str = ""
+def curves(
+    rows: Sequence[Row],
+    title: str = "Training curves",
+    asked: Mapping[str, tuple[str, tuple[str, ...]]] = CURVES,
+    note: str = "solid: validation, dashed: train; bands: min to max over seeds, one run: ± standard error",
+    by: str = "epoch",
 ) -> Figure | None:
-    panels = []
+    """Draw accuracies, loss, gap and index against the epoch or ``step``: mean over seeds in their range.
+
+    The index of a single run is drawn in a band of its standard error.
+    """
+    sizes, panels = epoch_sizes(rows), []
+    axis = f"{by} ({sizes[0]:g} steps each)" if by == "epoch" and len(sizes) == 1 else by
     for name, (unit, keys) in asked.items():
         is_share, lines = unit.startswith("%"), []
         for row in rows:
             for key, mark, dash in zip(keys, ("", "_"), ("-", "--"), strict=False):  # "_": not in the legend
-                x, *values = band(row.runs, key)
+                x, *values = band(row.runs, key, by)
                 mean, low, high = (((100 if is_share else 1) * v).tolist() for v in values)
                 width = 1.8 if row.is_finished else 1.0
                 lines += [Line(mark + row.label, row.index, x, mean, low, high, dash, width)] * bool(x)
         if lines:
-            panels.append(Panel(name, "epoch", unit, lines, may_be_log=not is_share))
+            panels.append(Panel(name, axis, unit, lines, may_be_log=not is_share))
     return panels_figure(title, panels, note) if panels else None
 
 
-def band(runs: Sequence[Run], key: str) -> tuple[list[float], np.ndarray, np.ndarray, np.ndarray]:
-    """Return the epochs where every run has a finite ``key``, the mean there, and its range.
+def epoch_sizes(rows: Sequence[Row]) -> list[float]:
+    """Return how many optimizer steps an epoch has in these runs: several numbers where runs differ."""
+    entries = (entry for row in rows for run in row.runs for entry in run.metrics if "step" in entry)
+    return sorted({entry["step"] / entry["epoch"] for entry in entries})
+
+
+def band(
+    runs: Sequence[Run], key: str, by: str = "epoch"
+) -> tuple[list[float], np.ndarray, np.ndarray, np.ndarray]:
+    """Return the epochs (or steps) where every run has a finite ``key``, the mean there, and its range.
 
     That is min to max over runs, for one run ± the standard error, where it is known.
     """
-    known = [{m["epoch"]: m for m in run.metrics if math.isfinite(number(m, key))} for run in runs]
+    known = [{m[by]: m for m in run.metrics if by in m and math.isfinite(number(m, key))} for run in runs]
     epochs = sorted(set.intersection(*map(set, known)))
     values = np.array([[number(entries[epoch], key) for epoch in epochs] for entries in known])  # [runs, E]
     mean, low, high = values.mean(0), values.min(0), values.max(0)
@@ -80,19 +88,17 @@ def overview(rows: Sequence[Row]) -> Figure | None:
     rows = [row for row in rows if row.is_finished]
     if len(rows) < 2:
         return None
-    asked = {"clean": "clean test accuracy (%)", "robust": "robust test accuracy (%)"}
-    asked |= {"gap": "gap, train − test (points)", "wci": "Weight-Curvature Index"}
     figure, axes = grid("What the methods do, last epoch", 4, 4, (2.5, 0.7 + 0.3 * len(rows)))
-    for ax, (kind, title) in zip(axes, asked.items(), strict=True):
+    for ax, (kind, title) in zip(axes, KINDS.items(), strict=True):
         styled(ax, xlabel=title)
         for place, row in enumerate(rows):
             if values := row.values(kind):
-                mean, (low, high) = sum(values) / len(values), row.bounds(kind)
-                x, low, high = (v * (1 if kind == "wci" else 100) for v in (mean, low, high))
-                ax.errorbar([x], [place], xerr=[[x - low], [high - x]], **look(row.index))
-        ax.set_yticks(
-            range(len(rows)), [drawing.short(row.label, 32) if ax is axes[0] else "" for row in rows]
-        )
+                points = np.array([sum(values) / len(values), *row.bounds(kind)])
+                x, low, high = points * (1 if kind == "wci" else 100)
+                xerr = [[max(0.0, x - low)], [max(0.0, high - x)]]  # equal seeds: their mean may be rounded
+                ax.errorbar([x], [place], xerr=xerr, **look(row.index))
+        labels = [drawing.short(row.label, 32) if ax is axes[0] else "" for row in rows]
+        ax.set_yticks(range(len(rows)), labels)
         ax.set_ylim(len(rows) - 0.5, -0.5)
     note = "mean over seeds; bars: min to max, one run: 95 % interval, index ± error"
     figure.supxlabel(note, fontsize=9, color=drawing.SOFT)
@@ -100,37 +106,26 @@ def overview(rows: Sequence[Row]) -> Figure | None:
 
 
 def layers(rows: Sequence[Row]) -> Figure | None:
-    """Draw the index of each layer at the last measured epoch."""
-    chosen, names, title = _layers(rows)
+    """Draw the index of each layer at the last measured epoch, of finished rows (all, if there are none)."""
+    chosen: list[tuple[Row, float, dict[str, float]]] = []
+    for row in [row for row in rows if row.is_finished] or rows:
+        keys = dict.fromkeys(key for entry in row.runs[0].metrics for key in entry if key.startswith("wci/"))
+        bands = {key: band(row.runs, key) for key in keys if key not in ("wci/total", "wci/total_stderr")}
+        if epochs := [epoch for x, *_ in bands.values() for epoch in x]:
+            last = {key: float(m[-1]) for key, (x, m, *_) in bands.items() if x and x[-1] == max(epochs)}
+            chosen.append((row, max(epochs), last))
     if not chosen:
         return None
-    figure = drawing.empty_figure(8, 1.6 + 0.2 * max(8, len(names)), title)
-    ax = styled(figure.subplots(), xlabel="WCI of the layer, mean over seeds")
-    drawn: list[float] = []
-    for i, (row, epochs, values) in enumerate(chosen):
-        last = [float(values[name][-1]) if name in values else math.nan for name in names]
+    names = list(dict.fromkeys(name for _, _, values in chosen for name in values))
+    size = (8, 0.9 + 0.2 * max(8, len(names)))
+    figure, (ax,) = grid("Weight-Curvature Index by layer", size=size)
+    styled(ax, xlabel="WCI of the layer, mean over seeds")
+    for i, (row, epoch, values) in enumerate(chosen):
         places = np.arange(len(names)) + 0.6 * ((i + 0.5) / len(chosen) - 0.5)  # equal ones stay apart
-        drawn += last
-        label = f"{row.label}, epoch {epochs[-1]:g}"
-        ax.plot(last, places, linestyle="", markersize=5, label=label, **look(row.index))
-    scaled(ax, "x", drawn)
+        style = look(row.index) | {"linestyle": "", "markersize": 5, "label": f"{row.label}, epoch {epoch:g}"}
+        ax.plot([values.get(name, math.nan) for name in names], places, **style)
+    scaled(ax, "x", [value for _, _, values in chosen for value in values.values()])
     ax.set_yticks(range(len(names)), drawing.short_names(names))
     ax.set_ylim(len(names) - 0.5, -0.5)  # the input layer on top
     legend(figure)
     return figure
-
-
-def _layers(rows: Sequence[Row]) -> tuple[Layers, list[str], str]:
-    """Return finished rows (all, if there are none) that have the layers' index, their names, and a title."""
-    chosen: Layers = []
-    for row in [row for row in rows if row.is_finished] or rows:
-        keys = dict.fromkeys(key for entry in row.runs[0].metrics for key in entry if key.startswith("wci/"))
-        bands = {key: band(row.runs, key) for key in keys if key not in ("wci/total", "wci/total_stderr")}
-        means = {key: dict(zip(x, mean.tolist(), strict=True)) for key, (x, mean, *_) in bands.items()}
-        epochs = sorted({epoch for numbers in means.values() for epoch in numbers})
-        values = {key: np.array([n.get(e, math.nan) for e in epochs]) for key, n in means.items()}
-        chosen += [(row, epochs, values)] * bool(epochs)
-    note = f" (first {MAX_LAYER_ROWS} of {len(chosen)} methods)" if len(chosen) > MAX_LAYER_ROWS else ""
-    chosen = chosen[:MAX_LAYER_ROWS]
-    names = list(dict.fromkeys(key for _, _, values in chosen for key in values))
-    return chosen, names, f"Weight-Curvature Index by layer{note}"

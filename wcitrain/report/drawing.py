@@ -7,10 +7,9 @@ variables of the page, which has values for both themes.
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,9 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 DPI = 150
-LOG_RATIO = (
-    30.0  # an axis is logarithmic when its largest value exceeds its smallest by more than this factor
-)
+LOG_RATIO = 30.0  # an axis is logarithmic when its largest value exceeds its smallest by more than this
 MAX_MARKERS = 12  # along a line
 # Of the page's figures: texts stay texts, equal figures give equal bytes, a dollar in a name is no formula.
 SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "wcitrain", "text.parse_math": False}
@@ -32,9 +29,9 @@ ON_DARK = ("#4da3e0", "#ff8a4c", "#2fc296", "#e093bf", "#ecb23e", "#8ccdf5", "#d
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, SOFT, AXIS, GRID, PAPER = "#1b1f24", "#57606a", "#c5cbd2", "#e8ebef", "#ffffff"
 LIGHT = {"ink": INK, "soft": SOFT, "line": AXIS, "grid": GRID, "paper": PAPER, "raised": "#f6f7f9"}
-LIGHT |= {"accent": "#0b5cad", "mark": "#fff3cd"} | {f"c{i}": colour for i, colour in enumerate(SERIES)}
+LIGHT |= {"accent": "#0b5cad"} | {f"c{i}": colour for i, colour in enumerate(SERIES)}
 DARK = {"ink": "#e8ebee", "soft": "#a3adb8", "line": "#414954", "grid": "#292f37", "paper": "#14171b"}
-DARK |= {"raised": "#1d2228", "accent": "#7db8f5", "mark": "#453711"}
+DARK |= {"raised": "#1d2228", "accent": "#7db8f5"}
 DARK |= {f"c{i}": colour for i, colour in enumerate(ON_DARK)}
 VARIABLES = {colour: f"var(--{name})" for name, colour in LIGHT.items()}
 
@@ -44,22 +41,17 @@ def look(index: int) -> dict[str, Any]:
     return {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def empty_figure(width: float, height: float, title: str = "") -> Figure:
-    """Return a figure, in inches, that pyplot knows nothing about."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+def grid(
+    title: str, num_panels: int = 1, columns: int = 3, size: tuple[float, float] = (4.0, 3.0)
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure outside of pyplot and the axes of its panels, each of ``size`` inches."""
+    columns = min(columns, num_panels)
+    rows = math.ceil(num_panels / columns)
+    shape = (max(5.6, size[0] * columns), size[1] * rows + 0.7)
+    figure = Figure(figsize=shape, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, x=0.012, ha="left", fontsize=11, fontweight="bold", color=INK, wrap=True)
-    return figure
-
-
-def grid(
-    title: str, num_panels: int, columns: int, size: tuple[float, float] = (4.0, 3.0)
-) -> tuple[Figure, list[Axes]]:
-    """Return a figure and the axes of its panels, each of ``size`` inches."""
-    columns = min(columns, num_panels)
-    rows = math.ceil(num_panels / columns)
-    figure = empty_figure(max(5.6, size[0] * columns), size[1] * rows + 0.7, title)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes[num_panels:]:
         ax.remove()
@@ -80,15 +72,11 @@ def styled(ax: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> Axe
     return ax
 
 
-def spans_decades(values: Iterable[float]) -> bool:
-    """Whether the values are better read on a logarithmic axis; never when one is zero or negative."""
-    finite = [value for value in values if math.isfinite(value)]
-    return bool(finite) and min(finite) > 0 and max(finite) > LOG_RATIO * min(finite)
-
-
 def scaled(ax: Axes, which: Literal["x", "y"], values: Iterable[float]) -> bool:
-    """Make an axis of values that span decades logarithmic, with plain numbers; return whether it is."""
-    if is_log := spans_decades(values):
+    """Make an axis of positive values that span decades logarithmic, with plain numbers; return whether."""
+    finite = [value for value in values if math.isfinite(value)]
+    is_log = bool(finite) and min(finite) > 0 and max(finite) > LOG_RATIO * min(finite)
+    if is_log:
         ax.set(**{f"{which}scale": "log"})
         axis = ax.xaxis if which == "x" else ax.yaxis
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -111,12 +99,11 @@ def legend(figure: Figure, note: str = "") -> None:
     drawn.get_title().set_color(SOFT)
 
 
-@dataclass(frozen=True)
-class Line:
-    """A curve with its range; ``index`` is that of its look, a dashed one has hollow markers."""
+class Line(NamedTuple):
+    """A curve with its range; ``series`` decides its look, a dashed one has hollow markers."""
 
     label: str
-    index: int
+    series: int
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] = ()
@@ -124,22 +111,8 @@ class Line:
     dash: str = "-"
     width: float = 1.8
 
-    def draw(self, ax: Axes, has_whiskers: bool = False) -> None:
-        """Draw it, the range as a band, or as whiskers: always for a single point."""
-        style = look(self.index) | {"linewidth": self.width, "markersize": 4.5, "linestyle": self.dash}
-        style |= {"label": self.label, "markevery": math.ceil(len(self.x) / MAX_MARKERS)}
-        style |= {"markerfacecolor": PAPER} if self.dash == "--" else {}
-        if has_whiskers or (len(self.x) == 1 and self.low):
-            x, y, low, high = map(np.array, (self.x, self.y, self.low, self.high))
-            ax.errorbar(x, y, yerr=[y - low, high - y], capsize=3, **style)
-            return
-        ax.plot(self.x, self.y, **style)
-        if list(self.low) != list(self.high):
-            ax.fill_between(self.x, self.low, self.high, color=style["color"], alpha=0.16, linewidth=0)
 
-
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """Axes of lines; those that may be logarithmic are so where the values span decades."""
 
     title: str
@@ -147,18 +120,29 @@ class Panel:
     ylabel: str
     lines: Sequence[Line]
     may_be_log: bool = False
-    has_whiskers: bool = False
 
 
 def panels_figure(
-    title: str, panels: Sequence[Panel], note: str = "", *, columns: int = 3, **size: Any
+    title: str, panels: Sequence[Panel], note: str = "", *, has_whiskers: bool = False, **shape: Any
 ) -> Figure:
-    """Return the panels over one legend; ``size`` is ``grid``'s."""
-    figure, axes = grid(title, len(panels), columns, **size)
+    """Return the panels over one legend; ranges are bands, or whiskers: always for a single point.
+
+    ``shape``: columns and size, as for ``grid``.
+    """
+    figure, axes = grid(title, len(panels), **shape)
     for ax, panel in zip(axes, panels, strict=True):
         styled(ax, panel.title, panel.xlabel, panel.ylabel)
         for line in panel.lines:
-            line.draw(ax, panel.has_whiskers)
+            style = look(line.series) | {"linewidth": line.width, "markersize": 4.5, "linestyle": line.dash}
+            style |= {"label": line.label, "markevery": math.ceil(len(line.x) / MAX_MARKERS)}
+            style |= {"markerfacecolor": PAPER} if line.dash == "--" else {}
+            if has_whiskers or (len(line.x) == 1 and line.low):
+                y, low, high = map(np.array, (line.y, line.low, line.high))
+                ax.errorbar(line.x, y, yerr=np.maximum(np.stack([y - low, high - y]), 0), capsize=3, **style)
+                continue
+            ax.plot(line.x, line.y, **style)
+            if list(line.low) != list(line.high):
+                ax.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.16, linewidth=0)
         places = {place for line in panel.lines for place in line.x}
         if all(float(place).is_integer() for place in places):
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -185,25 +169,20 @@ def short(text: str, most: int) -> str:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """Return the figure as an <svg> that follows the page's theme; its ids begin with ``name``."""
+    """Return the figure as an <svg> that follows the page's theme; its ids begin with ``name``.
+
+    What a screen reader says is titles and axes.
+    """
     stream = io.StringIO()
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    metadata: Mapping[str, None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
     head, _, body = stream.getvalue().partition("</defs>")  # before it a style for all elements: the page's
     box = head.split('viewBox="')[1].split('"')[0]
     body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")
     body = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", body)
     body = re.sub(r"(fill|stroke): (#\w{6})", lambda m: f"{m[1]}: {VARIABLES.get(m[2], m[2])}", body)
-    return f'<svg viewBox="{box}" role="img" aria-label="{escape(alternative_text(figure))}">{body}'
-
-
-def alternative_text(figure: Figure) -> str:
-    """Return what a screen reader says: titles, axes, and where the lines end."""
-    parts = [figure.get_suptitle()]
+    texts = [figure.get_suptitle()]
     for ax in figure.axes:
-        axes = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
-        handles, labels = ax.get_legend_handles_labels()
-        lines = [getattr(handle, "lines", [handle])[0] for handle in handles]  # of an errorbar the first
-        ends = [f"{label} {line.get_ydata()[-1]:.4g}" for line, label in zip(lines, labels, strict=True)]
-        parts.append(": ".join(filter(None, (ax.get_title("left"), axes, ", ".join(ends[:8])))))
-    return ". ".join(filter(None, parts)).replace("\n", " ")
+        texts += [ax.get_title("left"), " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))]
+    label = escape(". ".join(filter(None, texts)).replace("\n", " "))
+    return f'<svg viewBox="{box}" role="img" aria-label="{label}">{body}'

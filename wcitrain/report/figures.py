@@ -1,28 +1,33 @@
-"""Figures of evaluations, measures and studies: plain data in, a figure out."""
+"""Figures of evaluations, measures, studies and images: plain data in, a figure out."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
 
-from wcitrain.attacks import Norm
-from wcitrain.evaluation.evaluation import WORST, Evaluation
-from wcitrain.evaluation.intervals import wilson_interval
+from wcitrain.attacks import Attack, Norm
+from wcitrain.evaluation.results import WORST, Evaluation, wilson_interval
 from wcitrain.measures.landscape import Landscape
 from wcitrain.measures.wci import WCIMeasurement
+from wcitrain.preserve import full_precision, undisturbed
 from wcitrain.report import drawing
-from wcitrain.report.drawing import INK, Line, Panel, grid, legend, look, panels_figure, scaled, styled
+from wcitrain.report.drawing import INK, SOFT, Line, Panel, grid, legend, look, panels_figure, scaled, styled
+from wcitrain.seeding import generator_from
 
 DASHES = ("-", "--", "-.", ":")
 NUM_LEVELS = 16  # of a landscape's contours
 NORMALISED = {"random": "filter-normalised", "layer": "layer-normalised"}  # directions of a landscape
 WIDE = (7.0, 4.2)  # inches of a single panel
+NUM_IMAGES = 8
+MAX_PIXELS = 96  # of an edge; larger images are drawn smaller
+Points = Sequence[tuple[Path, int, Mapping[str, float]]]  # one run at one epoch, and measures by name
 
 
 def accuracy_curve(evaluation: Evaluation, norm: Norm, title: str) -> Figure:
@@ -45,8 +50,8 @@ def accuracy_curve(evaluation: Evaluation, norm: Norm, title: str) -> Figure:
         y, low, high = (100 * np.array([shares, *zip(*ends, strict=True)])).tolist()
         x = (radii + (k - (len(names) - 1) / 2) * apart).tolist()
         lines.append(Line(name, 6 if is_worst else k, x, y, low, high, DASHES[k % len(DASHES)]))
-    xlabel, ylabel = f"{norm} radius (images in [0, 1])", "accuracy in % ± 95 % interval"
-    figure = panels_figure(title, [Panel("", xlabel, ylabel, lines, has_whiskers=True)], size=WIDE)
+    panel = Panel("", f"{norm} radius (images in [0, 1])", "accuracy in % ± 95 % interval", lines)
+    figure = panels_figure(title, [panel], size=WIDE, has_whiskers=True)
     shown = {0.0: "0"}
     for threat in threats:
         if threat.eps - max(shown) > 0.08 * radii.max():  # a label takes less than 8 % of the axis
@@ -61,16 +66,17 @@ def layer_bars(measurement: WCIMeasurement, title: str) -> Figure:
 
     Beside the bars stands each layer's share of the sum.
     """
-    values, errors = measurement.per_layer.numpy(), measurement.per_layer_stderr.numpy()
-    figure = drawing.empty_figure(10, 1.7 + max(0.24 * len(values), 1.0), title)
-    ax = styled(figure.subplots(), xlabel="WCI of the layer ± standard error, and its share")
+    columns = measurement.columns()
+    values, errors = columns["wci"].numpy(), columns["wci_stderr"].numpy()
+    figure, (ax,) = grid(title, size=(10, 1.0 + max(0.24 * len(values), 1.0)))
+    styled(ax, xlabel="WCI of the layer ± standard error, and its share")
     places, whiskers = np.arange(len(values)), np.where(np.isfinite(errors), errors, 0.0)
     ax.barh(places, values, height=0.72, color=drawing.SERIES[0])
     # A bar ends at zero: the index has no negative values.
     reach = [np.minimum(whiskers, values), whiskers]
-    ax.errorbar(values, places, xerr=reach, fmt="none", ecolor=INK, elinewidth=1.2)
-    style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": drawing.SOFT}
-    for place, end, share in zip(places, values + whiskers, measurement.shares.tolist(), strict=True):
+    ax.errorbar(values, places, xerr=np.stack(reach), fmt="none", ecolor=INK, elinewidth=1.2)
+    style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": SOFT}
+    for place, end, share in zip(places, values + whiskers, columns["share"].tolist(), strict=True):
         ax.annotate(f"{100 * share:.1f} %" if math.isfinite(share) else "", (end, place), (4, 0), **style)
     ax.set_yticks(places, drawing.short_names(measurement.layers))
     ax.set_ylim(len(values) - 0.4, -0.6)
@@ -91,9 +97,8 @@ def landscape(losses: Landscape, title: str = "") -> Figure:
     for i, (name, array) in enumerate(values.items()):
         numbers = (array.mean(0).tolist(), array.min(0).tolist(), array.max(0).tolist())
         lines.append(Line(name, i, losses.alphas.tolist(), *numbers, dash=("--", "-")[i]))
-    num = len(losses.clean)
-    over = "one direction" if num == 1 else f"mean and range over {num} directions"
-    panel = Panel("", "distance α, relative to the weights’ norm", f"cross-entropy ({over})", lines)
+    over = f"cross-entropy (mean and range over directions: {len(losses.clean)})"
+    panel = Panel("", "distance α, relative to the weights’ norm", over, lines)
     figure = panels_figure(title, [panel], size=WIDE)
     figure.axes[0].set_ylim(bottom=0)
     return figure
@@ -125,14 +130,9 @@ def scatter_page(
     target_name: str,
     groups: Sequence[str],
 ) -> Figure | None:
-    """Return a figure of target against measure, one panel a measure, one marker a group; None without any.
+    """Return a figure of target [M] against measures [M], a panel each, a marker a group [M]; None without.
 
-    Args:
-        panels: Values [M] by measure; what is not finite is left out.
-        notes: A line under each panel's title.
-        target: [M].
-        target_name: Of the vertical axis.
-        groups: The group of each model [M].
+    ``notes`` are lines under the titles.
     """
     if not panels:
         return None
@@ -152,59 +152,72 @@ def scatter_page(
     return figure
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run at one epoch: its folder, the epoch, and measures by name."""
-
-    run: Path
-    epoch: int
-    measures: Mapping[str, float]
-
-
-def measures_through_training(points: Sequence[Point]) -> Figure | None:
+def measures_through_training(points: Points, best: Mapping[Path, float]) -> Figure | None:
     """Return measures at every kept epoch (Stutz et al. 2021, figure 5), a panel a measure; None without.
 
-    A ring is where early stopping would have stopped, where that epoch was kept; else at the kept epoch
-    before it.
+    A ring is at the ``best`` epoch of a run, where that was kept; else at the kept epoch before it.
     """
     panels: list[Panel] = []
-    rings: list[tuple[int, str, float, float]] = []
-    for name in dict.fromkeys(name for point in points for name in point.measures):
+    rings: list[tuple[int, str, int, float]] = []
+    for name in dict.fromkeys(name for *_, values in points for name in values):
         lines = []
-        for k, run in enumerate(dict.fromkeys(point.run for point in points)):
-            members = sorted((point for point in points if point.run == run), key=lambda point: point.epoch)
-            epochs, values = [p.epoch for p in members], [p.measures.get(name, math.nan) for p in members]
-            lines.append(Line(run.name, k, epochs, values))
-            best = _best_epoch(run)
-            before = [place for place in zip(epochs, values, strict=True) if place[0] <= best]
-            rings += [(len(panels), look(k)["color"], *place) for place in before[-1:]]
+        for k, run in enumerate(dict.fromkeys(run for run, *_ in points)):
+            curve = {epoch: values.get(name, math.nan) for one, epoch, values in points if one == run}
+            curve = dict(sorted(curve.items()))
+            lines.append(Line(run.name, k, [*curve], [*curve.values()]))
+            before = [epoch for epoch in curve if epoch <= best.get(run, math.nan)]
+            rings += [(len(panels), look(k)["color"], epoch, curve[epoch]) for epoch in before[-1:]]
         panels.append(Panel("", "epoch", name.replace("_", " "), lines, may_be_log=True))
     if not panels:
         return None
     note = "Rings: the epoch best by robust validation accuracy (or the kept epoch before it)"
     figure = panels_figure("", panels, note, columns=2, size=(5.4, 3.4))
-    style: dict[str, Any] = {
-        "marker": "o",
-        "markersize": 11,
-        "markerfacecolor": "none",
-        "markeredgewidth": 1.6,
-    }
+    style: Any = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.6}
     for place, colour, epoch, value in rings:
         figure.axes[place].plot(epoch, value, markeredgecolor=colour, **style)
     return figure
 
 
-def _best_epoch(run: Path) -> float:
-    """Return the best epoch by validation; -inf while nobody knows it."""
-    try:
-        return float(json.loads((run / "summary.json").read_text("utf-8"))["best"]["epoch"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return -math.inf
-
-
-def measures_against_loss(points: Sequence[Point]) -> Figure | None:
+def measures_against_loss(points: Points) -> Figure | None:
     """Return the robust loss against every other measure at all kept epochs (Stutz et al. 2021, figure 1)."""
-    names = dict.fromkeys(name for point in points for name in point.measures)
-    values = {name: [point.measures.get(name, math.nan) for point in points] for name in names}
-    losses = values.pop("robust_loss", [])
-    return scatter_page(values, {}, losses, "robust loss", [p.run.name for p in points]) if losses else None
+    names = dict.fromkeys(name for *_, values in points for name in values)
+    panels = {name: [values.get(name, math.nan) for *_, values in points] for name in names}
+    losses = panels.pop("robust_loss", [])
+    return (
+        scatter_page(panels, {}, losses, "robust loss", [run.name for run, *_ in points]) if losses else None
+    )
+
+
+def strip(
+    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, title: str = "", *, seed: int = 0
+) -> Figure:
+    """Attack up to ``NUM_IMAGES`` images and draw them: clean, adversarial, and the magnified difference.
+
+    Over the columns stand the labels, over the images the model's predictions, in colour where wrong.
+
+    ``x`` [N, C, H, W] in [0, 1] and ``y`` [N] are on the model's device; ``seed`` is of the random starts.
+    """
+    x, y = x[:NUM_IMAGES], y[:NUM_IMAGES]
+    with undisturbed(model, training=False), full_precision(model):
+        generator = generator_from(x.device, seed, "report images")
+        x_adv = attack(model, x, y, generator)
+        with torch.no_grad():
+            predictions = [model(images).argmax(1).tolist() for images in (x, x_adv)]
+    factor = 0.5 / max(float((x_adv - x).abs().max()), 1e-12)
+    images = {"clean": x, "adversarial": x_adv, f"difference\n× {factor:.3g}": 0.5 + factor * (x_adv - x)}
+    figure, axes = grid(f"{title}, {attack.threat}".removeprefix(", "), 3 * len(x), len(x), (0.85, 0.87))
+    for i, (name, batch) in enumerate(images.items()):
+        if max(batch.shape[2:]) > MAX_PIXELS:
+            batch = F.interpolate(batch, scale_factor=MAX_PIXELS / max(batch.shape[2:]), mode="area")
+        pixels = batch.float().clamp(0, 1).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
+        axes[i * len(x)].set_ylabel(name, fontsize=8, color=INK)
+        for k, label in enumerate(y.tolist()):
+            ax = axes[i * len(x) + k]
+            ax.imshow(pixels[k], interpolation="none")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if i < 2:
+                text = f"label {label}\n" * (i == 0) + f"→ {predictions[i][k]}"
+                colour = SOFT if predictions[i][k] == label else drawing.SERIES[1]
+                ax.set_title(text, fontsize=8, color=colour)
+    return figure

@@ -1,238 +1,257 @@
 """The report as one HTML page that needs nothing else: no server, no network, no script.
 
 ``page.html.j2`` beside this file has its form and style. A section says what the run folders say; one without
-data is absent.
+data is absent. Nothing is measured here.
 """
 
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 
-from wcitrain.report import charts, table
+from wcitrain import files
+from wcitrain.attacks import ThreatModel
+from wcitrain.evaluation.results import percent
+from wcitrain.report import charts
 from wcitrain.report.drawing import DARK, LIGHT, svg
-from wcitrain.report.runs import Row, Run, number
-from wcitrain.report.settings import compare_settings, task_differences
-from wcitrain.report.stored import Evaluations, checks, evaluations, measures
-from wcitrain.report.table import MISSING, cell, duration, few, percent
+from wcitrain.report.runs import MISSING, Row, Run, cell, differing_settings, how_to_read, number, table_lines
 from wcitrain.text import with_error
 
-Cell = str | tuple[str, str]  # a text, or a text over a smaller one
-FEW = 6  # up to here settings are lines and runs columns
-MAX_STRIPS, MAX_LANDSCAPES = 6, 12
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table whose lines are named by their first cell; a folded one opens under its caption."""
-
-    caption: str
-    header: Sequence[Cell]
-    lines: Sequence[Sequence[Cell]]
-    is_folded: bool = False
+T = TypeVar("T")
+MAX_STRIPS = 6
+# Settings that change the task or the test and not only the method; rows that differ in one do not compare.
+TASK = ("model.", "threat.", "evaluation.num_steps", "evaluation.step_size", "evaluation.num_restarts")
+DATA = ("source", "root", "name", "test_split", "image_size", "max_train", "max_test")
 
 
 @dataclass(frozen=True)
 class Section:
-    """What stands under one heading, in this order; figures by the name of their files, None: no numbers."""
+    """What stands under one heading: a table whose lines are named by their first cell, notes and figures.
+
+    Figures are by the name of their files, None where there are no numbers.
+    """
 
     title: str
-    tables: Sequence[Table] = ()
+    caption: str = ""
+    lines: Sequence[Sequence[str]] = ()  # the header first
     notes: Sequence[str] = ()
     figures: Mapping[str, Figure | None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Whether there is anything under the heading."""
-        return bool(any(t.lines for t in self.tables) or self.notes or any(self.figures.values()))
+        return bool(len(self.lines) > 1 or self.notes or any(self.figures.values()))
 
 
-def report_sections(rows: Sequence[Row], at: str, images: Callable[[Run], Figure] | None) -> list[Section]:
-    """Return the sections of the page, with the table of ``at`` open; see ``write_report``."""
+def page_and_figures(
+    rows: Sequence[Row], images: Callable[[Run], Figure] | None
+) -> tuple[str, dict[str, Figure]]:
+    """Return the page of these rows, and its figures by the name of their files; see ``write_report``."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     runs = [run for row in rows for run in row.runs]
-    return [
-        _results(rows, at),
+    overview = {"overview": charts.overview(rows)}
+    caption = "Results at the last epoch, accuracies in percent"
+    has_one_axis = len(charts.epoch_sizes(rows)) < 2  # else epochs of two runs are not the same training
+    by_step = None if has_one_axis else charts.curves(rows, "Training curves by step", by="step")
+    sections = [
+        Section("Results", caption, table_lines(rows), how_to_read(rows), overview),
         _settings(runs),
-        Section("Training curves", figures={"curves": charts.curves(rows)}),
+        Section("Training curves", figures={"curves": charts.curves(rows), "curves_by_step": by_step}),
         Section("Weight-Curvature Index by layer", figures={"wci_layers": charts.layers(rows)}),
         Section("Measures during training", figures={"measures": charts.training_measures(rows)}),
         _images(rows, images),
-        _evaluations(rows, evaluations(rows)),
+        _evaluations(rows),
         _measures(runs),
         _landscapes(runs),
         _every_run(runs),
     ]
-
-
-def render(rows: Sequence[Row], sections: Sequence[Section]) -> str:
-    """Return the page of these rows with the sections that have content."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    runs = [run for row in rows for run in row.runs]
-    methods = {run.group: run.method for run in sorted(runs, key=lambda run: run.is_finished)}
-    title = (
-        runs[0].name
-        if len(runs) == 1
-        else f"{len(runs)} runs, {len(methods)} recipe{'s' * (len(methods) > 1)}"
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    environment.filters |= {"svg": svg, "parts": _parts}
-    return environment.get_template("page.html.j2").render(
-        title=title,
-        lead=few(list(dict.fromkeys(methods.values())), 12),
-        cautions=_cautions(rows),
+    page.filters["svg"] = svg
+    text = page.get_template("page.html.j2").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        lead=", ".join(dict.fromkeys(run.method for run in runs)),
         sections=[section for section in sections if section],
         themes=(LIGHT, DARK),
     )
-
-
-def _parts(text: Cell) -> tuple[str, str]:
-    """Return a cell's text and what is printed smaller: "80.0 [78.0, 82.0]" has its range so."""
-    if isinstance(text, tuple):
-        return text
-    match = re.fullmatch(r"([^\[(±]+) ([\[(±][^a-z].*)", text)
-    return (match[1], match[2]) if match else (text, "")
-
-
-def _results(rows: Sequence[Row], at: str) -> Section:
-    """Return the results table at ``at``, and the other epoch's folded."""
-    epochs = {"last": "the last epoch", "best": "the epoch best by robust validation accuracy"}
-    captions = {epoch: f"Results at {text}, accuracies in percent" for epoch, text in epochs.items()}
-    tables = [Table(captions[at], table.HEADER, table.table_cells(rows, at))]
-    tables += [Table(captions[e], table.HEADER, table.table_cells(rows, e), True) for e in epochs if e != at]
-    return Section("Results", tables, table.how_to_read(rows, at), {"overview": charts.overview(rows)})
+    drawn = {name: figure for section in sections for name, figure in section.figures.items() if figure}
+    return text, drawn
 
 
 def _settings(runs: Sequence[Run]) -> Section:
-    """Return the settings that differ, and those that are equal folded away."""
-    equal, differing = compare_settings(runs)
-    shared = Table(
-        f"{len(equal)} settings that all runs share", ("setting", "value"), list(equal.items()), True
-    )
-    if not differing:
-        note = ["Seeds and names aside, these runs have the same settings."] * (len(runs) > 1)
-        return Section("Settings", [shared], note)
-    alike: dict[tuple[str | None, ...], list[Run]] = {}  # seeds of a method share a column
-    for i, run in enumerate(runs):
-        alike.setdefault((run.group, *(values[i] for values in differing.values())), []).append(run)
-    heads = [(members[0].method, few([run.name for run in members], 4)) for members in alike.values()]
-    lines: list[list[Cell]] = [["setting", *heads]]
-    columns = zip(*alike, strict=True)
-    next(columns)  # the groups
-    lines += [[key, *(v or MISSING for v in values)] for key, values in zip(differing, columns, strict=True)]
-    if len(heads) > FEW:
-        lines = [list(line) for line in zip(*lines, strict=True)]
+    """Return the settings that differ, a column each, and a warning where accuracies do not compare."""
+    differing, task = differing_settings(runs), []
+    for key, column in differing.items():
+        # Runs of one data set may have been started in different folders; a key that one lacks says nothing.
+        known = {Path(v).name if key == "data.root" else v for v in column if v is not None}
+        is_task = key.startswith(TASK) or key in [f"data.{name}" for name in DATA]
+        task += [key] * (is_task and len(known) > 1)
+    text = "These runs differ in what is learnt or how it is tested, not only in the method: "
+    notes = [f"{text}{', '.join(task)}. Their accuracies do not compare directly."] if task else []
+    lines = [["run", *differing]]
+    for name, *values in zip([run.name for run in runs], *differing.values(), strict=True):
+        lines += [[str(name), *(value or MISSING for value in values)]] if values else []
     caption = f"{len(differing)} settings that differ; {MISSING}: no such setting"
-    return Section("Settings", [Table(caption, lines[0], lines[1:]), shared])
+    return Section("Settings", caption, lines, notes)
 
 
 def _images(rows: Sequence[Row], images: Callable[[Run], Figure] | None) -> Section:
-    """Return the images of every run, of the first of each method where there are many runs, or why not."""
-    runs = [run for row in rows for run in row.runs]
-    runs = runs if len(runs) <= MAX_STRIPS else [row.runs[0] for row in rows]
+    """Return the images of the first run of every method, or why there are none."""
     figures: dict[str, Figure | None] = {}
     notes = ["Label above; → the prediction, in colour where wrong."]
-    if len(runs) > MAX_STRIPS:
-        notes.append(f"The first {MAX_STRIPS} of {len(runs)} methods.")
-    for i, run in enumerate(runs[:MAX_STRIPS] if images else [], 1):
+    for i, row in enumerate(rows[:MAX_STRIPS] if images else [], 1):
+        run = row.runs[0]
         try:
             figures[f"images_{i}"] = images(run)  # type: ignore[misc]
         except (ValueError, OSError, RuntimeError) as error:
             notes.append(f"{run.name}: no images, {(str(error) or repr(error)).splitlines()[0]}")
-    return Section("Images under attack", (), notes if images else (), figures)
-
-
-def _evaluations(rows: Sequence[Row], taken: Evaluations) -> Section:
-    """Return the accuracies of ``wcitrain evaluate``, a column an attack, and what its checks say."""
-    names = list(dict.fromkeys(name for per_run in taken.values() for some in per_run for name in some))
-    lines: list[list[Cell]] = []
-    for (i, where), per_run in taken.items():
-        cells = []
-        for name in names:
-            known = [some[name] for some in per_run if name in some]
-            text = cell([one.value for one in known] + [math.nan] * (len(per_run) - len(known)), percent)
-            cells.append(text + (table.interval(known[0].low, known[0].high) if len(known) == 1 else ""))
-        lines.append([(rows[i].label, where), str(len(per_run)), *cells])
-    caption = "Evaluations, accuracy in percent; one run: [95 % interval], several: mean (min to max)"
-    notes = [f"{run.name}: {text}" for row in rows for run in row.runs for text in checks(run)]
-    return Section("Evaluations", [Table(caption, ("method", "runs", *names), lines)], notes)
-
-
-def _measures(runs: Sequence[Run]) -> Section:
-    """Return the measures of ``wcitrain measure``: a line a measure, a column a run."""
-    values: dict[tuple[str, str], dict[int, str]] = {}
-    for i, run in enumerate(runs):
-        for name, protocol, value, stderr in measures(run):
-            has_error = math.isfinite(stderr) and stderr > 0
-            text = with_error(value, stderr) if has_error else f"{value:.4g}"
-            values.setdefault((name, protocol), {})[i] = text if math.isfinite(value) else MISSING
-    places = sorted({i for cells in values.values() for i in cells})
-    lines: list[list[Cell]] = [
-        [k, *(cells.get(i, MISSING) for i in places)] for k, cells in sorted(values.items())
-    ]
-    header = ("measure", *(runs[i].name for i in places))
-    return Section("Measures", [Table("Measures ± standard error, where one is known", header, lines)])
+    return Section("Images under attack", notes=notes if images else (), figures=figures)
 
 
 def _landscapes(runs: Sequence[Run]) -> Section:
-    """Return the landscapes in the run folders, as many as ``MAX_LANDSCAPES``; the others are named."""
+    """Return the landscapes in the run folders."""
     from wcitrain.measures.landscape import Landscape
     from wcitrain.report.figures import landscape
 
-    paths = {f"{run.name}: {p.stem}": p for run in runs for p in sorted(run.folder.glob("landscapes/*.npz"))}
     figures: dict[str, Figure | None] = {}
-    for i, (name, path) in enumerate(list(paths.items())[:MAX_LANDSCAPES], 1):
-        try:
-            figures[f"landscape_{i}"] = landscape(Landscape.load(path), name)
-        except ValueError as error:
-            warnings.warn(f"{error} It is left out of the report.", stacklevel=2)
-    left_out = list(paths)[MAX_LANDSCAPES:]
-    notes = [f"Left out to keep the page small: {', '.join(left_out)}."] * bool(left_out)
-    return Section("Landscapes", (), notes, figures)
+    for run in runs:
+        for path in sorted(run.folder.glob("landscapes/*.npz")):
+            try:
+                drawn = landscape(Landscape.load(path), f"{run.name}: {path.stem}")
+                figures[f"landscape_{len(figures) + 1}"] = drawn
+            except ValueError as error:
+                warnings.warn(f"{error} It is left out of the report.", stacklevel=2)
+    return Section("Landscapes", figures=figures)
 
 
 def _every_run(runs: Sequence[Run]) -> Section:
     """Return one line a run: state, epochs, accuracies, cost."""
-    header = [*("run", "seed", "state", "epochs", "clean test", "robust test", "training")]
+    header = [*("run", "method", "state", "epochs", "clean test", "robust test", "training")]
     header += ["× own objective", "× PGD-10 AT", "peak memory"]
-    lines: list[list[Cell]] = []
+    lines: list[list[str]] = [[*header]]
     for run in runs:
-        now = run.measured("last")
+        now, last, stopped = run.measured(), run.metrics[-1], run.summary.get("stopped_early")
         planned, val = number(run.recipe, "train", "epochs"), "" if run.is_finished else " (val)"
-        stopped = run.summary.get("stopped_early")
-        state: Cell = "finished" if run.is_finished else "unfinished"
+        seconds = number(run.summary if run.is_finished else last, "train_seconds")
         costs = [number(run.summary, "cost", key) for key in ("relative", "relative_to_pgd10_at")]
-        lines.append(
-            [
-                (run.name, run.method),
-                str(run.seed),
-                ("stopped early", str(stopped)) if stopped else state,
-                f"{run.metrics[-1]['epoch']}" + (f" of {planned:g}" if math.isfinite(planned) else ""),
-                *(cell([value], percent, val) for value in (now["clean"], now["robust"])),
-                duration(run.train_seconds),
-                *(cell([cost], "{:.2f}×".format) for cost in costs),
-                cell([number(run.summary, "peak_memory_mb") / 1000], "{:.2f} GB".format),
-            ]
-        )
+        state = "finished" if run.is_finished else "unfinished"
+        line = [run.name, run.method, f"stopped early: {stopped}" if stopped else state]
+        line.append(f"{last['epoch']}" + (f" of {planned:g}" if math.isfinite(planned) else ""))
+        line += [cell([now[kind]], percent, val) for kind in ("clean", "robust")]
+        line += [cell([seconds], "{:.3g} s".format), *(cell([cost], "{:.2f}×".format) for cost in costs)]
+        lines.append([*line, cell([number(run.summary, "peak_memory_mb") / 1000], "{:.2f} GB".format)])
     note = "Cost of a step in passes, a backward to the weights counts 2: as a multiple of the objective "
     note += "alone, without perturbation and penalty, and of PGD-10 AT. Times are wall-clock."
-    caption = "Every run; accuracies in percent at the last epoch"
-    return Section("Runs", [Table(caption, header, lines)], [note])
+    return Section("Runs", "Every run; accuracies in percent at the last epoch", lines, [note])
 
 
-def _cautions(rows: Sequence[Row]) -> list[str]:
-    """Return why accuracies on this page do not compare directly."""
-    runs, cautions = [run for row in rows for run in row.runs], []
-    if differing := task_differences(runs):
-        text = "These runs differ in what is learnt or how it is tested, not only in the method: "
-        cautions.append(f"{text}{', '.join(differing)}. Their accuracies do not compare directly.")
-    if unfinished := [run.name for run in runs if not run.is_finished]:
-        text = "Unfinished runs show validation accuracies and are never averaged with finished ones."
-        cautions.append(f"Unfinished: {few(unfinished, 8)}. {text}")
-    return cautions
+# ---- what other commands wrote into run folders ------------------------------------------------------------
+
+
+def _evaluations(rows: Sequence[Row]) -> Section:
+    """Return the accuracies of ``wcitrain evaluate``, a column an attack, and what its checks say.
+
+    Those of other images or another seed stand apart. Where several files of a run hold the same attack or
+    worst case, the least counts: each is an upper bound.
+    """
+    taken: dict[str, dict[Path, dict[str, tuple[float, ...]]]] = {}  # by line, run and name
+    notes = []
+    for row in rows:
+        for run in row.runs:
+            folder = run.folder / "evaluations"
+            for protocol, name, accuracy in read_all(folder, _accuracies):
+                entries = taken.setdefault(f"{row.label}: {protocol}", {}).setdefault(run.folder, {})
+                known = [one for one in (entries.get(name), accuracy) if one and math.isfinite(one[0])]
+                entries[name] = min(known, default=accuracy)
+            notes += [f"{run.name}: {text}" for text in read_all(folder, _findings)]
+    names = list(dict.fromkeys(name for runs in taken.values() for some in runs.values() for name in some))
+    lines = [["method", "runs", *names]]
+    for label, runs in taken.items():
+        lines.append([label, str(len(runs))])
+        for name in names:
+            shares = [some.get(name, (math.nan,)) for some in runs.values()]
+            ends = next((share[1:] for share in shares if math.isfinite(share[0])), ())
+            lines[-1].append(cell([share[0] for share in shares], percent, "", ends))
+    caption = "Evaluations, accuracy in percent; one run: [95 % interval], several: mean (min to max)"
+    return Section("Evaluations", caption, lines, list(dict.fromkeys(notes)))
+
+
+def _findings(document: Mapping[str, Any]) -> list[str]:
+    return [f"{one['severity']}, {one['name']}: {one['text']}" for one in document["findings"]]
+
+
+def _accuracies(document: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[float, ...]]]:
+    """Give protocol, name, and accuracy with its interval (NaN: unknown) of all that an evaluation holds."""
+    where = f"{document['at']} {document['split']}, {document['num_examples']} examples"
+    seed, attacked, entries = (
+        document["settings"].get("seed"),
+        document["attacks"],
+        {"clean": document["clean"]},
+    )
+    where += f", seed {seed}" * bool(seed) + f", images {document['digest'][:6]}"
+    for one in attacked:
+        entries[f"{ThreatModel(**one['threat'])}, {one['attack']}"] = one
+    for one in document["worst_case"]:
+        if sum(other["threat"] == one["threat"] for other in attacked) > 1:
+            entries[f"{ThreatModel(**one['threat'])}, worst case"] = one
+    for name, shares in document["corruptions"].items():
+        entries[f"corruption {name}"] = {"accuracy": sum(shares.values()) / len(shares)}
+    if document["corrupted_accuracy"] is not None:
+        entries["corruptions, mean"] = {"accuracy": document["corrupted_accuracy"]}
+    for name, one in entries.items():
+        low, high = (number(one, "interval", i) for i in (0, 1))
+        yield where, name, (number(one, "accuracy"), low, high)
+
+
+def _measures(runs: Sequence[Run]) -> Section:
+    """Return the measures of ``wcitrain measure``: a line a measure, a column a run.
+
+    What two files of a run hold under one protocol (of other data, say) stands apart, numbered.
+    """
+    texts: list[dict[str, str]] = []
+    for run in runs:
+        taken: dict[str, str] = {}
+        for protocol, value, stderr in read_all(run.folder / "measures", _measured):
+            text = with_error(value, stderr) if math.isfinite(stderr) and stderr > 0 else f"{value:.4g}"
+            same = sum(key == protocol or key.startswith(f"{protocol} (again") for key in taken)
+            name = f"{protocol} (again, {same})" if same else protocol
+            taken[name] = text if math.isfinite(value) else MISSING
+        texts.append(taken)
+    lines = [["measure", *(run.name for run, taken in zip(runs, texts, strict=True) if taken)]]
+    for key in sorted({key for taken in texts for key in taken}):
+        lines.append([key, *(taken.get(key, MISSING) for taken in texts if taken)])
+    return Section("Measures", "Measures ± standard error, where one is known", lines)
+
+
+def _measured(document: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
+    for name, entry in document["measures"].items():
+        # The residual of an eigenvalue is a result, different in every run.
+        settings = re.sub(r"(^|, )residual [-+.\de]+", "", entry["settings"]).removeprefix(", ")
+        threat, num = document["threat"] or "", entry["num_examples"]
+        parts = [f"{document['at']} {document['split']}", settings]
+        parts += [threat] if num and threat not in settings else []
+        parts += [f"{num} examples"] if num and "target_relative_error" not in settings else []
+        parts += [f"seed {document['seed']}"] if document["seed"] else []
+        yield f"{name}: {', '.join(filter(None, parts))}", number(entry, "value"), number(entry, "stderr")
+
+
+def read_all(folder: Path, read: Callable[[Mapping[str, Any]], Iterable[T]]) -> list[T]:
+    """Return what ``read`` finds in the JSON files of a folder; a damaged one is left out with a warning."""
+    parts: list[T] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            parts += list(read(files.read_json(path)))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            text = f"{path}: got {error!r}; expected what this version writes. It is left out of the report."
+            warnings.warn(text, stacklevel=3)
+    return parts

@@ -14,16 +14,11 @@ LONGEST = 120  # characters of a file's name without its ending; file systems ta
 
 
 def opened(options: argparse.Namespace, target: str, at: str | None) -> Target:
-    """Return the target of a command, with the other options that say what it is."""
-    recipe, settings = recipe_and_settings(options.recipe)
-    return open_run(target, at, recipe, settings, options.device)
-
-
-def refuse_several_processes() -> None:
-    """Refuse a launcher: every process would measure the same."""
+    """Return the target of a command; a launcher is refused: every process would measure the same."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         rule = "one. Start it without a launcher."
         raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; expected {rule}")
+    return open_run(target, at, *recipe_and_settings(options.recipe), options.device)
 
 
 def file_name(*parts: str) -> str:
@@ -38,3 +33,15 @@ def attack_part(options: Any, attack: Attack | None) -> str:
     if attack is None:
         return "clean"
     return f"{attack.threat}-PGD-{attack.num_steps}" if changes_of_attack(options) else ""
+
+
+def number_parts(options: Any, num: int | None, usual: int) -> list[str]:
+    """Return what it says about the number of examples and the seed, where they differ from the defaults."""
+    return ["" if num in (None, usual) else f"n{num}", f"s{options.seed}" if options.seed else ""]
+
+
+def recipe_part(options: argparse.Namespace, target: Target, settings: object = None) -> str:
+    """Return a digest of the recipe, where another than the run's own was given, and of further settings."""
+    parts = [target.recipe.model_dump_json()] if options.recipe else []
+    parts += [repr(settings)] if settings else []
+    return f"r{digest(parts)[:8]}" if parts else ""

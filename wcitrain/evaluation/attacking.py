@@ -1,0 +1,178 @@
+"""Attacks as stages: each attacks the examples that are still robust, and says which it broke.
+
+Legend: N examples, B a batch of them. A restart of PGD is a stage, and so is a part of AutoAttack. An example
+that any stage's final iterate breaks is broken, not only by that of the highest loss.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from wcitrain.attacks import ThreatModel
+from wcitrain.digest import digest
+from wcitrain.evaluation.results import save_arrays
+from wcitrain.params import unwrapped
+from wcitrain.preserve import full_precision, undisturbed
+from wcitrain.seeding import seed_from
+
+
+class Clean(NamedTuple):
+    """What a model does without an attack."""
+
+    is_right: Tensor  # [N]
+    losses: Tensor  # cross-entropies [N]
+    is_finite: Tensor  # [N], of all logits
+    num_classes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Victim:
+    """A model, as ``attackable`` yields it, and the examples it is attacked on."""
+
+    model: nn.Module
+    x: Tensor  # [N, *dims], on the CPU
+    y: Tensor  # [N], on the CPU
+    batch_size: int = 200
+    seed: int = 0
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def batch(self, places: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Return the images and labels at ``places``, on the device."""
+        return self.x[places].to(self.device), self.y[places].to(self.device)
+
+    @cached_property
+    def clean(self) -> Clean:
+        """What the model does without an attack; ValueError where outputs or labels do not fit."""
+        torch.manual_seed(seed_from(self.seed, "clean"))  # a randomised model: the same after a kill
+        rows, num_classes, low, high = [], 0, int(self.y.min()), int(self.y.max())
+        for places in torch.arange(len(self.x)).split(self.batch_size):
+            images, labels = self.batch(places)
+            with torch.no_grad():
+                logits: Any = self.model(images)
+            shape, num = tuple(getattr(logits, "shape", ())), len(images)
+            if len(shape) != 2 or shape[0] != num or not 0 <= low <= high < shape[1] or shape[1] < 2:
+                got = f"got outputs {shape} for {num} images with labels {low} to {high}"
+                raise ValueError(f"model: {got}; expected logits [{num}, C > {high}]. Is it their model?")
+            num_classes = shape[1]
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            rows.append([is_right(logits, labels).cpu(), losses.cpu(), logits.isfinite().all(1).cpu()])
+        flags, losses, is_finite = (torch.cat(column) for column in zip(*rows, strict=True))
+        return Clean(flags, losses, is_finite, num_classes)
+
+    def digest(self) -> str:
+        """Return the digest of weights, buffers, and names of the modules' classes."""
+        parts: list[object] = [type(module).__qualname__ for module in self.model.modules()]
+        for name, value in self.model.state_dict().items():
+            parts += [name, value]
+        return digest(parts)
+
+
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return truth values [B]: the largest logit is the label's, and none is NaN or infinite."""
+    return (logits.max(1).indices == labels) & logits.isfinite().all(1)
+
+
+@contextmanager
+def attackable(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the user's own module in eval mode, float32 and frozen; put all back.
+
+    ValueError for parameters in another precision.
+    """
+    module = unwrapped(model)
+    parameters = list(module.parameters())
+    required = [p.requires_grad for p in parameters]
+    if others := {str(p.dtype) for p in parameters if p.is_floating_point()} - {"torch.float32"}:
+        got = f"parameters in {', '.join(sorted(others))}"
+        raise ValueError(f"model: got {got}; expected float32. Call model.float() first.")
+    try:
+        with torch.inference_mode(False), undisturbed(module, training=False), full_precision(module):
+            for p in parameters:
+                p.requires_grad_(False)
+            yield module
+    finally:
+        for p, flag in zip(parameters, required, strict=True):
+            p.requires_grad_(flag)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pass over examples: ``attack(x, y, places)`` returns x_adv [B, *dims]; places are in the set."""
+
+    name: str
+    attack: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attacks_all: bool = False  # also those that are misclassified already: all losses are wanted
+
+
+class AttackState:
+    """How far an attack on N examples is, kept in the file ``path``, if any, to go on from after a kill."""
+
+    def __init__(self, is_clean: Tensor, path: Path | None) -> None:
+        self._path = path
+        self.is_robust = is_clean.clone()  # [N] right without an attack and after all that was tried
+        self.todo = is_clean.clone()  # [N] what the stage under way attacks
+        self.losses = torch.full(is_clean.shape, torch.nan)  # [N] cross-entropies after the first restart
+        self.after: list[float] = []  # robust accuracy after each finished stage
+        self.batch = 0  # finished batches of the stage under way
+        self.furthest = 0.0  # longest perturbation that fooled the model, in the threat's norm
+        if path is not None and path.is_file():
+            with np.load(path, allow_pickle=False) as saved:
+                for name in ("is_robust", "todo", "losses"):
+                    setattr(self, name, torch.from_numpy(saved[name]))
+                for name in ("after", "batch", "furthest"):
+                    setattr(self, name, saved[name].tolist())
+
+    def save(self) -> None:
+        """Write the file, if there is one."""
+        if self._path is not None:
+            save_arrays(self._path, {name: value for name, value in vars(self).items() if name != "_path"})
+
+
+@torch.no_grad()
+def run_stages(
+    stages: Sequence[Stage], victim: Victim, threat: ThreatModel, state: AttackState, title: str
+) -> None:
+    """Run what ``state`` has not seen yet, and save it after every batch.
+
+    The batches of a stage are cut from what was robust at its start, in the order of the set. The global
+    random state is seeded for each batch: a randomised model meets the same numbers after an interruption.
+    """
+    order = {"linf": torch.inf, "l2": 2, "l1": 1}[threat.norm]
+    with tqdm(unit=" images", desc=title, disable=None) as bar:
+        for stage in stages[len(state.after) :]:
+            if state.batch == 0:
+                state.todo = state.is_robust | stage.attacks_all
+            places = state.todo.nonzero().flatten()
+            if not len(places):
+                break
+            for batch, chosen in list(enumerate(places.split(victim.batch_size)))[state.batch :]:
+                images, labels = victim.batch(chosen)
+                torch.manual_seed(seed_from(victim.seed, stage.name, batch))
+                x_adv = stage.attack(images, labels, chosen)
+                logits = victim.model(x_adv)
+                if stage.attacks_all:
+                    state.losses[chosen] = F.cross_entropy(logits.float(), labels, reduction="none").cpu()
+                is_fooled = ~is_right(logits, labels).cpu()
+                lengths = torch.linalg.vector_norm((x_adv - images).double().flatten(1), order, dim=1).cpu()
+                broken = lengths[is_fooled & state.is_robust[chosen]]
+                state.furthest = max([state.furthest, *broken.tolist()])
+                state.is_robust[chosen[is_fooled]] = False
+                state.batch = batch + 1
+                state.save()
+                bar.set_postfix_str(f"{stage.name}, {int(state.is_robust.sum())} robust", refresh=False)
+                bar.update(len(chosen))
+            state.after.append(float(state.is_robust.double().mean()))
+            state.batch = 0
+            state.save()
