@@ -10,6 +10,7 @@ from cases import BatchNormNet, image_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
+from torch import nn
 
 from wcitrain import ATTACK_LOSSES, Attack, ThreatModel, fgsm, msd, pgd
 from wcitrain.attacks import project, steepest_step, uniform_in_ball
@@ -111,6 +112,16 @@ def test_the_steepest_step_reaches_the_dual_norm(norm):
     assert (steepest_step(torch.zeros_like(g), threat, **settings) == 0).all()
     if norm == "l1":
         assert torch.equal(step[1], g[1] / 12), "ties share"
+
+
+@pytest.mark.parametrize(("threat", "step_size"), [(ThreatModel(), 2 / 255), (ThreatModel("l2", 0.5), 0.125)])
+def test_steps_fit_the_radius_unless_they_are_given(threat, step_size):
+    """Steps of 2/255 in an l2 ball of 0.5 end at a sixth of the radius, and the model looks robust."""
+    attack, x, y = Attack(threat, start="none"), torch.full((4, 1, 4, 4), 0.5), torch.zeros(4).long()
+    assert attack.step_size == step_size
+    delta = attack(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), x, y) - x
+    order = {"linf": torch.inf, "l2": 2}[threat.norm]
+    assert torch.allclose(delta.flatten(1).norm(order, dim=1), torch.full((4,), threat.eps), rtol=1e-4)
 
 
 def sparse(g: torch.Tensor, share: float, x: torch.Tensor, step_size: float) -> torch.Tensor:

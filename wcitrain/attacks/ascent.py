@@ -99,13 +99,15 @@ class Attack:
 
     threat: Threat
     num_steps: Count = setting(10, "Gradient steps of a restart; 0 returns the start.")
-    step_size: NonNegative = setting(2 / 255, "Length of a step in the threat's norm, in pixel units.")
+    step_size: NonNegative = setting(None, "Length of a step in the threat's norm; else 2.5 eps / num_steps.")
     start: Start = setting("uniform", "uniform in the ball; gaussian: x + 0.001 N(0, I); none: x itself.")
     num_restarts: PositiveCount = setting(1, "Independent attacks; the worst for each image counts.")
     loss: LossName = "ce"
     l1_share: L1Share = 0.05
 
     def __post_init__(self) -> None:
+        if self.step_size is None:
+            object.__setattr__(self, "step_size", self.threat.step_for(self.num_steps))
         if self.loss == "kl" and self.start == "none":
             text = "got 'none' with loss='kl'; expected a start beside x, where the KL's gradient is zero."
             refuse("start", f"{text} Use start='gaussian'.")
