@@ -601,3 +601,13 @@ def test_what_accelerate_cannot_do_right_is_refused():
         accelerator.distributed_type = SimpleNamespace(value=kind)
         with pytest.raises(ValueError, match=match):
             optimizer.attach(accelerator, network)
+
+
+def test_a_class_for_a_base_and_numbers_out_of_range_are_refused():
+    """A decay above one would let the averages grow without a word."""
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="not its class"):
+        RegularizedOptimizer(torch.optim.SGD, model)
+    for wrong in ({"trace_decay": 1.5}, {"num_micro_batches": 0}):
+        with pytest.raises(ValueError, match="expected 0 <= trace_decay < 1 and num_micro_batches >= 1"):
+            RegularizedOptimizer(torch.optim.SGD(model.parameters()), model, **wrong)

@@ -22,17 +22,13 @@ from wcitrain.curvature.estimators import Auto, Choice, choose, name_of
 from wcitrain.curvature.loss import LossFn
 from wcitrain.curvature.passes import Passes, Step
 from wcitrain.optim import record
+from wcitrain.optim.delegating import DelegatingOptimizer
 from wcitrain.optim.penalty import Penalty, layers_for
 from wcitrain.optim.perturbation import WeightPerturbation
 from wcitrain.params import is_compiled
 
 
-def _of_the_base(name: str) -> Any:
-    """Return a property that reads and sets the base optimizer's attribute ``name``."""
-    return property(lambda self: getattr(self.base, name), lambda self, new: setattr(self.base, name, new))
-
-
-class RegularizedOptimizer(Optimizer):
+class RegularizedOptimizer(DelegatingOptimizer):
     """Any torch optimizer, with a weight perturbation and/or a penalty in the gradient it steps on.
 
     >>> from wcitrain import WCIPosterior, cross_entropy
@@ -56,12 +52,6 @@ class RegularizedOptimizer(Optimizer):
         seed: Of the random directions: they depend on (seed, step, micro-batch, rank) and nothing else.
     """
 
-    # Aliases go stale (``accelerate.prepare`` and ``load_state_dict`` replace the group list). torch's
-    # ``Optimizer.__init__`` is not called: hooks live in the base, and run once.
-    param_groups = _of_the_base("param_groups")
-    state = _of_the_base("state")
-    defaults = _of_the_base("defaults")
-
     def __init__(
         self,
         base: Optimizer,
@@ -80,7 +70,8 @@ class RegularizedOptimizer(Optimizer):
             got = f"got trace_decay={trace_decay}, num_micro_batches={num_micro_batches}"
             raise ValueError(f"{got}; expected 0 <= trace_decay < 1 and num_micro_batches >= 1.")
         layers = layers_for(perturbation, penalty, layers)
-        self.base, self.model, self.perturbation, self.penalty = base, model, perturbation, penalty
+        super().__init__(base)
+        self.model, self.perturbation, self.penalty = model, perturbation, penalty
         self.trace_decay, self.seed = trace_decay, seed
         self.num_micro_batches, self.steps_per_epoch = num_micro_batches, steps_per_epoch
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
@@ -229,17 +220,13 @@ class RegularizedOptimizer(Optimizer):
         """
         kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
         parts, mine = accelerator.gradient_accumulation_steps, self.num_micro_batches
-        is_compiled_bf16 = precision == "bf16" and any(map(is_compiled, model.modules()))
         needs_float32 = self.penalty is not None and self.penalty.estimator is not None
+        is_low = needs_float32 and precision == "bf16" and any(map(is_compiled, model.modules()))
         rules = [
             (precision in ("no", "bf16"), f"mixed_precision={precision!r}", "'no' or 'bf16'. Use bf16"),
             (kind in ("NO", "MULTI_GPU", "MULTI_CPU"), kind, "one process or DistributedDataParallel"),
             (not getattr(model, "static_graph", False), "a DDP model with static_graph=True", "False"),
-            (
-                not (is_compiled_bf16 and needs_float32),
-                "a compiled bf16 model",
-                "float32, for the penalty's passes",
-            ),
+            (not is_low, "a compiled bf16 model", "float32, for the penalty's passes"),
             (mine in (1, parts), f"num_micro_batches={mine}", f"{parts}, gradient_accumulation_steps"),
         ]
         for is_fine, got, rule in rules:
@@ -306,15 +293,5 @@ class RegularizedOptimizer(Optimizer):
                 f"RegularizedOptimizer.backward: {got}. Call attach(accelerator, model) first."
             )
 
-    def __getattr__(self, name: str) -> Any:
-        """Hand hooks, ``train``/``eval`` of schedule-free optimizers and the like to the base optimizer."""
-        if name == "base":  # not there yet: unpickling
-            raise AttributeError(name)
-        return getattr(self.base, name)
-
     def __getstate__(self) -> dict[str, Any]:
-        # torch's keeps groups and state alone; ``step`` is there only where a scheduler patched it.
-        return {key: value for key, value in vars(self).items() if key != "step"} | {"_accelerator": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        return super().__getstate__() | {"_accelerator": None}

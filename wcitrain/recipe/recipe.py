@@ -190,12 +190,12 @@ def _check_effects(recipe: Recipe) -> None:
     has_attack = objective.attack_passes() != (0, 0) or objective.attacks_in_backward
     has_radius = has_attack or (regularizer is not None and regularizer.scaled(0.5) != regularizer)
     takes_traces = (rule and rule.measures_traces) or (recipe.penalty and recipe.penalty.estimator)
-    has_rule = rule or recipe.penalty
+    has_rule, decay = rule or recipe.penalty, sections.Wrapper().trace_decay
     settings: list[tuple[str, object, object, object, str]] = [  # key, value, default, is it used, by what
         ("train.eps_warmup_epochs", recipe.train.eps_warmup_epochs, 0, has_radius, "an attack"),
         ("wrapper.layers", recipe.wrapper.layers, None, has_rule, "a perturbation or penalty"),
         ("wrapper.split_qkv", recipe.wrapper.split_qkv, False, has_rule, "a perturbation or penalty"),
-        ("wrapper.trace_decay", recipe.wrapper.trace_decay, 0.9, takes_traces, "a rule that takes traces"),
+        ("wrapper.trace_decay", recipe.wrapper.trace_decay, decay, takes_traces, "a rule that takes traces"),
     ]
     if recipe.train.overfitting_guard == "stop":
         one = "an objective of a single step"
