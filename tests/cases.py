@@ -38,6 +38,7 @@ GAUSS_NEWTON = optim.WCIPenalty(1e-3, estimator="gauss_newton")
 TOP_LAYER = optim.WCIPenalty(1e-3, estimator="top_layer")
 FROBENIUS = optim.FrobeniusPenalty(1e-3)
 BOTH = optim.FrobeniusTracePenalty(1e-3, 1e-4, estimator="gauss_newton")
+WHOLE = optim.WCIPosterior(0.7, power=1.5, cap=None, size_of="network")
 UNMIXED = optim.RWP(0.05, mixing=1.0)
 ON_WEIGHTS = {"penalty": GAUSS_NEWTON, "layers": "weights"}
 TABLES: dict[str, dict[str, type]] = {
@@ -64,7 +65,12 @@ RULES: dict[str, Rule] = {
     "wci": Rule({"perturbation": optim.WCIPosterior(0.5)}, 1, 1),
     "wci by strength": Rule({"perturbation": optim.WCIPosterior(strength=1e-3)}, 1, 1),
     "wci with frobenius": Rule({"perturbation": optim.WCIPosterior(0.5, frobenius=True)}, 1, 1),
+    "wci, one pass": Rule({"perturbation": optim.WCIPosterior(0.5, passes=1)}, 0, 0),
+    "wci, gauss_newton": Rule({"perturbation": optim.WCIPosterior(0.5, traces="gauss_newton")}, 1, 2),
+    "wci, both": Rule({"perturbation": optim.WCIPosterior(0.5, passes=1, traces="gauss_newton")}, 0, 1),
+    "wci of the network": Rule({"perturbation": WHOLE}, 1, 1),
     "noise": Rule({"perturbation": optim.UniformNoise(0.5)}, 1, 1),
+    "noise, one pass": Rule({"perturbation": optim.UniformNoise(0.5, passes=1)}, 0, 0),
     "wci penalty, gauss_newton": Rule({"penalty": GAUSS_NEWTON}, 0, 3, 1),
     "wci penalty, hutchinson": Rule({"penalty": optim.WCIPenalty(1e-4, estimator="hutchinson")}, 2, 6, 4),
     "wci penalty, auto": Rule({"penalty": optim.WCIPenalty(1e-3)}, 0, 3, 1),
@@ -93,6 +99,7 @@ IDLE: dict[str, dict] = {
     "vasso later": {"perturbation": optim.VaSSO(schedule=LATER)},
     "gsam later": {"perturbation": optim.GSAM(schedule=LATER)},
     "wci later": {"perturbation": optim.WCIPosterior(1.0, schedule=LATER)},
+    "wci later, one pass": {"perturbation": optim.WCIPosterior(0.5, passes=1, schedule=LATER)},
     "noise later": {"perturbation": optim.UniformNoise(1.0, schedule=LATER)},
     "rwp later": {"perturbation": optim.RWP(schedule=LATER)},
     "penalty later": {"penalty": optim.WCIPenalty(0.1, schedule=LATER)},
@@ -131,6 +138,11 @@ def image_batch(n: int = 12, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]
     """Images [n, 1, 4, 4] in [0, 1] and labels of three classes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(n, 1, 4, 4, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+
+
+def wrapped(model: nn.Module, lr: float = 0.0, **options) -> RegularizedOptimizer:
+    """The wrapped plain SGD of a model."""
+    return RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr), model, **options)
 
 
 def make(rule: dict, base: str = "sgd", seed: int = 0, **kwargs) -> tuple[nn.Module, RegularizedOptimizer]:

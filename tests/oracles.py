@@ -15,9 +15,8 @@ from wcitrain.params import Layers
 
 def gradients(value, tensors, create_graph=False):
     """Gradients of a number, zero where it does not depend on a tensor; its graph is kept."""
-    return torch.autograd.grad(
-        value, tensors, retain_graph=True, create_graph=create_graph, materialize_grads=True
-    )
+    options = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
+    return torch.autograd.grad(value, tensors, **options)
 
 
 def dense_hessian(loss, layers, create_graph=False) -> dict[str, Tensor]:

@@ -53,8 +53,11 @@ RULES = {  # what the wrapper is given; "objective" replaces PGD-10 adversarial 
     "RWP": {"perturbation": RWP(0.01)},
     "RWP (unmixed)": {"perturbation": RWP(0.01, mixing=1.0)},
     "NSO": {"perturbation": NoiseStability(0.01)},
-    "noise": {"perturbation": UniformNoise(1.0)},
-    "WCI": {"perturbation": WCIPosterior(1.0)},
+    "noise": {"perturbation": UniformNoise(0.5)},
+    "noise (one pass)": {"perturbation": UniformNoise(0.5, passes=1)},
+    "WCI": {"perturbation": WCIPosterior(0.5)},
+    "WCI (one pass)": {"perturbation": WCIPosterior(0.5, passes=1)},
+    "WCI (traces gauss_newton)": {"perturbation": WCIPosterior(0.5, traces="gauss_newton")},
     "worst-case WCI": {"perturbation": WCIAdversary(0.01)},
     "WCI penalty (gauss_newton)": {"penalty": GAUSS_NEWTON},
     "WCI penalty (gauss_newton every 10)": {
@@ -62,7 +65,7 @@ RULES = {  # what the wrapper is given; "objective" replaces PGD-10 adversarial 
     },
     "AWP and WCI penalty": {"perturbation": AWP(0.01), "penalty": GAUSS_NEWTON},
     "TRADES": {"objective": TRADES(THREAT, num_steps=10)},
-    "TRADES and WCI": {"objective": TRADES(THREAT, num_steps=10), "perturbation": WCIPosterior(1.0)},
+    "TRADES and WCI": {"objective": TRADES(THREAT, num_steps=10), "perturbation": WCIPosterior(0.5)},
     "MART": {"objective": MART(THREAT, num_steps=10)},
     "GradAlign": {"objective": GradAlign(THREAT)},
     "free AT (one replay)": {"objective": FreeAT(THREAT)},
@@ -86,7 +89,8 @@ class Workload:
 
     def step(self) -> None:
         """Attack, gradients, step."""
-        x_adv = self.objective.perturb(self.model, self.x, self.y)
+        with self.optimizer.attacking():
+            x_adv = self.objective.perturb(self.model, self.x, self.y)
         self.optimizer.step(lambda: self.objective.loss(self.model, self.x, x_adv, self.y))
         if x_adv.requires_grad:
             self.objective.after_backward(self.x, x_adv)

@@ -43,13 +43,9 @@ def initial_model(recipe: Recipe, splits: Splits) -> Classifier:
     """
     torch.manual_seed(seed_from(recipe.seed, "model"))
     settings = recipe.model.model_dump()
-    return create_model(
-        **settings.pop("kwargs"),
-        **settings,
-        num_classes=splits.num_classes,
-        in_chans=splits.in_chans,
-        rotation_head=recipe.objective.needs_rotation_head,
-    )
+    settings |= {"num_classes": splits.num_classes, "in_chans": splits.in_chans}
+    rotation_head = recipe.objective.needs_rotation_head
+    return create_model(**settings.pop("kwargs"), **settings, rotation_head=rotation_head)
 
 
 def fresh_objective(recipe: Recipe) -> Objective:

@@ -24,9 +24,7 @@ class Entry:
     def __str__(self) -> str:
         """A block of lines, the settings in columns."""
         widths = [max((len(row[column]) for row in self.settings), default=0) for column in (0, 1)]
-        lines = [
-            f"{name:{widths[0]}}  {value:{widths[1]}}  {meaning}" for name, value, meaning in self.settings
-        ]
+        lines = [f"{name:{widths[0]}}  {value:{widths[1]}}  {text}" for name, value, text in self.settings]
         lines += [f"{key}: {text}" for key, text in (("cost", self.cost), ("source", self.source)) if text]
         return "\n".join([f"{self.name}: {self.summary}", *(f"    {line}".rstrip() for line in lines)])
 

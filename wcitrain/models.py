@@ -17,7 +17,7 @@ from timm.models import register_model
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from wcitrain.preserve import undisturbed
+from wcitrain.preserve import kept_random_state, undisturbed
 
 
 class Classifier(nn.Module):
@@ -133,7 +133,8 @@ def load_exported(folder: str | Path) -> Classifier:
     except (OSError, ValueError, KeyError, TypeError) as error:
         rule = "an export such as runs/NAME-s0/model/last."
         raise ValueError(f"{folder}: got {error!r}; expected {rule}") from error
-    return create_model(checkpoint_path=str(folder / "model.safetensors"), **settings).eval()
+    with kept_random_state(torch.device("cpu")):  # initial weights are drawn, and replaced
+        return create_model(checkpoint_path=str(folder / "model.safetensors"), **settings).eval()
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:

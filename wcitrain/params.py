@@ -1,7 +1,8 @@
 """Which tensors are layers: part of the definition of the index, which sums over them.
 
-By default the weight tensors of convolutions and linear maps; biases, normalisation scales and shifts,
-embeddings, class and position tokens are not layers (Xu & Zhang speak of "weight matrices" only).
+By default the weights of convolutions, linear, attention and recurrent maps, told by the module that owns
+them. Biases, normalisation scales and shifts, embeddings, class and position tokens are not layers (Xu &
+Zhang speak of "weight matrices" only). Weight-standardised convolutions count by the tensor they store.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,15 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+MAPS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+NOT_MAPS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
 Parts = Mapping[str, Sequence[str]]  # of the tensors that are cut, by their names
 
 
@@ -30,6 +39,7 @@ class Layers(Mapping[str, Tensor]):
         self.tensors: list[Tensor] = list(self._whole.values())
         self.names = tuple(self._whole)  # of the whole tensors
         self.num_parts = [len(own) for own in self._parts.values()]
+        self._sizes: Tensor | None = None
         self._places = {
             (f"{name}[{part}]" if part else name): (name, index)
             for name, own in self._parts.items()
@@ -83,7 +93,11 @@ class Layers(Mapping[str, Tensor]):
     def sizes(self) -> Tensor:
         """Return ``d_l``, the number of elements of each layer [L], on the layers' device."""
         like = self.tensors[0]
-        return like.new_tensor([layer.numel() for layer in self.values()], dtype=_wide_dtype(like))
+        if self._sizes is None or self._sizes.device != like.device:  # made once: the device must not wait
+            counted = zip(self.tensors, self.num_parts, strict=True)
+            numbers = [t.numel() // count for t, count in counted for _ in range(count)]
+            self._sizes = like.new_tensor(numbers, dtype=_wide_dtype(like))
+        return self._sizes
 
     def spread(self, values: Tensor) -> list[Tensor]:
         """Return ``values`` [L] as one factor a tensor: a scalar, or shaped to broadcast where it is cut."""
@@ -116,36 +130,91 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def select_layers(model: nn.Module, layers: str = "weights", *, split_qkv: bool = False) -> Layers:
     """Return the tensors that count as layers, by the user's own names, in the model's own order.
 
+    It follows ``requires_grad`` at the moment of the call and costs one walk over the modules, no pass.
+
     Args:
         model: Any module. Frozen parameters are left out; a tied tensor appears once, under its first name.
-        layers: ``"weights"``: named ``weight`` or ``*_weight``, two or more dimensions, no embedding.
-            ``"weights+biases"``: those and every bias of a module that has such a weight. ``"all"``: every
-            trainable tensor. Or a glob over parameter names such as ``"*layer4*weight"``.
+        layers: ``"weights"``: the matrices of ``MAPS``, and of modules that are neither those nor
+            ``NOT_MAPS`` what is named ``*weight``, a matrix or with two dimensions > 1. A weight tied to
+            an embedding counts if a map owns it too. ``"weights+biases"``: those and the biases of their
+            modules. ``"all"``: every trainable tensor. Or a glob over names such as ``"*layer4*weight"``.
         split_qkv: Count the query, key and value maps of a fused attention projection as three layers.
 
     Raises:
-        ValueError: Nothing was selected, or nothing can be split, or parts are interleaved by head.
+        ValueError: Nothing was selected; a weight is computed from other tensors (weight_norm,
+            spectral_norm, pruning, any parametrization) and not chosen by ``"all"`` or a glob; a layer is
+            complex; nothing can be split, or parts are interleaved by head.
     """
     model = unwrapped(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if layers == "all":
-        chosen = set(trainable)
-    elif layers in ("weights", "weights+biases"):
-        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-        embeddings = {id(p) for m in tables for p in m.parameters(recurse=False)}
-        matrices = {name for name, p in trainable.items() if p.ndim >= 2 and id(p) not in embeddings}
-        chosen = {name for name in matrices if name.endswith("weight")}
-        if layers == "weights+biases":
-            owners = {name.rpartition(".")[0] for name in chosen}
-            chosen |= {n for n in trainable if n.endswith("bias") and n.rpartition(".")[0] in owners}
+    if layers in ("weights", "weights+biases"):
+        ids = _matrices(model, with_biases=layers == "weights+biases")
+        selected = {name: p for name, p in trainable.items() if id(p) in ids}
     else:
-        chosen = {name for name in trainable if fnmatchcase(name, layers)}
-    selected = {name: p for name, p in trainable.items() if name in chosen}
+        pattern = "*" if layers == "all" else layers
+        selected = {name: p for name, p in trainable.items() if fnmatchcase(name, pattern)}
     if not selected:
         some = ", ".join(list(trainable)[:6]) or "none at all: is everything frozen?"
         rule = f"weights, weights+biases, all or a glob over names. Trainable ones begin with {some}."
         raise ValueError(f"layers: got {layers!r}, which selects no trainable tensor; expected {rule}")
+    if odd := [name for name, p in selected.items() if p.is_complex()]:
+        rule = "real ones. Freeze them, or choose others by a glob over names."
+        raise ValueError(f"layers: got the complex tensors {_some(odd)}; expected {rule}")
     return Layers(selected, _qkv_parts(model, selected) if split_qkv else None)
+
+
+def _matrices(model: nn.Module, *, with_biases: bool) -> set[int]:
+    """Return the ``id`` of the trainable matrices of maps, and of their biases; computed ones are refused."""
+    owners: dict[int, nn.Module] = {}  # the first map that owns a matrix
+    computed = []
+    for path, owner in model.named_modules():
+        for name, p in owner.named_parameters(recurse=False):
+            if p.requires_grad and _is_matrix(owner, name, p):
+                owners.setdefault(id(p), owner)
+        for name, method, sources in _computed(owner):
+            is_layer = any(_is_matrix(owner, name, p) for p in sources)
+            is_bias = with_biases and isinstance(owner, MAPS) and _is_bias(name)
+            if (is_layer or is_bias) and any(p.requires_grad for p in sources):
+                computed.append(f"{path}.{name} ({method})".removeprefix("."))
+    if computed:
+        rule = "stored tensors, not ones computed at each call. Undo it (parametrize.remove_parametrizations,"
+        rule += " remove_weight_norm, remove_spectral_norm, prune.remove), freeze them, or choose the stored"
+        rule += " tensors by 'all' or a glob such as '*original1'."
+        raise ValueError(f"layers: got {_some(computed)}; expected {rule}")
+    biases = [p for m in owners.values() for name, p in m.named_parameters(recurse=False) if _is_bias(name)]
+    return {*owners, *map(id, biases)} if with_biases else set(owners)
+
+
+def _is_matrix(owner: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether the tensor ``name`` of ``owner`` is the matrix of a map."""
+    if isinstance(owner, MAPS):
+        is_recurrent = name.startswith(("weight_ih", "weight_hh", "weight_hr"))  # and "_l0_reverse" behind
+        return name == "weight" or is_recurrent or (name.endswith("_weight") and tensor.ndim >= 2)
+    is_scale = tensor.ndim != 2 and sum(size > 1 for size in tensor.shape) < 2  # such as [C, 1, 1]
+    return name.endswith("weight") and not is_scale and not isinstance(owner, NOT_MAPS)
+
+
+def _is_bias(name: str) -> bool:
+    """Whether a tensor of a map is its bias; ``bias_k`` of an attention is a token."""
+    return name.endswith("bias") or name.startswith(("bias_ih", "bias_hh"))
+
+
+def _computed(owner: nn.Module) -> Iterator[tuple[str, str, list[nn.Parameter]]]:
+    """Yield the name, the method and the stored tensors of what ``owner`` computes at each call."""
+    if parametrize.is_parametrized(owner):
+        for name, steps in cast(nn.ModuleDict, owner.parametrizations).items():
+            methods = [type(step).__name__.strip("_") for step in cast(nn.ModuleList, steps)]
+            yield name, ", ".join(methods), list(steps.parameters())
+    for hook in owner._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+            name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+            stored = [p for own, p in owner.named_parameters(recurse=False) if own.startswith(f"{name}_")]
+            yield name, type(hook).__name__, stored
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" (+{len(names) - 3})" if len(names) > 3 else "")
 
 
 def _qkv_parts(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
@@ -154,9 +223,8 @@ def _qkv_parts(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, tu
     fused = [name for name, p in selected.items() if name.endswith(ends) and p.shape[0] % 3 == 0]
     if not fused:
         rule = "a fused projection (*qkv.weight, in_proj_weight) among the layers. Set it to False."
-        raise ValueError(
-            f"split_qkv: got True, but none of the {len(selected)} layers is one; expected {rule}"
-        )
+        got = f"got True, but none of the {len(selected)} layers is one"
+        raise ValueError(f"split_qkv: {got}; expected {rule}")
     for name in fused:
         owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
         if getattr(owner, "head_first", False):

@@ -4,12 +4,27 @@ These context managers restore on exceptions too. Gradients need none: attacks a
 ``autograd.grad``, and the optimizer wrapper undoes its own (`Passes.undone`).
 """
 
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Allow gradients, also under ``no_grad`` and ``inference_mode``, whose tensors must pass ``normal``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def normal(t: Tensor) -> Tensor:
+    """Return ``t``, or where it was made in inference mode a copy that autograd accepts."""
+    return t.clone() if t.is_inference() else t
 
 
 @contextmanager
@@ -85,20 +100,32 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
 def perturbed(layers: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator[Callable[[int], None]]:
     """Yield ``move(sign)``: it puts the weights at W + sign·u; W comes back bit for bit.
 
-    By copy from a clone: subtracting u would be off by a rounding, rebinding ``.data`` would break views. The
-    tensors of ``direction`` are read anew at every move, so an ascent may change them in place meanwhile.
+    By copy from a clone: subtracting u would be off by a rounding, rebinding ``.data`` would break views. A
+    forward that rebinds it itself (norm constraints) has W back too. The tensors of ``direction`` are read
+    anew at every move, so an ascent may change them in place meanwhile. Autocast's copies of the weights are
+    dropped at every move: it keeps those of W as long as it lasts.
     """
-    weights = [p.detach() for p in layers]
-    saved = [w.clone() for w in weights]
+    saved = [p.detach().clone() for p in layers]
 
     def move(sign: int) -> None:
+        weights = [p.detach() for p in layers]
         torch._foreach_copy_(weights, saved)
         torch._foreach_add_(weights, list(direction), alpha=sign)
+        torch.clear_autocast_cache()
 
     try:
         yield move
     finally:
-        torch._foreach_copy_(weights, saved)
+        torch._foreach_copy_([p.detach() for p in layers], saved)
+        torch.clear_autocast_cache()
+
+
+class _Protected(threading.local):
+    def __init__(self) -> None:
+        self.models: list[nn.Module] = []
+
+
+_protected = _Protected()  # the models inside ``undisturbed`` of this thread, the innermost last
 
 
 @contextmanager
@@ -109,7 +136,77 @@ def undisturbed(model: nn.Module, *, training: bool | None) -> Iterator[None]:
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with module_mode(model, training=training), kept_buffers(model), kept_random_state(device):
-        yield
+        _protected.models.append(model)
+        try:
+            yield
+        finally:
+            _protected.models.pop()
+
+
+def is_undisturbed(model: nn.Module) -> bool:
+    """Whether a caller protects this very model already."""
+    return any(model is one for one in _protected.models)
+
+
+def watched(function: Callable[[Tensor], Tensor], where: str) -> Callable[[Tensor], Tensor]:
+    """Return ``function``, in whose first call no module may move its buffers or the random state.
+
+    Inside ``undisturbed`` it is the function itself: there all is put back.
+    """
+    contexts = iter([refusing_traces(where)] if not _protected.models else [])
+
+    def call(x: Tensor) -> Tensor:
+        with next(contexts, nullcontext()):
+            return function(x)
+
+    return function if _protected.models else call
+
+
+@contextmanager
+def refusing_traces(where: str) -> Iterator[None]:
+    """Refuse calls of modules that move their buffers (BatchNorm in train mode) or random state (dropout).
+
+    Outermost modules with a part in train mode are compared before and after a call, so nothing has to be
+    known of their parts, compiled ones included. What moved is put back before ValueError is raised.
+    """
+    handles: list[Any] = []
+
+    def before(module: nn.Module, args: object) -> None:
+        trained = [m for m in module.modules() if m.training]
+        if not trained:
+            return
+        handles[-1].remove()  # what is called inside belongs to this module
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        names = {id(m): f"{name}." if name else "" for name, m in module.named_modules()}
+        saved, states = saved_buffers(module), random_state(device)
+
+        def after(*_: object) -> None:
+            handles[-1].remove()
+            moved = [
+                names[id(owner)] + name
+                for owner, name, buffer, value in saved
+                if owner._buffers.get(name) is not buffer or not torch.equal(buffer, value)
+            ]
+            drawn = [a for a, b in zip(states, random_state(device), strict=True) if not torch.equal(a, b)]
+            if moved or drawn:
+                put_back_buffers(saved)
+                set_random_state(states, device)
+                what = " and ".join(moved[:2] + ["the random state"] * bool(drawn))
+                got = f"a loss that calls {type(module).__name__} in train mode, which moves {what}"
+                advice = f"Use {where}(model, x, y, ...), or give a loss its model=model"
+                raise ValueError(f"{where}: got {got}; expected one that changes nothing. {advice}.")
+            handles.append(register_module_forward_pre_hook(before))
+
+        handles.append(module.register_forward_hook(after))
+
+    handles.append(register_module_forward_pre_hook(before))
+    try:
+        with warnings.catch_warnings():  # the hook has gone before what is inside is called
+            warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

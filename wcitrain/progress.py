@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wcitrain.recipe import Recipe
+from wcitrain.recipe.reading import read_yaml
 
 # Settings that say where and how often, not what is computed: a run may go on with others.
 FREE: Any = {"train": {"num_threads", "device"}, "checkpoint": {"every"}, "tracking": True}
@@ -52,13 +53,19 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, b
 def refuse_another_run(saved: Recipe, asked: Recipe, folder: Path) -> None:
     """Raise ValueError where the settings of the run in ``folder`` and those asked for differ.
 
-    `FREE` settings may differ. A run that went on with others would not be the one its recipe describes.
+    `FREE` settings may differ. A run that went on with others would not be the one its recipe describes, nor
+    would one whose recipe lacks a setting that has come since: its default need not be what was trained.
     """
     own, other = (dict(flat(recipe.model_dump(mode="json", exclude=FREE))) for recipe in (saved, asked))
     for key in own | other:
         if (here := own.get(key)) != (there := other.get(key)):
             advice = "Start another run with another name= or output=, or move the folder away."
             raise ValueError(f"{folder}: got {key}={there!r}; expected {here!r}, as this run has. {advice}")
+    path = folder / "recipe.yaml"
+    written = dict(flat(read_yaml(path.read_text("utf-8")))) if path.exists() else own
+    if lacking := [key for key in own if key not in written]:
+        got = f"got no {', '.join(lacking[:4])}, of an older version; expected every setting"
+        raise ValueError(f"{path}: {got}. Train anew, or go on with that version.")
 
 
 def epoch_line(metrics: Mapping[str, Any], epochs: int) -> str:

@@ -26,10 +26,8 @@ from wcitrain.seeding import seed_from
 
 FILES = (".pt", ".pth", ".safetensors")
 RECIPES = (".yaml", ".yml")
-KINDS = (
-    "a run folder, a checkpoint of one (RUN/checkpoints/last), an exported model folder, a file of weights "
-)
-KINDS += f"({', '.join(FILES)}) or a recipe ({', '.join(RECIPES)}) whose model is pretrained"
+KINDS = "a run folder, a checkpoint of one (RUN/checkpoints/last), an exported model folder, a file of "
+KINDS += f"weights ({', '.join(FILES)}) or a recipe ({', '.join(RECIPES)}) whose model is pretrained"
 BATCH_SIZE = 100
 
 
@@ -196,9 +194,8 @@ def _find(path: Path, at: str | None) -> tuple[Path, Path | None, str, Path | No
         kept = path / "model" / f"epoch-{at}"
         if not (kept / "metadata.json").is_file():
             there = ", ".join(map(str, kept_epochs(path))) or "none: set checkpoint.keep_every in its recipe"
-            raise ValueError(
-                f"--at: got {at!r}; expected last, best, or an epoch that {path} kept ({there})."
-            )
+            rule = f"last, best, or an epoch that {path} kept ({there})"
+            raise ValueError(f"--at: got {at!r}; expected {rule}.")
         return kept, path, kept.name, kept
     if is_run or (is_checkpoint and (run / "recipe.yaml").is_file()):
         run, name = (path, at or "last") if is_run else (run, path.name)

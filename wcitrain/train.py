@@ -154,7 +154,8 @@ def step(run: Run, micro_batches: list[Batch]) -> float:
         torch.manual_seed(seed_from(recipe.seed, "forward", *place))  # dropout, stochastic depth
         generator = generator_from(run.device, recipe.seed, "attack", *place)
         with run.accelerator.accumulate(model):
-            x_adv = objective.perturb(run.attack_model, x, y, generator)  # [B, C, H, W] in [0, 1]
+            with run.regularizer.attacking():  # W, or W + u for a rule of one pass
+                x_adv = objective.perturb(run.attack_model, x, y, generator)  # [B, C, H, W] in [0, 1]
             loss = run.regularizer.backward(partial(objective.loss, model, x, x_adv, y))
             total += loss
             if not bool(torch.isfinite(loss)):

@@ -22,12 +22,8 @@ FAST += ["awp and wci penalty"]
 
 def launch(kind: str, out: Path, *arguments: str) -> list:
     """Run worker.py in two gloo processes and return what each wrote; the exit status is gloo's affair."""
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])]),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])}
+    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
     port = f"--master_port={20000 + os.getpid() % 20000}"
     command += [port, str(HERE / "worker.py"), str(out), kind, *arguments]
@@ -59,11 +55,10 @@ def test_objectives_of_several_passes_train_batchnorm_in_two_processes(settings,
     assert all(math.isfinite(entry["train/loss"]) for entry in log)
 
 
-@pytest.mark.parametrize(
-    "rules",
-    [FAST, pytest.param([r for r in RULES if r not in FAST], marks=pytest.mark.slow)],
-    ids=["fast", "others"],
-)
+OTHERS = pytest.param([r for r in RULES if r not in FAST], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("rules", [FAST, OTHERS], ids=["fast", "others"])
 def test_every_rule_in_two_processes_equals_one_that_accumulates(rules, tmp_path):
     """Directions go by the global micro-batch, gradients are reduced once, traces before their average."""
     sys.path.insert(0, str(HERE))
@@ -77,6 +72,19 @@ def test_every_rule_in_two_processes_equals_one_that_accumulates(rules, tmp_path
         assert alone.keys() == first[rule].keys()
         for key, value in alone.items():
             # float64 sums in another order; differences at radius 0.05 multiply rounding by up to 1e4.
+            assert torch.allclose(value, first[rule][key], rtol=1e-9, atol=1e-11), (rule, key)
+
+
+def test_plain_ddp_equals_one_process_on_the_union(tmp_path):
+    """Without Accelerate: every process its own u, or traces of half the data, shows in weights or traces."""
+    sys.path.insert(0, str(HERE))
+    from worker import PLAIN, train_plainly
+
+    first, second = launch("plain", tmp_path, *PLAIN)
+    for rule in PLAIN:
+        assert_same(first[rule], second[rule])
+        for key, value in train_plainly(rule, rank=0, world=1).items():
+            # float64 sums in another order, divided by squared radii.
             assert torch.allclose(value, first[rule][key], rtol=1e-9, atol=1e-11), (rule, key)
 
 

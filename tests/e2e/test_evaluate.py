@@ -85,12 +85,8 @@ def test_fewer_images_are_a_fixed_random_choice(run):
         assert chosen(images, num) == (images, None)
     stream = StreamSet(lambda **_: None, 100, 8)
     assert chosen(stream, 10) == (stream, None)
-    for options in (
-        f"{QUICK} --seed 0",
-        f"{QUICK} --seed 3",
-        "--attacks fgsm",
-        "--attacks fgsm --examples 100000",
-    ):
+    fgsm = "--attacks fgsm"
+    for options in (f"{QUICK} --seed 0", f"{QUICK} --seed 3", fgsm, f"{fgsm} --examples 100000"):
         assert command(run, options) == 0
     whole, first, second = sorted((run / "evaluations").glob("*.npz"))
     assert whole.stem == "last-test-fgsm"  # whatever number was asked for
@@ -158,12 +154,8 @@ def test_two_models_are_compared_and_other_images_are_refused(run, tmp_path, cap
     state = load_checkpoint(run / "checkpoints")[0]["model"]
     state = {f"module.{k}": v + 0.5 if k.endswith("fc.bias") and v.ndim else v for k, v in state.items()}
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "other.pt")
-    recipe = f"--recipe {run}/recipe.yaml"
-    for target, out, options in (
-        (run, "a", ""),
-        (tmp_path / "other.pt", "b", recipe),
-        (run, "c", "--split val"),
-    ):
+    other = tmp_path / "other.pt", "b", f"--recipe {run}/recipe.yaml"
+    for target, out, options in ((run, "a", ""), other, (run, "c", "--split val")):
         assert command(target, f"{QUICK} --out {tmp_path}/{out} {options}") == 0
     capsys.readouterr()
     a, b, c = (str(next((tmp_path / out).glob("*.npz"))) for out in "abc")

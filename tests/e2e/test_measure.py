@@ -15,8 +15,9 @@ from tiny_run import TINY as BASE
 from wcitrain.__main__ import main
 from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.checkpoint import load_checkpoint
-from wcitrain.commands.correlation import hyper_parameters
-from wcitrain.commands.study import Measured, Study, measure_all
+from wcitrain.commands.correlation import correlated, hyper_parameters
+from wcitrain.commands.measure import _table
+from wcitrain.commands.study import GAP, Measured, Study, measure_all
 from wcitrain.data import Splits, load_splits
 from wcitrain.measures import MEASURES, Problem, measure_wci
 from wcitrain.models import load_exported
@@ -55,19 +56,11 @@ def test_a_run_is_measured_with_table_json_and_figure(run, capsys):
     assert document["attack"] == {"num_steps": 2, "step_size": 0.06}  # the recipe's evaluation attack
     bound = document["pac_bayes_surrogate"]
     assert bound["terms"]["risk"] == document["mean_loss"]
-    assert bound["terms"]["complexity"] == bound["beta"] / (
-        8 * 100
-    )  # 200 training images, 100 for validation
-    again = measure_wci(
-        load_exported(run / "model" / "last"),
-        load_splits(recipe_from_dict(TINY).data).train.batches(
-            100, shuffle=True, seed=seed_from(0, "measure")
-        ),
-        ThreatModel(eps=0.1),
-        num_steps=2,
-        step_size=0.06,
-        num_examples=24,
-    )
+    assert bound["terms"]["complexity"] == bound["beta"] / 800  # 200 training images, 100 for validation
+    train = load_splits(recipe_from_dict(TINY).data).train
+    batches = train.batches(100, shuffle=True, seed=seed_from(0, "measure"))
+    settings = {"num_steps": 2, "step_size": 0.06, "num_examples": 24}
+    again = measure_wci(load_exported(run / "model" / "last"), batches, ThreatModel(eps=0.1), **settings)
     assert (name, document["wci"]) == ("wci-last-train-n24", again.total)
 
 
@@ -221,6 +214,20 @@ def test_results_of_other_data_are_neither_reused_nor_lost_and_two_models_never_
     assert gaps[0].path == gaps[1].path == retrained.path  # the other measures stay where they are
 
 
+def test_models_without_an_index_are_named_and_left_out_of_tables_and_correlations(run, tmp_path):
+    """A dash without a reason, or a zero, is taken for a flat model; one NaN must not end a study."""
+    why = "clean loss, hutchinson, no index: 1 of 2 traces negative beyond their error, fc.weight"
+    target, models = open_run(run), []
+    for i, wci in enumerate((2.0, 3.0, None, 5.0)):
+        gap = {"value": 0.1 * i, "stderr": 0.1, "parts": {"accuracy_gap": 0.1 * i, "test_loss": 1.0 + i}}
+        one = {"value": wci, "stderr": 0.1, "settings": why if wci is None else "", "parts": {}}
+        models.append(Measured(target, {"wci": one, GAP: gap}, tmp_path))
+    text, written = correlated(models, tmp_path)
+    assert f"Left out: wci of {target.name} {target.at}: no finite value ({why})." in text
+    assert json.loads(written[0].read_text())["correlations"]["robust gap (loss)"]["wci"]["num_models"] == 3
+    assert why in _table(models)
+
+
 def test_the_correlation_of_all_epochs_is_written_and_readable(run, capsys, tmp_path):
     """--at all --correlate: one run, three epochs; the table, JSON and plots a user looks at."""
     command = ["measure", str(run), "--at", "all", "--correlate", "--measures", "frobenius_norms", "margins"]
@@ -307,12 +314,8 @@ def test_a_sweep_with_a_grid_trains_every_point_and_its_studies_are_drawn(tmp_pa
     names = sorted(p.name for p in (tmp_path / "runs").iterdir() if p.name.startswith("tiny"))
     assert names == [f"tiny-lr_{lr}-eps_8_255-s{seed}" for lr in ("0.05", "0.1") for seed in (0, 1)]
     assert load_recipe(tmp_path / "runs" / names[0] / "recipe.yaml").optimizer.lr == 0.05
-    drawn = (
-        "measures-through-training.png",
-        "measures-against-loss.png",
-        "correlation-last-train/correlation.md",
-    )
-    for name in drawn:
+    drawn = ["measures-through-training.png", "measures-against-loss.png"]
+    for name in [*drawn, "correlation-last-train/correlation.md"]:
         assert (tmp_path / "runs" / "grid-report" / name).stat().st_size > 500
     assert "4 models of 4 runs; hyper-parameters that differ: optimizer.lr" in capsys.readouterr().out
     studies = [{"measure": ["wci"]}, {"seeds": [7]}, {"seeds": 0}, {"at": "first"}, {"measures": []}]
@@ -326,11 +329,8 @@ def test_a_sweep_with_a_grid_trains_every_point_and_its_studies_are_drawn(tmp_pa
 def test_every_measure_of_a_real_network_has_a_finite_value(trained, tmp_path):
     """Names that lead nowhere, or measures that fail on BatchNorm and convolutions."""
     few = {"num_draws": 1, "num_bisections": 3}
-    settings = {
-        "pac_bayes_sharpness": few,
-        "magnitude_aware_sharpness": few,
-        "lambda_max": {"tolerance": 0.1},
-    }
+    settings = {"pac_bayes_sharpness": few, "magnitude_aware_sharpness": few}
+    settings |= {"lambda_max": {"tolerance": 0.1}}
     settings |= {"average_sharpness": {"num_draws": 1}, "worst_sharpness": {"ascent_steps": 1}}
     settings |= {"average_flatness": {"num_draws": 1, "reference_restarts": 1}}
     settings |= {"worst_flatness": {"num_restarts": 1, "num_steps": 2, "reference_restarts": 1}}

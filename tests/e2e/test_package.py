@@ -27,9 +27,8 @@ def test_the_wheel_is_complete_and_trains_a_recipe_by_name_in_a_fresh_environmen
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    recipes = [
-        file for part in ("bases", "methods", "sweeps") for file in (ROOT / "recipes" / part).iterdir()
-    ]
+    folders = [ROOT / "recipes" / part for part in ("bases", "methods", "sweeps")]
+    recipes = [file for folder in folders for file in folder.iterdir()]
     sources = [file for file in (ROOT / "wcitrain").rglob("*") if "__pycache__" not in file.parts]
     missing = {f"wcitrain/{file.relative_to(ROOT).as_posix()}" for file in recipes}
     missing |= {file.relative_to(ROOT).as_posix() for file in sources if file.is_file()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -206,9 +207,8 @@ def test_a_non_finite_loss_stops_before_the_weights_are_touched(tmp_path, monkey
         return original(run, micro_batches)
 
     monkeypatch.setattr(training, "step", patched)
-    with pytest.raises(
-        NonFiniteLossError, match=r"step 5 \(epoch 2\).*training images \[.*last good checkpoint is"
-    ):
+    text = r"step 5 \(epoch 2\).*training images \[.*last good checkpoint is"
+    with pytest.raises(NonFiniteLossError, match=text):
         fit(recipe)
     state = final_state(recipe)
     assert state["progress"]["step"] == 4
@@ -284,6 +284,10 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     saved.write_text(saved.read_text().replace("eps: 0.1", "eps: 0.09"))
     assert main(["train", "--resume", str(run_folder(recipe))]) == 2
     assert "got threat.eps=0.09; expected 0.1, as this run has" in capsys.readouterr().err
+    older = re.sub(r"\n  trace_decay: null", "", saved.read_text().replace("eps: 0.09", "eps: 0.1"))
+    saved.write_text(older)
+    assert main(["train", "--resume", str(run_folder(recipe))]) == 2
+    assert "got no wrapper.trace_decay, of an older version" in capsys.readouterr().err
     assert main(["train"]) == 2
 
 
@@ -297,7 +301,7 @@ def test_a_sweep_trains_all_keeps_what_is_finished_and_reports(tmp_path, capsys)
     assert main(["sweep", str(sweep)]) == 0
     out = capsys.readouterr().out
     assert "| AT" in out
-    assert "| WCI r=1" in out
+    assert "| WCI r=0.5" in out
     assert main(["sweep", str(sweep)]) == 0
     assert capsys.readouterr().out.count("finished, kept") == 4
     assert main(["sweep", str(sweep), "train.epochs=2"]) == 2

@@ -32,6 +32,45 @@ def test_weights_come_back_bit_for_bit_on_the_device(rule):
     assert_same({k: v.detach() for k, v in model.named_parameters()}, before)
 
 
+@pytest.mark.parametrize("rule", [r for r in RULES if "hutchinson" not in r and "2 probes" not in r])
+def test_a_step_never_waits_for_the_device(rule):
+    """Every synchronisation stops the host until the device is done: passes no longer overlap."""
+    torch.manual_seed(0)
+    model = BatchNormNet().cuda()
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, **RULES[rule].kwargs)
+    x, y = (z.cuda() for z in image_batch())
+    try:
+        for number in range(4):
+            torch.cuda.set_sync_debug_mode("error" if number == 3 else "default")
+            optimizer.step(lambda: cross_entropy(model(x), y))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if "one pass" in r])
+def test_one_pass_under_fp16_with_a_scaler_equals_float32(rule):
+    """Gradients are scaled, traces are not; a step that overflows is skipped whole."""
+    traces, weights = [], []
+    for is_half in (False, True):
+        torch.manual_seed(0)
+        model = BatchNormNet().cuda().eval()
+        scaler = torch.amp.GradScaler("cuda", enabled=is_half, init_scale=2.0**10)
+        base = torch.optim.SGD(model.parameters(), lr=0.01)
+        optimizer = RegularizedOptimizer(base, model, scaler=scaler, **RULES[rule].kwargs)
+        x, y = (z.cuda() for z in image_batch())
+        for _ in range(4):
+            with optimizer.perturbed(), torch.autocast("cuda", torch.float16, enabled=is_half):
+                loss = cross_entropy(model(x), y).total
+                scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        traces.append(optimizer.traces())
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*traces, rtol=0.1, atol=0.05 * float(traces[0].abs().max()))  # half has 11 bits
+    assert torch.allclose(*weights, atol=1e-3)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_run_on_the_device_learns(precision, tmp_path):
     """The whole chain in both precisions."""
@@ -51,18 +90,11 @@ def test_a_run_on_the_device_learns(precision, tmp_path):
     assert fit(recipe)["last"]["test"]["clean_accuracy"] > 0.7
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "lambda_max",
-        "gradient_norm",
-        "relative_flatness",
-        "margins",
-        "spectral_norms",
-        "path_norm",
-        "sam_sharpness",
-    ],
-)
+NAMES = ["lambda_max", "gradient_norm", "relative_flatness", "margins"]
+NAMES += ["spectral_norms", "path_norm", "sam_sharpness"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_measure_is_the_same_on_the_device(name):
     """Generators, norms or sums that stay on the CPU; clean images, as random starts differ by device."""
     torch.manual_seed(0)

@@ -34,9 +34,8 @@ class Quick(pyautoattack.AutoAttack):
     @staticmethod
     def noted(part, perturb, x, y):
         """Note how a part was set up when its turn came."""
-        Quick.log.append(
-            (type(part).__name__, part.seed, part.n_restarts, getattr(part, "targeted", None), len(x))
-        )
+        targeted = getattr(part, "targeted", None)
+        Quick.log.append((type(part).__name__, part.seed, part.n_restarts, targeted, len(x)))
         return perturb(x, y)
 
     log: ClassVar[list] = []
@@ -64,9 +63,8 @@ def digits():
 
 def direct(model, x, y, threat, *, batch_size, seed=0, version="standard", parts=None, num_classes=10):
     """Return the flags of upstream's own loop: right without an attack, and on what it returns."""
-    adversary = pyautoattack.AutoAttack(
-        model, norm=NORMS[threat.norm], eps=threat.eps, seed=seed, version=version
-    )
+    options = {"norm": NORMS[threat.norm], "eps": threat.eps, "seed": seed, "version": version}
+    adversary = pyautoattack.AutoAttack(model, **options)
     adversary.verbose = False
     if parts is not None:
         adversary.attacks_to_run = list(parts)
@@ -210,9 +208,8 @@ def test_a_state_is_taken_up_by_the_same_attack_on_the_same_model_only(digits, t
 def test_models_of_few_classes_are_attacked_by_what_can_run(num_classes, quick):
     """Upstream stops with an index error: nine target classes are too many, the DLR needs third logits."""
     torch.manual_seed(1)
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, num_classes)
-    ).eval()
+    parts = nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, num_classes)
+    model = nn.Sequential(*parts).eval()
     x = torch.rand(24, 3, 16, 16)  # three channels take other paths in the square attack
     y = model(x).argmax(1)
     y[:3] = (y[:3] + 1) % num_classes

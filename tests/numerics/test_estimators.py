@@ -322,10 +322,9 @@ def test_gauss_newton_is_unbiased_in_value_and_gradient_over_all_sign_sets(name,
     assert (draws >= 0).all()
     assert torch.allclose(draws.mean(0), exact, rtol=ROUNDING)
     c = torch.tensor([0.3, 2.0]).double()
-    gradient, truth = (
-        torch.autograd.grad(c @ t, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-        for t in (draws.mean(0), exact)
-    )
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    totals = (c @ draws.mean(0), c @ exact)
+    gradient, truth = (torch.autograd.grad(total, parameters, **options) for total in totals)
     assert flat(truth).norm() > 1e-3
     assert close(flat(gradient), flat(truth), ROUNDING)
 

@@ -161,3 +161,13 @@ def test_relative_measures_ignore_scale_between_layers(name):
         model[3].weight.div_(4)
     after = measure.measure(Problem(model, [(x.double(), y)], ThreatModel("linf", 0.1))).value
     assert (abs(after / before - 1) < 1e-9) == (name in SCALE_FREE)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", EVERY)
+def test_measures_are_the_same_without_gradients(name, mode):
+    """Notebooks evaluate under either, where autograd refuses what was made, the batches too."""
+    model = messy_model()
+    expected = EVERY[name].measure(problem(model, attack("linf", 0.1)))
+    with mode():
+        assert str(EVERY[name].measure(problem(model, attack("linf", 0.1)))) == str(expected)

@@ -19,10 +19,8 @@ pytestmark = [
 def problem() -> tuple[nn.Module, Tensor, Tensor, Layers]:
     """A convolutional GELU network with BatchNorm in eval mode, seven examples; biases are layers too."""
     torch.manual_seed(2)
-    head = nn.Linear(12, 4), nn.GELU(), nn.Linear(4, 3)
-    model = (
-        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.GELU(), nn.Flatten(), *head).double().eval()
-    )
+    body, head = (nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.GELU()), (nn.Linear(12, 4), nn.GELU())
+    model = nn.Sequential(*body, nn.Flatten(), *head, nn.Linear(4, 3)).double().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2)

@@ -99,9 +99,8 @@ def test_path_norm_counts_every_path():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     W, b, V, c = (p.detach() for p in model.parameters())
-    paths = sum(
-        float((V[k, j] * W[j, i]) ** 2) for k, j, i in itertools.product(range(2), range(4), range(3))
-    )
+    places = itertools.product(range(2), range(4), range(3))
+    paths = sum(float((V[k, j] * W[j, i]) ** 2) for k, j, i in places)
     paths += sum(float((V[k, j] * b[j]) ** 2) for k, j in itertools.product(range(2), range(4)))
     paths += float(c.square().sum())
     result = take(PathNorm(), model, (3,))
@@ -174,9 +173,8 @@ def test_margins_are_right_class_minus_best_other():
     model, x, y = linear()
     with torch.no_grad():
         z = model(x)
-    expected = torch.tensor(
-        [z[i, c] - max(z[i, j] for j in range(3) if j != c) for i, c in enumerate(y.tolist())]
-    )
+    margins = [z[i, c] - max(z[i, j] for j in range(3) if j != c) for i, c in enumerate(y.tolist())]
+    expected = torch.tensor(margins)
     result = Margins().measure(Problem(model, [(x[:40], y[:40]), (x[40:], y[40:])]))
     assert result.value == pytest.approx(float(expected.sort().values[10]), rel=1e-12)
     known = {"mean": expected.mean(), "min": expected.min(), "median": expected.median()}
@@ -188,9 +186,8 @@ def test_margins_are_right_class_minus_best_other():
 def test_robust_margins_are_lower_by_eps_times_the_dual_norm():
     """Two classes, linf: γ_adv = γ − eps ‖w_y − w_j‖_1 exactly; attacking towards the label raises it."""
     model, x, y = linear(classes=2)
-    clean, robust = (
-        Margins().measure(Problem(model, [(x, y)], t)) for t in (None, ThreatModel("linf", 0.05))
-    )
+    threats = None, ThreatModel("linf", 0.05)
+    clean, robust = (Margins().measure(Problem(model, [(x, y)], t)) for t in threats)
     drop = 0.05 * float((model.weight[0] - model.weight[1]).detach().abs().sum())
     for name in ("mean", "min", "median"):
         assert clean.parts[name] - robust.parts[name] == pytest.approx(drop, rel=1e-9)

@@ -65,9 +65,8 @@ def test_the_estimator_is_the_trace_of_the_dense_hessian_in_value_and_gradient(n
     exact = exact_trace(loss, layers, create_graph=True)
     truth = gradients(exact[0], parameters)
     plain = gradients(loss.total, parameters)
-    step = TopLayer().add_gradient(
-        Passes(net, layers, lambda: LOSSES[name](net)), torch.ones(1).double(), 0.5
-    )
+    passes = Passes(net, layers, lambda: LOSSES[name](net))
+    step = TopLayer().add_gradient(passes, torch.ones(1).double(), 0.5)
     torch.testing.assert_close(step.traces, exact.detach(), **TOLERANCE)
     for p, t, g in zip(parameters, truth, plain, strict=True):
         torch.testing.assert_close(p.grad, g + 0.5 * t, **TOLERANCE)

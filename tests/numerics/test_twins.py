@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import SmoothNet
+from cases import SmoothNet, wrapped
 from oracles import exact_gauss_newton_trace, exact_trace, gradients
 from torch import Tensor, nn
 
@@ -107,9 +107,8 @@ def test_twenty_steps_equal_the_straight_line_reference(name):
     torch.manual_seed(0)
     model = SmoothNet().double()
     w = [p.detach().clone() for p in model.parameters()]
-    optimizer = RegularizedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01), model, perturbation=rule
-    )
+    base = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
+    optimizer = RegularizedOptimizer(base, model, perturbation=rule)
     momentum, state = [torch.zeros_like(p) for p in w], {}
     start = [p.clone() for p in w]
     for step in range(20):
@@ -136,16 +135,17 @@ def test_the_wci_adversary_has_the_posteriors_radii_and_the_gradients_direction(
     """Each layer moves by sqrt(d_l) sigma_l along its own gradient; the traces are Gauss–Newton's at W."""
     torch.manual_seed(0)
     model, (x, y), rule = SmoothNet().double(), batch(0), optim.WCIAdversary(0.05)
-    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=rule)
+    optimizer = wrapped(model, perturbation=rule)
     samples, layers = [], select_layers(model)
     for _ in range(400):  # every step with other signs
         optimizer.backward(lambda: cross_entropy(model(x), y))
-        samples.append(optimizer._pending[-1])
+        samples.append(optimizer._state.window.traces[-1])
         known = optimizer.traces()
         optimizer.step()
     draws, exact = torch.stack(samples), exact_gauss_newton_trace(model(x), layers)
     assert ((draws.mean(0) - exact).abs() < 4 * draws.std(0) / 20).all()
-    posterior = optim.WCIPosterior(0.05).posterior(layers.squared_norms(), layers.sizes(), known, 1.0)
+    shares = optim.WCIPosterior(0.05, floor=1e-4, cap=None, size_of="network")
+    posterior = shares.posterior(layers.squared_norms(), layers.sizes(), known, 1.0)
     g = torch.autograd.grad(F.cross_entropy(model(x), y), layers.tensors)
     for u, b, sigma in zip(seen[-1], g, posterior.sigma, strict=True):
         assert torch.allclose(u, sigma * u.numel() ** 0.5 * b / b.norm(), rtol=1e-10)
@@ -157,8 +157,7 @@ def test_noise_stability_is_isotropic_and_measures_the_trace():
     """(W ± u) with one sigma for all tensors, biases too; the mean gradient is that of the smoothed loss."""
     torch.manual_seed(0)
     model, (x, y), sigma, rows = SmoothNet().double(), batch(0), 0.02, []
-    base, layers = torch.optim.SGD(model.parameters(), lr=0.0), select_layers(model, "all")
-    optimizer = RegularizedOptimizer(base, model, perturbation=optim.NoiseStability(sigma))
+    layers, optimizer = select_layers(model, "all"), wrapped(model, perturbation=optim.NoiseStability(sigma))
     loss = F.cross_entropy(model(x), y)
     trace = exact_trace(loss, layers, create_graph=True)
     plain = gradients(loss, layers.tensors)
@@ -167,7 +166,7 @@ def test_noise_stability_is_isotropic_and_measures_the_trace():
         optimizer.zero_grad()
         optimizer.backward(lambda: cross_entropy(model(x), y))
         added = [(t.grad - g).flatten() for t, g in zip(layers.tensors, plain, strict=True)]
-        rows.append(torch.cat([*added, optimizer._pending[-1]]))
+        rows.append(torch.cat([*added, optimizer._state.window.traces[-1]]))
         optimizer.step()
     draws, expected = torch.stack(rows), torch.cat([*(g.flatten() for g in smoothed), trace.detach()])
     error, num = draws.mean(0) - expected, len(expected) - len(trace)
@@ -184,17 +183,11 @@ def test_rwp_moves_every_filter_in_proportion_to_its_norm(seen):
     with torch.no_grad():
         model[0].weight[1].mul_(100)
         model[0].weight[2].zero_()
-    rule, base = (
-        optim.RWP(0.01, schedule=optim.StrengthSchedule(ramp=1)),
-        torch.optim.SGD(model.parameters(), 0.0),
-    )
-    optimizer = RegularizedOptimizer(base, model, perturbation=rule)
+    optimizer = wrapped(model, perturbation=optim.RWP(0.01, schedule=optim.StrengthSchedule(ramp=1)))
     x, y = torch.rand(4, 2, 3, 3).double(), torch.tensor([0, 1, 0, 1])
     for _ in range(300):
         optimizer.step(lambda: cross_entropy(model(x), y))
-    draws, bias = (
-        torch.stack([u[i] for u in seen[1:]]) for i in (0, 1)
-    )  # the first step is at half strength
+    draws, bias = (torch.stack([u[i] for u in seen[1:]]) for i in (0, 1))  # the first is at half strength
     size, norms = draws.square().mean((0, 2, 3, 4)).sqrt(), model[0].weight.detach().flatten(1).norm(dim=1)
     # 299 * 18 numbers a filter: their standard deviation is known to 1 %
     assert torch.allclose(size, 0.01 * norms, rtol=0.05)
@@ -205,12 +198,8 @@ def test_rwp_moves_every_filter_in_proportion_to_its_norm(seen):
 def test_rwp_mixes_the_two_gradients_in_its_proportion(seen):
     """(1 − α) g(W) + α g(W + u): with the two weights exchanged a run looks as healthy as before."""
     torch.manual_seed(0)
-    model = SmoothNet().double()
-    x, y = batch(0)
-    optimizer = RegularizedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=optim.RWP(0.3, mixing=0.3)
-    )
-    optimizer.backward(lambda: cross_entropy(model(x), y))
+    model, (x, y) = SmoothNet().double(), batch(0)
+    wrapped(model, perturbation=optim.RWP(0.3, mixing=0.3)).backward(lambda: cross_entropy(model(x), y))
     w = [p.detach() for p in model.parameters()]
     here, there = gradient(w, x, y), gradient(plus(w, seen[0]), x, y)
     for p, a, b in zip(model.parameters(), here, there, strict=True):
@@ -221,17 +210,11 @@ def test_rwp_mixes_the_two_gradients_in_its_proportion(seen):
 def test_the_coefficients_of_a_composed_penalty_are_those_of_the_unperturbed_weights(monkeypatch):
     """½ λ sqrt(a/t) with a at W + u, and ½ λ sqrt(t/a) with a at W, would be the gradient of no function."""
     seen, original = [], optim.WCIPenalty.trace_coefficients
-    monkeypatch.setattr(
-        optim.WCIPenalty,
-        "trace_coefficients",
-        lambda self, a, d, t: (seen.append(a), original(self, a, d, t))[1],
-    )
+    watched = lambda self, a, d, t: (seen.append(a), original(self, a, d, t))[1]  # noqa: E731
+    monkeypatch.setattr(optim.WCIPenalty, "trace_coefficients", watched)
     model, (x, y) = SmoothNet().double(), batch(0)
-    base, penalty = (
-        torch.optim.SGD(model.parameters(), lr=0.0),
-        optim.WCIPenalty(0.5, estimator="gauss_newton"),
-    )
-    optimizer = RegularizedOptimizer(base, model, perturbation=optim.AWP(0.5), penalty=penalty)
+    penalty = optim.WCIPenalty(0.5, estimator="gauss_newton")
+    optimizer = wrapped(model, perturbation=optim.AWP(0.5), penalty=penalty)
     for _ in range(2):
         optimizer.step(lambda: cross_entropy(model(x), y))
     assert all(torch.equal(a, select_layers(model).squared_norms()) for a in seen)
@@ -247,12 +230,10 @@ def test_a_penalty_composed_with_an_ascent_is_the_penalty_at_the_perturbed_weigh
         for t, b in zip(select_layers(moved).tensors, g, strict=True):
             t += 0.05 * t.norm() * b / b.norm()
     composed = optim.FrobeniusTracePenalty(0.01, 0.05, GaussNewton(2))
-    for net, rules in (
-        (model, {"perturbation": optim.AWP(0.05), "penalty": composed}),
-        (moved, {"penalty": optim.TracePenalty(0.05, GaussNewton(2))}),
-    ):
-        base = torch.optim.SGD(net.parameters(), lr=0.0)
-        RegularizedOptimizer(base, net, **rules, seed=3).backward(lambda net=net: cross_entropy(net(x), y))
+    alone = optim.TracePenalty(0.05, GaussNewton(2))
+    both = {"perturbation": optim.AWP(0.05), "penalty": composed}
+    for net, rules in ((model, both), (moved, {"penalty": alone})):
+        wrapped(net, **rules, seed=3).backward(lambda net=net: cross_entropy(net(x), y))
     for (name, p), q in zip(model.named_parameters(), moved.parameters(), strict=True):
         norm_term = 2 * 0.01 * p.detach() if "weight" in name else 0.0
         assert torch.allclose(p.grad, q.grad + norm_term, atol=1e-12), name

@@ -1,12 +1,15 @@
 """Threat models, projections, steps and attacks against closed forms and independent solvers."""
 
+import copy
 import math
+import threading
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BatchNormNet, image_batch
+from cases import BatchNormNet, assert_same, everything, image_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
@@ -14,6 +17,7 @@ from torch import nn
 
 from wcitrain import ATTACK_LOSSES, Attack, ThreatModel, fgsm, msd, pgd
 from wcitrain.attacks import project, steepest_step, uniform_in_ball
+from wcitrain.preserve import is_undisturbed, undisturbed
 
 NORMS = ["linf", "l2", "l1"]
 ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
@@ -335,7 +339,7 @@ def test_msd_takes_the_best_step_for_each_example():
             chosen.add(best)
             rows.append(candidates[best])
         expected = torch.cat(rows)
-    found = msd(loss, x, [Attack(ball, 3, size, "none") for ball, size in balls.items()])
+    found = msd(loss, x, attacks=[Attack(ball, 3, size, "none") for ball, size in balls.items()])
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
     assert len(chosen) > 1, "the example should need more than one threat"
 
@@ -368,3 +372,133 @@ def test_impossible_threats_and_losses_are_refused():
         pgd(lambda z: z.sum(), x, threat=ThreatModel())
     with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
         pgd(lambda z: z.flatten(1).sum(1), torch.randn(3, 1, 4, 4) * 3, threat=ThreatModel())
+
+
+SHORT = {"threat": ThreatModel("linf", 0.2), "num_steps": 2}
+IN_TRAIN_MODE, AGAIN = {"loss": "kl", "attack_bn": "train", **SHORT}, {"num_restarts": 2, **SHORT}
+PAIR = [Attack(ThreatModel("linf", 0.2), 2), Attack(ThreatModel("l2", 0.5), 2)]
+
+
+def ce_of(model, y):
+    """The closure that a user would write."""
+    return lambda z: F.cross_entropy(model(z), y, reduction="none")
+
+
+ATTACKS = {
+    "pgd": lambda model, x, y, **own: pgd(model, x, y, **SHORT, **own),
+    "pgd, kl, train mode": lambda model, x, y, **own: pgd(model, x, y, **IN_TRAIN_MODE, **own),
+    "pgd of a loss": lambda model, x, y, **own: pgd(ce_of(model, y), x, model=model, **AGAIN, **own),
+    "fgsm": lambda model, x, y, **own: fgsm(model, x, y, threat=SHORT["threat"], start="uniform", **own),
+    "msd": lambda model, x, y, **own: msd(model, x, y, PAIR, **own),
+    "Attack": lambda model, x, y, **own: Attack(**SHORT)(model, x, y, **own),
+}
+BARE = {
+    "pgd": lambda loss, x: pgd(loss, x, generator=torch.Generator(), **SHORT),
+    "fgsm": lambda loss, x: fgsm(loss, x, threat=SHORT["threat"]),
+    "msd": lambda loss, x: msd(loss, x, attacks=PAIR, generator=torch.Generator()),
+}
+
+
+def trained() -> nn.Module:
+    """A model in train mode but for a frozen part, with statistics and gradients of its own."""
+    model = BatchNormNet()
+    model.bn.running_var.uniform_(0.5, 2)
+    model.fc.eval()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    model.fc.bias.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_on_a_model_leave_no_trace(name):
+    """In a plain loop an attack would move BatchNorm's statistics ten times a step, and nobody would see."""
+    model, (x, y) = trained(), image_batch()
+    before, modes, state = everything(model), [m.training for m in model.modules()], torch.get_rng_state()
+    x_adv = ATTACKS[name](model, x, y)
+    assert_same(everything(model), before)
+    assert [m.training for m in model.modules()] == modes
+    assert all((p.grad == 0.5).all() for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()].count(False) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(ATTACKS[name](model, x, y), x_adv), "a function of the random state"
+    seeded = [torch.Generator().manual_seed(0) for _ in "12"]
+    first = ATTACKS[name](model, x, y, generator=seeded[0])
+    other = model if "train" in name else copy.deepcopy(model).eval()
+    assert torch.equal(ATTACKS[name](other, x, y, generator=seeded[1]), first)
+
+
+def test_other_images_have_other_starts_though_no_state_moves():
+    """The state is put back, so the starts of a whole epoch would be the same noise."""
+    model, (x, y) = BatchNormNet(), image_batch()
+    noise = [pgd(model, z, y, threat=SHORT["threat"], num_steps=0) - z for z in (0.3 + x / 3, 0.4 + x / 3)]
+    assert not torch.allclose(*noise, atol=0.01)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_are_the_same_without_gradients(name, mode):
+    """Under inference_mode every tensor is one that autograd refuses, the batch of a loader too."""
+    model, (x, y) = trained(), image_batch()
+    expected = ATTACKS[name](model, x, y)
+    with mode():
+        x, y = x.clone(), y.clone()
+        if "of a loss" in name:  # what a closure holds is its own
+            with torch.inference_mode(False):
+                y = y.clone()
+        assert torch.equal(ATTACKS[name](model, x, y), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", BARE)
+def test_a_loss_whose_module_would_be_changed_is_refused(name, compiled):
+    """The loop that README once showed: clean accuracy in eval mode fell from 61 to 20 % on digits."""
+    model, (x, y) = BatchNormNet(), image_batch()
+    wrap = partial(torch.compile, backend="eager", disable=not compiled)
+    before, state, called = everything(model), torch.get_rng_state(), wrap(model)
+    text = r"got a loss that calls .* in train mode, which moves .*bn.running_mean and the random state"
+    with pytest.raises(ValueError, match=text + ".*model=model"):
+        BARE[name](ce_of(called, y), x)
+    assert_same(everything(model), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="calls Dropout in train mode, which moves the random state"):
+        BARE[name](lambda z: nn.functional.relu(model.drop(z)).flatten(1).sum(1), x)
+    model.eval()
+    assert BARE[name](ce_of(called, y), x).shape == x.shape
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Dropout(0.0))
+    plain.register_buffer("mean", torch.zeros(1))
+    assert BARE[name](ce_of(wrap(plain), y), x).shape == x.shape, "nothing moves"
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+    assert not any(m._forward_hooks for m in [*model.modules(), *plain.modules()])
+
+
+def test_a_model_comes_with_labels_and_a_loss_without():
+    """Labels that are ignored, or logits taken for losses, would be an attack on something else."""
+    model, (x, y) = BatchNormNet(), image_batch()
+    for target, labels in ((model, None), (ce_of(model, y), y)):
+        for attack in (lambda *a: pgd(*a, **SHORT), lambda *a: msd(*a, PAIR)):
+            with pytest.raises(TypeError, match="expected a module with labels, or a loss"):
+                attack(target, x, labels)
+    with pytest.raises(ValueError, match="msd: got no attacks"):
+        msd(model, x, y)
+    with pytest.raises(ValueError, match="attack_bn: got 'Train'; expected eval or train"):
+        pgd(model, x, y, attack_bn="Train", **SHORT)
+
+
+def test_protection_of_one_thread_does_not_end_that_of_another():
+    """One list for all threads: the first to end took the other's model off it."""
+    models, inside, over = [nn.Linear(2, 2), nn.Linear(2, 2)], threading.Event(), threading.Event()
+
+    def attack() -> None:
+        with undisturbed(models[1], training=False):
+            inside.set()
+            over.wait()
+
+    other = threading.Thread(target=attack)
+    with undisturbed(models[0], training=False):
+        other.start()
+        inside.wait()
+        assert [is_undisturbed(model) for model in models] == [True, False]
+    assert not is_undisturbed(models[0])
+    over.set()
+    other.join()

@@ -80,10 +80,8 @@ def test_cutout_centres_are_uniform_and_clipped(side):
     """A square that stays inside erases the middle more than the rim, stronger than published."""
     height, width, draws, half = 4, 5, 1500, side // 2
     places = Counter()
-    cutout, white = (
-        Augmentation("cutout", cutout_size=side),
-        torch.full((1, height, width), 9, dtype=torch.uint8),
-    )
+    cutout = Augmentation("cutout", cutout_size=side)
+    white = torch.full((1, height, width), 9, dtype=torch.uint8)
     for seed in range(draws):
         rows, columns = torch.nonzero(cutout.apply(white, seed)[0] == 0, as_tuple=True)
         box = (int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1)
@@ -91,11 +89,8 @@ def test_cutout_centres_are_uniform_and_clipped(side):
         places[box] += 1
     # The first row runs from -(s//2); what is clipped above 0 and below H remains.
     tops, lefts = (range(-half, size + half - side + 1) for size in (height, width))
-    expected = {
-        (max(top, 0), min(top + side, height), max(left, 0), min(left + side, width))
-        for top in tops
-        for left in lefts
-    }
+    rows = [(max(top, 0), min(top + side, height)) for top in tops]
+    expected = {(*row, max(left, 0), min(left + side, width)) for row in rows for left in lefts}
     assert set(places) == expected
     assert len(expected) == len(tops) * len(lefts)
     # 30 (s=2) or 20 (s=3) equally likely places, deviation below sqrt(1500 / 20) = 8.7; 5 of them allowed.
@@ -181,13 +176,11 @@ def image_batch(n=6, classes=4, seed=0):
     return torch.rand(n, 3, 8, 8, generator=generator), torch.randint(0, classes, (n,), generator=generator)
 
 
-@pytest.mark.parametrize(
-    ("mixing", "direct"),
-    [
-        (Mixing(mixup_alpha=0.4), v2.MixUp(alpha=0.4, num_classes=4)),
-        (Mixing(cutmix_alpha=1.0), v2.CutMix(alpha=1.0, num_classes=4)),
-    ],
-)
+MIXED = [(Mixing(mixup_alpha=0.4), v2.MixUp(alpha=0.4, num_classes=4))]
+MIXED += [(Mixing(cutmix_alpha=1.0), v2.CutMix(alpha=1.0, num_classes=4))]
+
+
+@pytest.mark.parametrize(("mixing", "direct"), MIXED)
 def test_mixing_is_that_of_torchvision(mixing, direct):
     """An alpha that does not arrive would only show as a slightly different accuracy."""
     x, y = image_batch()

@@ -63,11 +63,10 @@ def test_plain_values_come_back_with_their_types(tmp_path):
 
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+DTYPES = [getattr(torch, name) for name in (*FLOATS, "int64", "uint8", "bool")]
 
 
-@pytest.mark.parametrize(
-    "dtype", [getattr(torch, name) for name in (*FLOATS, "int64", "uint8", "bool")], ids=str
-)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tensors_of_every_dtype_come_back_bit_for_bit(dtype, tmp_path):
     """bfloat16 through numpy, or NaN payloads through a conversion, would change the resumed run."""
     width = torch.empty(0, dtype=dtype).element_size()

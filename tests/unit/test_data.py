@@ -75,9 +75,8 @@ def test_class_order_takes_turns_or_keeps_proportions():
 
 def test_max_train_is_balanced_and_cut_before_validation():
     """A budget of labelled images would silently grow by the validation images, or not repeat."""
-    first, same, other = (
-        load(max_train=100, val_size=20, max_test=50, split_seed=seed) for seed in (0, 0, 1)
-    )
+    sizes = {"max_train": 100, "val_size": 20, "max_test": 50}
+    first, same, other = (load(**sizes, split_seed=seed) for seed in (0, 0, 1))
     counts = [torch.bincount(part.y).tolist() for part in (first.train, first.val, first.test)]
     assert counts == [[8] * 10, [2] * 10, [5] * 10]
     assert torch.equal(first.val.positions, same.val.positions)
@@ -317,9 +316,7 @@ def test_timm_splits_are_checked(folder, monkeypatch):
 
     monkeypatch.setattr("timm.data.create_dataset", create)
     for key, value in {"val_split": "val", "train_split": "trainval"}.items():
-        with pytest.raises(
-            ValueError, match=f"data.{key}: got '{value}', which is the test split of torch/cifar"
-        ):
+        with pytest.raises(ValueError, match=f"data.{key}: got '{value}', which is the test split of torch"):
             load("timm", name="torch/cifar10", root="x", **{key: value})
 
 

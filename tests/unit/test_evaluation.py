@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from cases import BatchNormNet, assert_same, everything, image_batch
 from PIL import Image
 from torch import nn
 
 from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.digest import digest
 from wcitrain.evaluation import AttackResult, Corruptions, Evaluation, PreflightWarning, compare, evaluate
+from wcitrain.evaluation.accuracy import measure_accuracy
 from wcitrain.evaluation.checks import check_results
 from wcitrain.evaluation.corruptions import COMMON
 from wcitrain.evaluation.plans import EnsemblePlan, GradientPlan, parse_attack
 from wcitrain.evaluation.results import bootstrap_interval, mcnemar
+from wcitrain.objectives import CatastrophicOverfittingGuard
+from wcitrain.params import select_layers
 from wcitrain.seeding import generator_from
 
 LINF = ThreatModel("linf", 0.05)
@@ -330,9 +334,7 @@ def test_a_saved_evaluation_is_the_same(tmp_path):
     read = Evaluation.load(made.save(tmp_path / "x.npz"))
     assert read.as_dict() == made.as_dict()
     assert read.table() == made.table()
-    assert all(
-        torch.equal(*pair) for pair in zip(read.corrupted.values(), made.corrupted.values(), strict=True)
-    )
+    assert_same(read.corrupted, made.corrupted)
     for kind in ("labels", "is_clean", "clean_losses", "index"):
         assert torch.equal(getattr(read, kind), getattr(made, kind))
     assert torch.equal(read.worst(), made.worst())
@@ -347,9 +349,7 @@ def test_files_that_are_no_evaluation_are_named(kind, tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     if kind == "keys":
         np.savez(path, header=np.array('{"format": 1}'))
-    with pytest.raises(
-        ValueError, match=r"other\.npz: got another file .*; expected one of Evaluation\.save"
-    ):
+    with pytest.raises(ValueError, match=r"other\.npz: got another .*; expected one of Evaluation\.save"):
         Evaluation.load(path)
 
 
@@ -357,9 +357,8 @@ def test_the_table_has_a_row_an_attack_and_the_worst_case():
     """What is printed must be the flags' shares, and a loss only where the attack raised it."""
     model = small_model()
     x, y = examples(model)
-    result = run(
-        model, x, y, [LINF, ThreatModel("linf", 0.02)], attacks=["pgd-3", "margin-3", "dlr-3", "fgsm"]
-    )
+    attacks = ["pgd-3", "margin-3", "dlr-3", "fgsm"]
+    result = run(model, x, y, [LINF, ThreatModel("linf", 0.02)], attacks=attacks)
     fog = {("fog", s): torch.arange(40) < 8 * (6 - s) for s in (1, 2, 3, 4, 5)}
     lines = replace(result, corrupted=fog).table().splitlines()
     assert len(lines) == 1 + 1 + 2 * 5 + 1 + 1 + 3
@@ -503,3 +502,24 @@ def test_findings_raise_warn_or_are_not_looked_for():
     with pytest.warns(PreflightWarning, match="probabilities"):
         assert run(Around(after=SOFTMAX), x, y, preflight="warn").findings[0].name == "probabilities"
     assert run(Around(after=SOFTMAX), x, y, preflight="off").findings == ()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluations_are_the_same_without_gradients(mode):
+    """A notebook evaluates under either; the batches made there are tensors that autograd refuses."""
+    torch.manual_seed(0)
+    model, ball = BatchNormNet().train(), ThreatModel("linf", 0.1)
+
+    def numbers() -> list[object]:
+        x, y = image_batch(40)
+        found = evaluate(model, [(x, y)], ball, attacks=("pgd-2", "fgsm"), preflight="off")
+        layers = select_layers(model)
+        accuracy = measure_accuracy(model, [(x, y, y)], Attack(ball, 2), layers=layers)
+        guard = CatastrophicOverfittingGuard()
+        guard.check(model, x, y, ball, torch.Generator().manual_seed(0))
+        return [found.table(), str(accuracy.summary()), str(accuracy.wci), guard.last]
+
+    before, expected = everything(model), numbers()
+    with mode():
+        assert numbers() == expected
+    assert_same(everything(model), before)

@@ -81,11 +81,7 @@ def test_max_images_takes_turns_over_classes(tmp_path, splits):
 @pytest.mark.parametrize(
     ("arrays", "settings", "message"),
     [
-        (
-            {"image": PIXELS},
-            {},
-            r"got .*label.* expected a folder, or a .npz of plain arrays image and label",
-        ),
+        ({"image": PIXELS}, {}, r"got .*label.* expected a folder, or a .npz of plain arrays image"),
         ({"image": PIXELS / 255}, PSEUDO, r"got images float64 \[10, 6, 6, 3\].*expected uint8"),
         ({"image": PIXELS[:0]}, PSEUDO, r"got images uint8 \[0, 6, 6, 3\]"),
         ({"image": PIXELS.transpose(0, 3, 1, 2)}, PSEUDO, r"got images uint8 \[10, 3, 6, 6\].*'W', 3\]"),
@@ -275,9 +271,10 @@ def test_index_and_label_belong_to_the_image(mixed):
     assert torch.equal(y, number % 3)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"crop_padding": 2, "flip": True}, {"augmentation": Augmentation("cutout", cutout_size=3)}]
-)
+CHANGES = [{"crop_padding": 2, "flip": True}, {"augmentation": Augmentation("cutout", cutout_size=3)}]
+
+
+@pytest.mark.parametrize("settings", CHANGES)
 def test_extra_images_are_cropped_and_augmented(mixed, settings):
     """Only the labelled half of each batch would be augmented."""
     plain, shown = joined(mixed.batches(10, **TRAIN)), joined(mixed.batches(10, **TRAIN, **settings))

@@ -5,7 +5,6 @@ import timm
 import torch
 
 from wcitrain.models import create_model, load_exported
-from wcitrain.params import select_layers
 
 
 def test_normalisation_is_inside_and_comes_from_the_pretrained_config():
@@ -89,22 +88,6 @@ def test_what_cannot_be_built_is_refused_with_a_way_out(kwargs, message):
     """Otherwise the error comes from deep inside timm, or after the data have been read."""
     with pytest.raises(ValueError, match=message):
         create_model(**kwargs, num_classes=3)
-
-
-def test_layers_are_weight_matrices_only():
-    """Biases, norms, tokens and embeddings are not layers; tied tensors count once."""
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=1)
-    names = list(select_layers(vit))
-    assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(names)
-    assert not any(n in ("cls_token", "pos_embed") or "norm" in n or n.endswith("bias") for n in names)
-    tied = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.Embedding(4, 3))
-    tied[1].weight = tied[0].weight
-    assert list(select_layers(tied)) == ["0.weight"]
-    assert list(select_layers(tied, "weights+biases")) == ["0.weight", "0.bias"]
-    assert len(select_layers(tied, "all")) == 4
-    assert list(select_layers(tied, "2.*")) == ["2.weight"]
-    with pytest.raises(ValueError, match="selects no trainable tensor"):
-        select_layers(tied, "*nothing*")
 
 
 def test_a_damaged_description_of_an_export_is_one_clear_error(tmp_path):

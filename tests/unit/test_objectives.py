@@ -66,6 +66,25 @@ def test_perturb_leaves_no_trace(name, fails):
 
 
 @every_objective
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_perturb_and_loss_are_the_same_without_gradients(name, mode):
+    """A validation loop runs under either; input gradients are taken there too."""
+    model, (x, y), objective = two_heads(), image_batch(), OBJECTIVE_CASES[name].make()
+    before = everything(model)
+    torch.manual_seed(SEED)
+    x_adv = objective.perturb(model, x, y, generator())
+    loss = objective.loss(model, x, x_adv, y).total.detach()
+    model.load_state_dict(before)
+    with mode():
+        x, y = x.clone(), y.clone()
+        torch.manual_seed(SEED)
+        found = objective.perturb(model, x, y, generator())
+        assert torch.equal(found, x_adv)
+        assert found.requires_grad == x_adv.requires_grad
+        assert torch.equal(objective.loss(model, x, found, y).total, loss)
+
+
+@every_objective
 def test_adversarial_images_are_in_ball_and_box_and_repeat(name):
     """Outside, training is against another threat; unrepeatable, a resumed run differs."""
     model, (x, y) = two_heads(), image_batch()

@@ -117,16 +117,12 @@ def test_another_kind_keeps_the_settings_it_shares_and_drops_the_rest(write, sec
 def test_two_methods_that_are_one_choice_and_a_base_above_a_method_are_refused(write):
     """``wci awp`` would train AWP under both names, ``wci digits`` without what holds for digits."""
     base = write("name: base\ndata: {source: digits}\nperturbation: sam\n", "base.yaml")
-    wci, awp = (
-        write(f"name: {name}\nperturbation: {{name: {name}}}\n", f"{name}.yaml") for name in ("wci", "awp")
-    )
-    with pytest.raises(
-        RecipeError, match=r"awp\.yaml: perturbation: got awp, and wci by .*wci\.yaml; expected one"
-    ):
+    text = "name: {0}\nperturbation: {{name: {0}}}\n"
+    wci, awp = (write(text.format(name), f"{name}.yaml") for name in ("wci", "awp"))
+    rule = r"awp\.yaml: perturbation: got awp, and wci by .*wci\.yaml; expected one"
+    with pytest.raises(RecipeError, match=rule):
         load_recipe([base, wci, awp])
-    with pytest.raises(
-        RecipeError, match=r"base\.yaml: got a base after a method; expected bases before methods"
-    ):
+    with pytest.raises(RecipeError, match=r"base\.yaml: got a base after a method; expected bases before"):
         load_recipe([wci, base])
     assert load_recipe([base, wci, wci]).perturbation == load_recipe([base, wci]).perturbation
 
@@ -173,7 +169,7 @@ def test_files_are_laid_on_one_another_and_name_the_run_together(write):
     nameless = write("penalty: frobenius\n", "nameless.yaml")
     recipe = load_recipe([base, method, str(nameless)])
     assert (recipe.name, recipe.train.epochs, recipe.train.batch_size) == ("small-wci", 4, 20)
-    assert recipe.method == "WCI r=1"
+    assert recipe.method == "WCI r=0.5"
     assert recipe.penalty is not None
     assert load_recipe([method, base]).train.epochs == 3
     assert load_recipe([base, method], ["name=mine"]).name == "mine"
@@ -380,7 +376,7 @@ perturbation: {name: wci, strength: 1, relative_size: 1} => perturbation.strengt
 perturbation: {name: awp, schedule: {start: 20}} => perturbation.schedule.start: got 20; expected less than train.epochs = 20
 perturbation: awp, penalty: {name: wci, estimator: hutchinson} => penalty.estimator: got hutchinson beside AWP γ=0.01; expected gauss_newton
 perturbation: gsam, penalty: wci => penalty: got wci penalty 0 beside GSAM ρ=0.05 α=0.2; expected a rule that takes the gradient at W + u alone ... Leave one of the two out.
-perturbation: noise, penalty: {name: frobenius_trace, trace_weight: 1} => penalty: got F+T penalty 0, 1 beside noise r=1; ... Leave one of the two out.
+perturbation: noise, penalty: {name: frobenius_trace, trace_weight: 1} => penalty: got F+T penalty 0, 1 beside noise r=0.5; ... Leave one of the two out.
 perturbation: sam, penalty: frobenius => wrapper.layers: got null with SAM ρ=0.05, which is published for all tensors,
 train: {eps_warmup_epochs: 2}, objective: standard => train.eps_warmup_epochs: got 2.0, which nothing uses; expected an attack
 train: {compile: true}, objective: grad_align => train.compile: got true with GradAlign
@@ -435,9 +431,8 @@ def test_one_error_lists_every_problem_with_its_place(write):
         "base: base.yaml\nseed: 1\nseed: 2\nthreat:\n  eps: 8\naveraging: swa\n"
         "penalty:\n  name: wci\n  schedule:\n    strat: 3\n  estimator: {name: hutchinson,\n    radius: 2}\n"
     )
-    method = write(
-        "seed: 1\nschedule: {name: cosine, milestones: [3],\n  final_fraction: 2}\n", "method.yaml"
-    )
+    text = "seed: 1\nschedule: {name: cosine, milestones: [3],\n  final_fraction: 2}\n"
+    method = write(text, "method.yaml")
     starts = [
         f"{path}:3: seed: got the key a second time",
         "command line: got 'foo'; expected section.key=value",

@@ -19,9 +19,7 @@ from wcitrain.sweep import read_sweep, read_sweep_file
 from wcitrain.train import threat_factor
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-BASES, METHODS = (
-    sorted(path.stem for path in (FOLDER / part).glob("*.yaml")) for part in ("bases", "methods")
-)
+BASES, METHODS = (sorted(p.stem for p in (FOLDER / part).glob("*.yaml")) for part in ("bases", "methods"))
 SWEEPS = sorted((FOLDER / "sweeps").glob("*.yaml"))
 STACKS = ["trades wci", "mart wci", "awp wci_penalty"]
 SHAPES = {"digits": (1, 8), "cifar10": (3, 16)}
@@ -117,11 +115,8 @@ def test_what_holds_for_one_base_names_a_base_that_exists():
 
 
 TABLES = {key[0]: choice.table for key, (choice, _) in CHOICES.items() if len(key) == 1}
-WITHOUT_A_FILE = {
-    "penalty": {"frobenius", "trace", "frobenius_trace"},
-    "optimizer": {"adamw"},
-    "schedule": {"cosine"},
-}
+WITHOUT_A_FILE = {"penalty": {"frobenius", "trace", "frobenius_trace"}}
+WITHOUT_A_FILE |= {"optimizer": {"adamw"}, "schedule": {"cosine"}}
 
 
 @pytest.mark.parametrize("section", TABLES)
@@ -223,7 +218,7 @@ LABELS = """
 threat: {norm: l2, eps: 0.5} => AT l2
 objective: standard => standard
 perturbation: {name: wci, strength: 0.1} => WCI λ=0.1
-perturbation: {name: wci, frobenius: true} => WCI r=1 +F
+perturbation: {name: wci, frobenius: true} => WCI r=0.5 +F
 penalty: wci => AT
 penalty: {name: wci, strength: 0.1} => wci penalty 0.1
 objective: trades, perturbation: {name: awp, gamma: 0.005} => TRADES β=6 + AWP γ=0.005

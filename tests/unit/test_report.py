@@ -114,9 +114,8 @@ def test_a_sentence_says_when_the_runs_do_not_tell_the_methods_apart(tmp_path):
     assert "does not tell these methods apart: their intervals overlap." in table
     assert [line.split()[1] for line in table.splitlines()[2:5]] == ["z", "a", "m"]
     runs.append(write_run(tmp_path / "far", "far", method="far", robust=0.56))  # above z alone
-    runs[0].summary["attack"] = (
-        "PGD-50 linf 8/255"  # robust accuracies under different attacks do not compare
-    )
+    # Robust accuracies under different attacks do not compare.
+    runs[0].summary["attack"] = "PGD-50 linf 8/255"
     assert "apart" not in results_table(runs)
     assert "attack: PGD-10 linf 8/255 / PGD-50 linf 8/255" in results_table(runs)
     assert "apart" not in results_table(runs[:1])
@@ -138,11 +137,7 @@ def test_runs_that_are_not_independent_warn_or_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (
-            "metrics.jsonl",
-            None,
-            r"got no metrics\.jsonl; expected a run folder: recipe\.yaml, metrics\.jsonl and",
-        ),
+        ("metrics.jsonl", None, r"got no metrics\.jsonl; expected a run folder: recipe\.yaml, metrics\.js"),
         ("metrics.jsonl", "", r"got no whole line; expected one an epoch"),
         ("metrics.jsonl", 'oops\n{"epoch": 1}\n', r"metrics\.jsonl:1: got 'oops'"),
         ("metrics.jsonl", '[1]\n{"epoch": 1}\n', r"metrics\.jsonl:1: got '\[1\]'"),
@@ -191,14 +186,8 @@ def test_a_report_writes_table_page_and_figures_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("values", [(None, float("nan"), float("inf")), (-1.0, 0.0, -1.0)])
 def test_figures_survive_values_that_are_not_numbers(tmp_path, values):
     """A diverged run is exactly the one whose report somebody wants to see."""
-    keys = (
-        "wci/total",
-        f"wci/{LAYERS[0]}",
-        "robust_gap",
-        "val/robust_loss",
-        "measures/x",
-        "wci/total_stderr",
-    )
+    keys = ["wci/total", f"wci/{LAYERS[0]}", "wci/total_stderr"]
+    keys += ["robust_gap", "val/robust_loss", "measures/x"]
     metrics = dict(zip(keys, (*values, *values), strict=True))
     empty = dict.fromkeys((f"wci/{layer}" for layer in LAYERS), values[1])
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "c", "c", metrics=empty)]

@@ -247,10 +247,8 @@ def test_measures_taken_otherwise_stand_apart(tmp_path, page_of):
     changes = [({}, ENTRY), ({}, fewer), ({"seed": 2}, ENTRY), ({"threat": "l2 0.5"}, ENTRY), ({}, ENTRY)]
     for i, (change, entry) in enumerate(changes):
         add_json(run, f"measures/{i}.json", HEADER | change | {"measures": {"m": entry}})
-    names = [
-        line[0].removeprefix("m: last train, PGD-10 linf 8/255, ")
-        for line in page_of(run)[0].table("Measures")
-    ]
+    prefix = "m: last train, PGD-10 linf 8/255, "
+    names = [line[0].removeprefix(prefix) for line in page_of(run)[0].table("Measures")]
     own = ["100 examples", "500 examples", "500 examples (again, 1)"]  # that one of other data, say
     assert names[1:] == [*own, "500 examples, seed 2", "l2 0.5, 500 examples"]
 

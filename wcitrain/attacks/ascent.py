@@ -3,23 +3,33 @@
 Legend: B batch, C classes, x images [B, *dims] in [0, 1], delta = x_adv - x; ``loss_fn(x_adv)`` is one loss
 an example [B]; z logits [B, C], p = softmax(z), y class indices [B] or soft targets [B, C] that sum to one
 (mixup). Losses are in float32 at least; margin and dlr are positive where the model is wrong, and take the
-class of the largest soft target. What a model must be protected from meanwhile: see ``preserve``.
+class of the largest soft target.
+
+An attack on a module leaves it as it was: modes, buffers, gradients, random state (``preserve``). A function
+whose module it is not told is watched once, and refused where it moves any of that. All work under
+``no_grad`` and ``inference_mode`` too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from wcitrain.attacks.threat import ThreatModel, project, shaped, steepest_step, uniform_in_ball
+from wcitrain.digest import digest
 from wcitrain.method import Count, Nested, NonNegative, PositiveCount, PositiveShare, method, refuse, setting
 from wcitrain.params import precise
+from wcitrain.preserve import differentiating, is_undisturbed, normal, undisturbed, watched
+from wcitrain.seeding import generator_from
 
 PerExampleLoss = Callable[[Tensor], Tensor]
+Target = nn.Module | PerExampleLoss
 Start = Literal["uniform", "gaussian", "none"]
+Mode = Literal["eval", "train"]  # of BatchNorm and dropout during an attack
 Threat = Annotated[ThreatModel, Nested(), Field(description="Norm and radius of the attack.")]
 LOSS = "What the attack maximises: cross-entropy, margin, DLR"
 LossName = Annotated[
@@ -113,26 +123,58 @@ class Attack:
             refuse("start", f"{text} Use start='gaussian'.")
 
     def __call__(
-        self, model_fn: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, generator: Generator | None = None
+        self,
+        model_fn: Callable[[Tensor], Tensor],
+        x: Tensor,
+        y: Tensor,
+        generator: Generator | None = None,
+        attack_bn: Mode = "eval",
     ) -> Tensor:
         """Return adversarial images for ``x`` [B, *dims], for the loss of the logits ``model_fn(x)`` [B, C].
 
-        ``y`` are class indices [B] or soft targets [B, C]. The model's mode and statistics are the caller's.
+        ``y`` are class indices [B] or soft targets [B, C]. The rest is as in ``maximise``; a module is the
+        model that it protects.
         """
-        loss, reference = ATTACK_LOSSES[self.loss], None
+        with attacking(model_fn, x, generator, attack_bn) as starts:
+            return self._climb(self.loss_of(model_fn, x, y), normal(x), starts)
+
+    def loss_of(self, model_fn: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> PerExampleLoss:
+        """Return what the attack on ``x`` climbs: ``loss`` of the logits at ``y``, for the KL from here."""
+        loss, y, reference = ATTACK_LOSSES[self.loss], normal(y), None
+        model_fn = watched(model_fn, "pgd")
         if self.loss == "kl":
             with torch.no_grad():
                 reference = model_fn(x)
-        return self.maximise(lambda x_adv: loss(model_fn(x_adv), y, reference), x, generator)
+        return lambda x_adv: loss(model_fn(x_adv), y, reference)
 
-    def maximise(self, loss_fn: PerExampleLoss, x: Tensor, generator: Generator | None = None) -> Tensor:
+    def maximise(
+        self,
+        loss_fn: PerExampleLoss,
+        x: Tensor,
+        generator: Generator | None = None,
+        model: nn.Module | None = None,
+        attack_bn: Mode = "eval",
+    ) -> Tensor:
         """Return adversarial images for any loss [B] of images with these settings; ``loss`` is ignored.
 
-        They are detached, in [0, 1], and within eps of ``x`` up to rounding. ``generator`` draws the starts.
+        They are detached, in [0, 1], and within eps of ``x`` up to rounding.
+
+        Args:
+            generator: Draws the starts, else torch's global one does; with a model, whose attack leaves that
+                as it was, they are a function of its state and of ``x``.
+            model: What ``loss_fn`` calls, which is left as it was.
+            attack_bn: The model's mode meanwhile: eval, or train: as it is. Inside ``preserve.undisturbed``
+                the caller has chosen, and has its generator used.
 
         Raises:
-            ValueError: Images outside [0, 1], or a loss that is not one number per example.
+            ValueError: Images outside [0, 1], a loss that is not one number per example, or one that calls
+                a module in train mode that such a call changes.
         """
+        with attacking(model, x, generator, attack_bn) as starts:
+            return self._climb(watched(loss_fn, "pgd"), normal(x), starts)
+
+    def _climb(self, loss_fn: PerExampleLoss, x: Tensor, generator: Generator | None) -> Tensor:
+        """Return ``maximise``, of a loss that leaves no trace."""
         check_images(x, "pgd")
         x = x.detach()
         worst, worst_loss = x, None
@@ -157,32 +199,87 @@ class Attack:
         return steps + compare + (self.loss == "kl"), steps
 
 
-def pgd(loss_fn: PerExampleLoss, x: Tensor, *, generator: Generator | None = None, **settings: Any) -> Tensor:
-    """Return ``Attack(**settings).maximise(loss_fn, x, generator)``, projected gradient ascent."""
-    return Attack(**settings).maximise(loss_fn, x, generator)
+@contextmanager
+def attacking(model: object, x: Tensor, generator: Generator | None, mode: str) -> Iterator[Generator | None]:
+    """Allow gradients and protect the model, unless a caller does; yield what draws the starts."""
+    with differentiating():
+        if not isinstance(model, nn.Module) or is_undisturbed(model):
+            yield generator
+            return
+        if mode not in ("eval", "train"):
+            raise ValueError(f"attack_bn: got {mode!r}; expected eval or train. Choose one of them.")
+        if generator is None:  # other images have other starts, though no state moves
+            generator = generator_from(x.device, "attack", digest([torch.get_rng_state(), x]))
+        with undisturbed(model, training=None if mode == "train" else False):
+            yield generator
 
 
-def fgsm(loss_fn: PerExampleLoss, x: Tensor, *, threat: ThreatModel, **settings: Any) -> Tensor:
+def pgd(
+    target: Target,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    model: nn.Module | None = None,
+    generator: Generator | None = None,
+    attack_bn: Mode = "eval",
+    **settings: Any,
+) -> Tensor:
+    """Return images of projected gradient ascent, ``Attack(**settings)``, on a model or on any loss.
+
+        pgd(model, x, y, threat=ThreatModel())             Attack(...)(model, x, y, generator, attack_bn)
+        pgd(loss_fn, x, model=model, threat=...)           Attack(...).maximise(loss_fn, x, generator, ...)
+
+    Either way the model is left as it was. TypeError for a model without labels, or labels without one.
+    """
+    check_target(target, y, "pgd")
+    if y is not None:
+        return Attack(**settings)(target, x, y, generator, attack_bn)
+    return Attack(**settings).maximise(target, x, generator, model, attack_bn)
+
+
+def fgsm(
+    target: Target, x: Tensor, y: Tensor | None = None, *, threat: ThreatModel, **settings: Any
+) -> Tensor:
     """Return one step of ``pgd``, by default from x and of length eps (Goodfellow et al., arXiv 1412.6572).
 
     With ``start="uniform"`` and ``step_size=1.25 * eps`` it is FGSM-RS (Wong et al., arXiv 2001.03994).
     """
     own: dict[str, Any] = {"num_steps": 1, "step_size": threat.eps, "start": "none"}
-    return pgd(loss_fn, x, threat=threat, **own | settings)
+    return pgd(target, x, y, threat=threat, **own | settings)
 
 
 def msd(
-    loss_fn: PerExampleLoss, x: Tensor, attacks: Sequence[Attack], generator: Generator | None = None
+    target: Target,
+    x: Tensor,
+    y: Tensor | None = None,
+    attacks: Sequence[Attack] = (),
+    generator: Generator | None = None,
+    *,
+    model: nn.Module | None = None,
+    attack_bn: Mode = "eval",
 ) -> Tensor:
     """Multi steepest descent on a union of balls (Maini, Wong & Kolter 2020, arXiv 1909.04068, eq. 7 to 9).
 
         x_{k+1} = argmax over t of loss( x_k^t ),  x_k^t = step (1) of attack t from x_k, in its ball      (2)
 
     for each example, so the result lies in the union. ``num_steps`` and ``start`` are the first attack's; an
-    example starts in the ball of an attack drawn for it. Cost for T attacks: ``num_steps`` (1 + T) forward,
-    ``num_steps`` backward passes.
+    example starts in the ball of an attack drawn for it, and a model has the first attack's loss. What is
+    attacked, and how it is protected: as in ``pgd``, ``msd(loss_fn, x, attacks=...)`` without labels. Cost
+    for T attacks: ``num_steps`` (1 + T) forward, ``num_steps`` backward passes.
     """
+    check_target(target, y, "msd")
+    if not attacks:
+        raise ValueError("msd: got no attacks; expected at least one. Use msd(loss_fn, x, attacks=[...]).")
     check_images(x, "msd")
+    with attacking(model if y is None else target, x, generator, attack_bn) as starts:
+        loss_fn = watched(target, "msd") if y is None else attacks[0].loss_of(target, x, y)
+        return _msd(loss_fn, normal(x), attacks, starts)
+
+
+def _msd(
+    loss_fn: PerExampleLoss, x: Tensor, attacks: Sequence[Attack], generator: Generator | None
+) -> Tensor:
+    """Return (2) for a loss that leaves no trace."""
     x = x_adv = x.detach()
     rows = torch.arange(len(x), device=x.device)
     if (start := attacks[0].start) != "none":
@@ -197,6 +294,14 @@ def msd(
             best = torch.stack([loss_fn(step) for step in steps]).argmax(0)
         x_adv = torch.stack(steps)[best, rows]
     return x_adv
+
+
+def check_target(target: object, y: Tensor | None, where: str) -> None:
+    """Refuse a model without labels and labels without a model."""
+    if isinstance(target, nn.Module) != isinstance(y, Tensor):
+        got = f"got {type(target).__name__} with y a {type(y).__name__}"
+        rule = "expected a module with labels, or a loss [B] of images without"
+        raise TypeError(f"{where}: {got}; {rule}. Write {where}(model, x, y, ...).")
 
 
 def starting_point(x: Tensor, threat: ThreatModel, start: Start, generator: Generator | None) -> Tensor:
@@ -220,8 +325,8 @@ def ascend(
 
 def input_gradient(loss_fn: PerExampleLoss, x: Tensor, *, create_graph: bool = False) -> Tensor:
     """Return d(sum of losses)/dx, also under ``no_grad``; ValueError unless it is one loss an example."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
+    with differentiating():
+        x = normal(x).detach().requires_grad_()
         losses = loss_fn(x)
         if losses.shape != x.shape[:1]:
             rule = f"one loss per example, ({len(x)},). Use reduction='none'."

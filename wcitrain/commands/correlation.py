@@ -45,6 +45,7 @@ def correlated(models: Sequence[Measured], folder: Path, seed: int = 0) -> tuple
     header = ["measure", "Kendall τ", "Pearson r", "Ψ", "information", "models"]
     differing = f"hyper-parameters that differ: {', '.join(axes) or 'none'}."
     lines = [f"{len(models)} models of {len(set(runs))} runs; {differing}"]
+    lines += [f"Left out: {line}." for model in models for line in model.without_value()]
     correlations, figures = {}, {}
     for goal, part in GOALS.items():
         gap = [model.value(GAP, part) for model in models]

@@ -53,7 +53,8 @@ def _table(models: Sequence[Measured]) -> str:
     names = list(dict.fromkeys(name for model in models for name in model.measures))
     rows = [["", *(f"{model.target.name} {model.target.at}" for model in models)]]
     rows += [[name, *(_cell(model.measures[name]) for model in models)] for name in names]
-    return aligned([list(row) for row in zip(*rows, strict=True)] if len(models) > len(names) else rows)
+    table = aligned([list(row) for row in zip(*rows, strict=True)] if len(models) > len(names) else rows)
+    return "\n".join([table, *(line for model in models for line in model.without_value())])
 
 
 def _cell(one: Mapping[str, Any]) -> str:

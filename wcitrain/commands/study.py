@@ -98,6 +98,12 @@ class Measured:
         number = measurement["value"] if part is None else measurement["parts"].get(part)
         return math.nan if number is None else float(number)
 
+    def without_value(self) -> list[str]:
+        """Return a line for every measure that has no finite value, with its settings, which say why."""
+        where, missing = f"{self.target.name} {self.target.at}", "no finite value"
+        rows = ((name, one) for name, one in self.measures.items() if one["value"] is None)
+        return [f"{name} of {where}: {missing} ({one['settings']})" for name, one in rows]
+
 
 def settings_by_measure(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return settings such as ``"average_flatness.xi=0.25"`` by measure and name; values are YAML.

@@ -13,6 +13,8 @@ from wcitrain.curvature.passes import Passes, Step, carry_nan
 from wcitrain.method import Method
 from wcitrain.params import Layers, select_layers
 
+NEGATIVE = 3.0  # standard errors below zero from which a trace counts as negative
+
 
 @dataclass(frozen=True)
 class TraceEstimate:

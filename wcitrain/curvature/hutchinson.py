@@ -53,7 +53,7 @@ class Hutchinson(Estimator):
 
     def add_gradient(self, passes: Passes, shape: Tensor, strength: float) -> Step:
         """Add (3), or with strength zero measure by ⟨u, H u⟩, u_l = √shape_l v_l."""
-        if strength:
+        if strength and bool((shape > 0).any()):
             return self._by_differences(passes, shape, strength)
         layers = passes.layers
         with sdpa_kernel(SDPBackend.MATH):
@@ -61,7 +61,7 @@ class Hutchinson(Estimator):
         gradients = gradients_with_graph(total, layers.tensors)
         terms = []
         for probe in range(self.num_probes):
-            u, sigma = passes.random_direction(shape.sqrt(), probe)
+            u, sigma = passes.random_direction(torch.where(shape > 0, shape, 1.0).sqrt(), probe)
             terms.append(layers.dots(u, hvp(gradients, layers.tensors, u)))
         traces = torch.stack(terms).mean(0) / wide(sigma).square()
         passes.backward(total)
@@ -72,7 +72,7 @@ class Hutchinson(Estimator):
         layers = passes.layers
         norm = (layers.sizes() * strength * shape).sum().sqrt()  # ||u||
         size = layers.squared_norms().sum().sqrt()
-        h = float(self.radius * torch.where(size > 0, size, 1.0) / torch.where(norm > 0, norm, 1.0))
+        h = self.radius * torch.where(size > 0, size, 1.0) / torch.where(norm > 0, norm, 1.0)
         estimates, losses = [], []
         with full_precision(passes.model):
             with kept_buffers(passes.model), passes.local():
@@ -92,7 +92,7 @@ class Hutchinson(Estimator):
                             draws.append(layers.joined(sums, torch.nan) / (weight * passes.share))
                             losses.append(loss.detach())
                     estimates.append((draws[0] + draws[1]) / (2 * wide(sigma).square()))
-            return Step(carry_nan(passes.plain(), sum(losses)), torch.stack(estimates).mean(0))
+            return Step(carry_nan(passes.plain()[0], sum(losses)), torch.stack(estimates).mean(0))
 
     def extra_passes(self, is_active: bool) -> tuple[int, int]:
         """Return what ``cost`` says."""

@@ -2,16 +2,19 @@
 
 Every pass of a call sees the same random numbers (dropout) and the same module; all passes but the last run
 inside ``local()``, so that processes reduce their gradients once; on an exception nothing of it remains.
+
+A function returns the loss with its graph, or calls ``backward`` itself, as closures for torch do. What the
+call did to ``.grad`` tells them apart: it is empty meanwhile, and what was there is put back.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wcitrain.curvature.loss import Loss, LossFn, as_loss, signs
@@ -19,10 +22,13 @@ from wcitrain.params import Layers
 from wcitrain.preserve import put_back_buffers, random_state, saved_buffers, set_random_state
 from wcitrain.seeding import generator_from
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 TINY = 1e-30
+Gradients = dict[int, Tensor]  # by the ``id`` of their parameters
+Weigh = Callable[[list[Tensor]], Tensor]  # a weight of gradients, made of those of the layers
+
+
+class NothingDone(Exception):
+    """A closure returned None and left gradients alone: there is nothing to regularise."""
 
 
 class Step(NamedTuple):
@@ -30,7 +36,8 @@ class Step(NamedTuple):
 
     loss: Tensor
     traces: Tensor | None = None  # estimates of t_l [L]
-    relative_size: Tensor | None = None  # ||u|| / ||W||
+    is_seen: Tensor | None = None  # which layers got a gradient, booleans [L]; None: not looked at
+    relative_size: Tensor | None = None  # of the perturbation, as the rule counts it
     strength: Tensor | None = None  # λ, NaN where it is not defined
     memory: list[Tensor] | None = None  # what a rule carries to the next step, one tensor a layer
 
@@ -39,16 +46,21 @@ class Step(NamedTuple):
 class Passes:
     """The passes of one micro-batch on one process."""
 
-    model: nn.Module  # that ``loss_fn`` calls (prepared, under Accelerate)
+    model: nn.Module  # that ``loss_fn`` calls (DistributedDataParallel, among several processes)
     layers: Layers  # the tensors that are perturbed and measured
     loss_fn: LossFn  # see ``RegularizedOptimizer.backward``
     _: KW_ONLY
     parameters: Sequence[Tensor] = ()  # all that the optimizer steps, for undoing
     share: float = 1.0  # of this micro-batch in the step, 1 / num_micro_batches
     key: tuple[object, ...] = (0,)  # names the micro-batch: every random direction is a function of it
-    accelerator: "Accelerator | None" = None  # None in a plain loop
+    draw: tuple[object, int] = (0, 0)  # seed, and number of steps with draws: of what all micro-batches share
+    world: int = 1  # processes
+    scale: Tensor | None = None  # what a GradScaler multiplies losses with, and so what is in ``.grad``
+    may_call_backward: bool = False  # ``loss_fn`` may be torch's kind of closure
+    may_change_gradients: bool = False  # ... and clip them, where no rule would see those of a single pass
     use_math_attention: bool = False  # the plain formula: fused kernels cannot be differentiated twice
     traces: Tensor | None = None  # running averages of t_l [L], where known
+    is_active: Tensor | None = None  # layers that get gradients, booleans [L]; None: all
     memory: list[Tensor] | None = None  # what the rule's last ``Step`` carried
 
     def __post_init__(self) -> None:
@@ -58,82 +70,93 @@ class Passes:
         self._trained = list({id(p): p for p in everything if p.requires_grad}.values())
 
     def evaluate(self) -> Loss:
-        """Call ``loss_fn`` with the random numbers that every pass sees.
+        """Return the loss with its graph, from the random numbers that every pass sees.
 
-        RuntimeError where it changes gradients, TypeError where it returns no scalar loss with its graph.
+        RuntimeError where ``loss_fn`` calls ``backward``, TypeError where it returns no scalar with a graph.
         """
-        set_random_state(self._states, self.device)
-        before = self._gradient_versions()
-        with sdpa_kernel(SDPBackend.MATH) if self.use_math_attention else nullcontext():
-            loss = as_loss(self.loss_fn())
-        if before != self._gradient_versions():
-            text = "loss_fn called backward() or zero_grad() itself. Return the loss and leave the gradients"
-            raise RuntimeError(f"RegularizedOptimizer: {text} alone.")
-        total: Any = loss.total
-        if not isinstance(total, Tensor) or total.ndim != 0 or not total.requires_grad:
-            rule = "a scalar loss with its graph. Return the mean loss, without item or detach."
-            raise TypeError(f"RegularizedOptimizer: loss_fn returned {total!r:.60}; expected {rule}")
+        loss, own, _ = self._call()
+        if own is not None:
+            text = "loss_fn called backward(). Return the loss and leave the gradients alone"
+            raise RuntimeError(f"RegularizedOptimizer: {text}: this pass needs the graph of the loss.")
         return loss
 
-    def backward(self, total: Tensor, weight: float = 1.0) -> None:
+    def backward(self, total: Tensor, weight: float | Tensor = 1.0) -> None:
         """Add ``weight`` times the gradients of ``total``, in this micro-batch's share, to ``.grad``."""
-        (total if weight == 1 == self.share else total * (weight * self.share)).backward()
+        factor = self._scaled(weight * self.share)
+        (total if isinstance(factor, float) and factor == 1 else total * factor).backward()
 
-    def plain(self, weight: float = 1.0) -> Tensor:
-        """Evaluate once, add ``weight`` times the gradients, return the loss, detached."""
-        total = self.evaluate().total
-        self.backward(total, weight)
-        return total.detach()
+    def plain(self, weight: float = 1.0, direction: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor | None]:
+        """Evaluate once and add ``weight`` times the gradients; return the loss, detached.
 
-    def plain_weighed(self, weigh: Callable[[list[Tensor]], float]) -> Tensor:
+        With a direction u also ⟨u_l, g_l⟩ [L] of the gradients on this process; NaN for a layer without one.
+        """
+        loss, own, sums = self._call(direction)
+        if own is None:
+            with slopes(self.layers, direction) as sums:
+                self.backward(loss.total, weight)
+        else:
+            self._add(own, weight * self.share)
+        factor = 1.0 if own is not None else self._scaled(weight * self.share)
+        return loss.total.detach(), self.layers.joined(sums, torch.nan) / factor if direction else None
+
+    def gradients(
+        self, weight: float | Weigh = 0.0, *, retain_graph: bool = False
+    ) -> tuple[Loss, list[Tensor]]:
+        """Evaluate once; return the loss and the gradients of the layers on this process, zero where none.
+
+        ``weight`` times the gradients, or what it returns for them, is added to ``.grad``. The pass is an
+        ordinary ``backward``: reentrant checkpoints write into ``.grad``, past ``autograd.grad``.
+        """
+        loss, own, _ = self._call()
+        if own is None:
+            with self._set_aside():
+                self._scaled(loss.total).backward(retain_graph=retain_graph)
+                own = self._own_gradients()
+            if self.scale is not None:
+                own = {key: g / self.scale for key, g in own.items()}
+        g = self.filled([own.get(id(t)) for t in self.layers.tensors])
+        factor = weight(g) if callable(weight) else weight
+        if isinstance(factor, Tensor) or factor:
+            self._add(own, factor * self.share)
+        return loss, g
+
+    def plain_weighed(self, weigh: Weigh) -> Tensor:
         """As ``plain``, with a weight that ``weigh`` computes from the layers' gradients of this very pass.
 
         Among processes gradients are reduced while they are computed: a first backward finds the weight.
         """
+        if self.world == 1:
+            return self.gradients(weigh)[0].total.detach()
         total = self.evaluate().total
-        if self.accelerator is not None and self.accelerator.num_processes > 1:
-            self.backward(total, weigh(self.layer_gradients(total, retain_graph=True)))
-            return total.detach()
-        earlier = [p.grad for p in self._trained]
-        for p in self._trained:
-            p.grad = None
-        total.backward()  # not ``autograd.grad``: reentrant checkpoints write into .grad
-        weight = weigh(self.filled([t.grad for t in self.layers.tensors])) * self.share
-        for p, gradient in zip(self._trained, earlier, strict=True):
-            if p.grad is None:
-                p.grad = gradient
-            else:
-                p.grad = p.grad.mul_(weight) if gradient is None else gradient.add_(p.grad, alpha=weight)
+        g = torch.autograd.grad(total, self.layers.tensors, retain_graph=True, allow_unused=True)
+        self.backward(total * weigh(self.filled(g)))
         return total.detach()
-
-    def layer_gradients(self, total: Tensor, retain_graph: bool) -> list[Tensor]:
-        """Return the gradients in the layers' tensors, on this process, without touching ``.grad``."""
-        return self.filled(
-            torch.autograd.grad(total, self.layers.tensors, retain_graph=retain_graph, allow_unused=True)
-        )
 
     def filled(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Return the layers' gradients, zero where there is none."""
         pairs = zip(self.layers.tensors, gradients, strict=True)
-        return [torch.zeros_like(t) if g is None else g for t, g in pairs]
+        return [torch.zeros_like(t) if g is None else dense(g) for t, g in pairs]
 
-    def generator(self, *names: object) -> torch.Generator:
+    def generator(self, *names: object) -> Generator:
         """Return the random numbers of this micro-batch that go by these names."""
         return generator_from(self.device, *self.key, *names)
 
     def random_direction(
-        self, sigma: Tensor, probe: int = 0, *, gaussian: bool = False
+        self, sigma: Tensor, probe: int = 0, *, gaussian: bool = False, antithetic: bool = False
     ) -> tuple[list[Tensor], Tensor]:
-        """Return u_l = σ_l v_l, v signs or normal numbers, and σ as rounded to the weights' dtype."""
-        detached = [t.detach() for t in self.layers.tensors]
-        rounded = sigma.to(detached[0].dtype)
+        """Return u_l = σ_l v_l, v signs or normal numbers, and σ as rounded to the weights' dtype.
+
+        An antithetic one is the same in all micro-batches and processes of a step. The step after turns its
+        sign, which σ then has too: two steps make a pair.
+        """
+        tensors = [t.detach() for t in self.layers.tensors]
+        rounded, (seed, number) = sigma.to(tensors[0].dtype), self.draw
         g = self.generator(*[probe] if probe else [])
-        if gaussian:
-            direction = [torch.randn(t.shape, generator=g, device=t.device, dtype=t.dtype) for t in detached]
-        else:
-            direction = signs(detached, g)
-        for u, factor in zip(direction, self.layers.spread(rounded), strict=True):
-            u.mul_(factor)
+        if antithetic:
+            g, rounded = generator_from(self.device, seed, "pair", number // 2), rounded * (-1) ** number
+        normal = partial(torch.randn, generator=g, device=self.device)
+        direction = [normal(t.shape, dtype=t.dtype) for t in tensors] if gaussian else signs(tensors, g)
+        torch._foreach_mul_(direction, self.layers.spread(rounded))
         return direction, rounded
 
     def relative_size(self, direction: list[Tensor]) -> Tensor:
@@ -146,13 +169,13 @@ class Passes:
         if coefficients is None:
             return
         with torch.no_grad():
-            factors = self.layers.spread(coefficients * (factor * self.share))
+            factors = self.layers.spread(self._scaled(coefficients * (factor * self.share)))
             for p, c in zip(self.layers.tensors, factors, strict=True):
                 p.grad = p * c if p.grad is None else p.grad.add_(p * c)
 
     def local(self) -> AbstractContextManager:
         """Keep gradients on this rank: forward *and* backward of every pass but the last run inside."""
-        return nullcontext() if self.accelerator is None else self.accelerator.no_sync(self.model)
+        return getattr(self.model, "no_sync", nullcontext)()
 
     @contextmanager
     def undone(self, *, on_success: bool = False) -> Iterator[None]:
@@ -169,24 +192,102 @@ class Passes:
                 put_back_buffers(buffers)
                 set_random_state(self._states, self.device)
 
-    def _gradient_versions(self) -> list[tuple[int, int | None]]:
-        """Return what changes when somebody writes to the layers' gradients."""
-        return [(id(p.grad), None if p.grad is None else p.grad._version) for p in self.layers.tensors]
+    def _call(self, direction: Sequence[Tensor] = ()) -> tuple[Loss, Gradients | None, list[Tensor | None]]:
+        """Call ``loss_fn``; return the loss, the gradients it made itself, and their ⟨u_l, g_l⟩."""
+        set_random_state(self._states, self.device)
+        attention = sdpa_kernel(SDPBackend.MATH) if self.use_math_attention else nullcontext()
+        with self._set_aside(), attention, torch.enable_grad(), self._noting(direction) as sums:
+            returned: Any = self.loss_fn()
+            own = self._own_gradients() or None
+        if self.may_call_backward and returned is None and own is None:
+            raise NothingDone
+        loss = as_loss(torch.tensor(returned) if own and isinstance(returned, float) else returned)
+        total: Any = loss.total
+        if own is not None and not self.may_call_backward:
+            text = "loss_fn called backward() itself. Return the loss and leave the gradients alone"
+            raise RuntimeError(f"RegularizedOptimizer: {text}.")
+        if not isinstance(total, Tensor) or total.ndim != 0 or not (total.requires_grad or own):
+            rule = "a scalar loss with its graph. Return the mean loss, without item or detach"
+            raise TypeError(f"RegularizedOptimizer: loss_fn returned {total!r:.60}; expected {rule}.")
+        return loss, own, sums
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Make ``.grad`` empty inside, and put back what was in it."""
+        earlier = [p.grad for p in self._trained]
+        for p in self._trained:
+            p.grad = None
+        try:
+            yield
+        finally:
+            for p, gradient in zip(self._trained, earlier, strict=True):
+                p.grad = gradient
+
+    @contextmanager
+    def _noting(self, direction: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
+        """Yield ⟨u_l, g_l⟩ of what a closure's own backward leaves in ``.grad``, as ``slopes`` does.
+
+        RuntimeError where it changes gradients afterwards (clipping, as Lightning does), unless there is but
+        one pass to be clipped. DistributedDataParallel writes the means late: where it reduces none is seen.
+        """
+        sums: list[Tensor | None] = [None] * len(self.layers.tensors)
+        left: dict[int, tuple[Tensor, int]] = {}
+        places = {id(t): index for index, t in enumerate(self.layers.tensors)}
+
+        def note(p: Tensor) -> None:
+            gradient = cast(Tensor, p.grad)
+            left[id(p)] = gradient, gradient._version
+            if direction and (index := places.get(id(p))) is not None:
+                sums[index] = self.layers.sum_parts(index, direction[index] * dense(gradient))
+
+        noted = [p for p in self._trained if p.is_leaf] if self.may_call_backward else []
+        handles = [p.register_post_accumulate_grad_hook(note) for p in noted]
+        try:
+            yield sums
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self.may_change_gradients or getattr(self.model, "require_backward_grad_sync", False):
+            return
+        for p in noted:
+            gradient, version = left.get(id(p), (None, 0))
+            is_same = gradient is None or (p.grad is gradient and gradient._version == version)
+            if p.grad is not None and not is_same:
+                got = "got a closure that changes gradients after backward (clipping?)"
+                rule = "them as they are in every pass. Call backward(loss_fn), clip, then step()"
+                raise RuntimeError(f"RegularizedOptimizer.step: {got}; expected {rule}.")
+
+    def _own_gradients(self) -> Gradients:
+        return {id(p): p.grad for p in self._trained if p.grad is not None}
+
+    def _add(self, gradients: Gradients, weight: float | Tensor) -> None:
+        """Add ``weight`` times gradients to ``.grad``."""
+        weight = self._scaled(weight)
+        for p in self._trained:
+            if (g := gradients.get(id(p))) is not None:
+                p.grad = g * weight if p.grad is None else p.grad.add_(g * weight)
+
+    def _scaled(self, x: Any) -> Any:
+        """Return a number, a loss or gradients, times what a GradScaler multiplies losses with."""
+        return x if self.scale is None else x * self.scale
 
 
 @contextmanager
-def collected(layers: Layers, part: Callable[[int, Tensor], Tensor]) -> Iterator[list[Tensor | None]]:
-    """Yield a list in which the one backward pass inside puts ``part(i, gradient of tensor i)``, else None.
+def slopes(layers: Layers, direction: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
+    """Yield ⟨u_l, g_l⟩ of the backward pass inside, one [parts] a tensor, None for one without gradient.
 
     The gradient is this process's own; reentrant checkpointing hands it over in pieces, which are added up.
+    Where ``.grad`` was emptied in between (an attack that leaves gradients behind), what came before is gone.
     """
     sums: list[Tensor | None] = [None] * len(layers.tensors)
 
     def add(index: int, gradient: Tensor) -> None:
-        earlier, own = sums[index], part(index, gradient.detach())
+        earlier = None if layers.tensors[index].grad is None else sums[index]
+        own = layers.sum_parts(index, direction[index] * dense(gradient.detach()))
         sums[index] = own if earlier is None else earlier + own
 
-    handles = [t.register_hook(partial(add, index)) for index, t in enumerate(layers.tensors)]
+    places = enumerate(layers.tensors) if direction else ()
+    handles = [t.register_hook(partial(add, index)) for index, t in places]
     try:
         yield sums
     finally:
@@ -194,9 +295,12 @@ def collected(layers: Layers, part: Callable[[int, Tensor], Tensor]) -> Iterator
             handle.remove()
 
 
-def slopes(layers: Layers, direction: Sequence[Tensor]) -> AbstractContextManager[list[Tensor | None]]:
-    """Collect ⟨u_l, g_l⟩ of the one backward pass inside, in float64, the parts of a tensor together."""
-    return collected(layers, lambda index, gradient: layers.sum_parts(index, direction[index] * gradient))
+def dense(gradient: Tensor) -> Tensor:
+    """Return the gradient; ValueError for a sparse one."""
+    if gradient.layout != torch.strided:
+        rule = "dense ones in the layers. Use sparse=False, or choose layers without it"
+        raise ValueError(f"layers: got a gradient of layout {gradient.layout}; expected {rule}.")
+    return gradient
 
 
 def carry_nan(loss: Tensor, other: Tensor | float) -> Tensor:

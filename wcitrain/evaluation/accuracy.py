@@ -18,7 +18,7 @@ from wcitrain.curvature.gauss_newton import gauss_newton_samples
 from wcitrain.evaluation.results import wilson_interval
 from wcitrain.measures import WCIMeasurement
 from wcitrain.params import Layers
-from wcitrain.preserve import full_precision, undisturbed
+from wcitrain.preserve import differentiating, full_precision, normal, undisturbed
 from wcitrain.seeding import generator_from
 
 if TYPE_CHECKING:
@@ -64,9 +64,10 @@ def measure_accuracy(
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     rows: list[tuple[int, Tensor, Tensor]] = []  # number of the batch, sums [5], traces [K, 1 + L]
-    with undisturbed(model, training=False), full_precision(model):
+    with differentiating(), undisturbed(model, training=False), full_precision(model):
         for number, (x, y, _) in enumerate(batches):
             if number % world == rank:
+                x, y = normal(x), normal(y)
                 generator = generator_from(x.device, seed, "evaluation", number)
                 rows.append((number, *_measure_batch(model, x, y, attack, generator, layers)))
     if world > 1:

@@ -18,6 +18,7 @@ from wcitrain.evaluation.corruptions import Corruptions
 from wcitrain.evaluation.plans import EnsemblePlan, parse_attack
 from wcitrain.evaluation.results import AttackResult, Evaluation, Finding
 from wcitrain.measures.means import in_chunks, read_pairs
+from wcitrain.preserve import normal
 
 
 def evaluate(
@@ -72,8 +73,8 @@ def evaluate(
         got = f"images {tuple(x.shape)} of {x.dtype} and labels {tuple(y.shape)} of {y.dtype}"
         rule = "expected [B, C, H, W] in [0, 1], and class numbers [B]. Divide levels by 255."
         raise ValueError(f"data: got {got}; {rule}")
-    x, y = x.float(), y.long()
     with attackable(model) as module:
+        x, y = normal(x).float(), normal(y).long()
         victim = Victim(module, x, y, batch_size, seed)
         clean = victim.clean
         runs = [(threat, plan, plan.stages(victim, threat)) for threat in balls for plan in plans]

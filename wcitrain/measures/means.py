@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wcitrain.preserve import normal
+
 Pair = tuple[Tensor, Tensor]  # images [B, *dims] in [0, 1] and classes [B]
 Chunks = Sequence[Pair]  # on the model's device
 
@@ -23,12 +25,10 @@ def read_pairs(batches: Iterable[Any], limit: int | None = None) -> Iterator[Pai
     for batch in batches:
         x, y, *_ = [*batch, None, None] if isinstance(batch, tuple | list) else (None, None)
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or len(x) != len(y):
-            rule = (
-                "expected (x, y, ...), two tensors of the same length first. Wrap the loader in a generator."
-            )
-            raise ValueError(f"data: got a {type(batch).__name__} as a batch; {rule}")
+            rule = "(x, y, ...), two tensors of the same length first. Wrap the loader in a generator"
+            raise ValueError(f"data: got a {type(batch).__name__} as a batch; expected {rule}.")
         keep = int(min(len(x), left))
-        yield x[:keep], y[:keep]
+        yield normal(x[:keep]), normal(y[:keep])
         left -= keep
         if left <= 0:
             return

@@ -63,10 +63,8 @@ class PACBayesSharpness(Measure):
         reference = _accuracy(problem.model, problem.adversarial())
         m = count_examples(problem.clean())
         if reference <= self.max_drop:
-            note = (
-                f"accuracy {reference:.3g} is at most max_drop {self.max_drop:g}: no noise can lose that much"
-            )
-            return (math.nan, math.nan, m), note, {"accuracy": reference}
+            note = f"accuracy {reference:.3g} is at most max_drop {self.max_drop:g}"
+            return (math.nan, math.nan, m), f"{note}: no noise can lose that much", {"accuracy": reference}
         sigma, borne = self._largest_sigma(problem, layers, reference)
         mean, error = mean_and_error(borne)
         parts = {"sigma": sigma, "accuracy": reference}

@@ -17,7 +17,7 @@ from wcitrain.digest import digest
 from wcitrain.measures.means import Chunks, Pair, in_chunks, mean_and_error, read_pairs
 from wcitrain.method import Method
 from wcitrain.params import unwrapped
-from wcitrain.preserve import full_precision, undisturbed
+from wcitrain.preserve import differentiating, full_precision, undisturbed
 from wcitrain.seeding import generator_from
 from wcitrain.text import with_error
 
@@ -165,8 +165,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     if bad := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
         raise ValueError(f"model: got weights that are not finite in {', '.join(bad[:3])}; expected numbers.")
     frozen = [] if any(p.requires_grad for p in model.parameters()) else list(model.parameters())
-    modes = torch.inference_mode(False), torch.enable_grad()
-    with modes[0], modes[1], undisturbed(model, training=False), full_precision(model):
+    with differentiating(), undisturbed(model, training=False), full_precision(model):
         try:
             for p in frozen:
                 p.requires_grad_(p.is_floating_point())

@@ -48,7 +48,8 @@ class WeightCurvatureIndex(Measure):
     The standard error is the jackknife's over chunks: of the examples as a sample, so take them at random,
     not sorted by class. ``parts``: each layer's share of the sum. `by_layer` returns all there is to know. It
     reads the batches from the front and no further than needed. With ``gauss_newton`` traces are never
-    negative, and for piecewise linear networks the Hessian's.
+    negative, and for piecewise linear networks the Hessian's. With others there is no index where a trace is
+    negative beyond its error: the value is NaN, the settings say why.
     """
 
     estimator: Annotated[Estimator, Choice(ESTIMATORS, without=("num_probes",))] = setting(
@@ -70,7 +71,7 @@ class WeightCurvatureIndex(Measure):
         result = self.by_layer(problem)
         parts = dict(zip(result.layers, result.per_layer.tolist(), strict=True))
         value = result.total, result.total_stderr, result.num_examples
-        return value, f"{result.loss}, {result.estimator}", parts
+        return value, ", ".join(filter(None, (result.loss, result.estimator, result.why_none))), parts
 
     def by_layer(self, problem: Problem, progress: bool = False) -> WCIMeasurement:
         """Return the index layer by layer, with how it was measured; ``progress`` shows a bar on a terminal.
@@ -97,7 +98,7 @@ class WeightCurvatureIndex(Measure):
                 if self.target_relative_error and sampler.index(self.target_relative_error).reached:
                     break
             result = sampler.index(self.target_relative_error)
-        if not math.isfinite(result.total_stderr):
+        if math.isinf(result.total_stderr):
             text = "a single chunk has no spread: the standard error is infinite. Pass more examples or a"
             warnings.warn(f"wci: {text} smaller chunk_size.", UserWarning, stacklevel=2)
         return result

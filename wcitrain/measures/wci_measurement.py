@@ -10,6 +10,13 @@ order 1/K and gives the standard error of the sum, correlations between layers i
 
     θ_{-k} = Σ_l sqrt( a_l t_{l,-k} ),  θ̂ = K θ − (K−1) mean θ_{-k},  Var θ̂ = (K−1)/K Σ_k (θ_{-k} − mean)² (1)
 
+A layer whose trace is below its standard error, with samples of both signs, is too near the kink at zero for
+(1): it keeps its plain value, and its error adds to the others', as noisy roots of zero are all too high.
+Then the index is not negative. Below 16 chunks θ_{-k} weighs 1 − w_k/Σw (Busing et al. 1999).
+A trace more than three standard errors below zero is negative: the layer has no index, nor has the network
+(NaN), since a sum over the others would compare as flatter. Three, as one of 40 flat layers is beyond two by
+chance; with two chunks one of ten is beyond three even so.
+
 The linear PAC-Bayes bound for a loss in [0, 1] (Germain et al. 2016), over all β of a grid fixed in advance,
 with posterior N(W_l, σ_l² I), prior N(0, σ_l² I), so KL = Σ_l a_l / (2 σ_l²), and E_Q R̂ to second order:
 
@@ -30,13 +37,13 @@ worst. It is good for comparing models trained on the same data, and for seeing 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wcitrain.curvature.estimator import TraceEstimate
+from wcitrain.curvature.estimator import NEGATIVE, TraceEstimate
 from wcitrain.measures.problem import finite
 from wcitrain.text import aligned, with_error
 
@@ -51,8 +58,8 @@ class WCIMeasurement:
     layers: Sequence[str]  # names [L]
     squared_norms: Tensor  # a_l [L]
     trace: TraceEstimate  # t_l [L]; negative ones are possible where the estimator allows them
-    total: float  # the index by (1); of one sample the plain value
-    total_stderr: float  # infinite for one sample
+    total: float  # the index by (1), >= 0; of one sample the plain value; NaN with ``negative_layers``
+    total_stderr: float  # infinite for one sample, NaN with ``negative_layers``
     sizes: Tensor | None = None  # d_l [L]
     num_examples: int = 0
     num_probes: int = 1  # behind each of the K samples
@@ -71,32 +78,56 @@ class WCIMeasurement:
         details = {"num_examples": int(weights.sum())} | details
         trace = TraceEstimate.from_samples(samples, weights)
         plain = float((a * trace.mean.clamp_min(0)).sqrt().sum())
-        num = len(samples)
+        num, first = len(samples), cls(layers, a, trace, math.nan, math.nan, **details)
+        if first.negative_layers:
+            return first
         if num < 2:
-            return cls(layers, a, trace, plain, float("inf"), **details)
+            return replace(first, total=plain, total_stderr=math.inf)
         weighted = weights[:, None] * samples
         others = (weighted.sum(0) - weighted) / (weights.sum() - weights)[:, None]  # t_{l,-k} [K, L]
+        is_rough = (trace.mean < trace.stderr) & (samples < 0).any(0)  # [L]: at the kink
+        others = torch.where(is_rough, trace.mean, others)
         without = (a * others.clamp_min(0)).sqrt().sum(-1)  # θ_{-k} [K]
         total = num * plain - (num - 1) * float(without.mean())
+        if num < MIN_CHUNKS:
+            total = num * plain - float(((1 - weights / weights.sum()) * without).sum())
         stderr = ((num - 1) / num * (without - without.mean()).square().sum()).sqrt()
-        return cls(layers, a, trace, total, float(stderr), **details)
+        rough = first.columns()["wci_stderr"][is_rough].sum()
+        return replace(first, total=total, total_stderr=float(stderr + rough))
 
     @property
     def per_layer(self) -> Tensor:
-        """sqrt(a_l max(t_l, 0)) [L], not corrected for bias: their sum is a little below ``total``."""
-        return (self.squared_norms * self.trace.mean.clamp_min(0)).sqrt()
+        """sqrt(a_l max(t_l, 0)) [L], NaN where t_l is negative; not corrected for bias, so a little low."""
+        roots = (self.squared_norms * self.trace.mean.clamp_min(0)).sqrt()
+        return torch.where(self._is_negative, torch.nan, roots)
+
+    @property
+    def _is_negative(self) -> Tensor:
+        """Whether t_l is negative beyond its error [L]."""
+        return self.trace.mean < -NEGATIVE * self.trace.stderr
+
+    @property
+    def negative_layers(self) -> list[str]:
+        """Names of the layers whose trace is negative beyond its error, which have no index."""
+        return [name for name, bad in zip(self.layers, self._is_negative.tolist(), strict=True) if bad]
 
     @property
     def num_negative(self) -> int:
-        """Trace estimates that are negative and count as zero in the index."""
-        return int((self.trace.mean < 0).sum())
+        """Trace estimates that are negative within their error and count as zero in the index."""
+        return int(((self.trace.mean < 0) & ~self._is_negative).sum())
+
+    @property
+    def why_none(self) -> str:
+        """Why there is no index; empty where there is one."""
+        if not (names := self.negative_layers):
+            return ""
+        known = f"{len(names)} of {len(self.layers)} traces negative beyond their error"
+        return f"no index: {known}, {', '.join(names[:3])}{' ...' * (len(names) > 3)}"
 
     @property
     def relative_error(self) -> float:
-        """Standard error over index."""
-        if self.total > 0:
-            return self.total_stderr / self.total
-        return math.inf if self.total_stderr else 0.0
+        """Standard error over index, infinite where that is zero or there is none."""
+        return self.total_stderr / self.total if self.total > 0 else math.inf
 
     @property
     def reached(self) -> bool | None:
@@ -108,8 +139,8 @@ class WCIMeasurement:
         """Return what is known of every layer [L].
 
         The standard error of the index's part is ½ sqrt(a_l / t_l) stderr(t_l), the delta method, and at most
-        sqrt(a_l stderr(t_l)), the index of a trace of one standard error. Shares are NaN where all traces are
-        zero, σ_l* of (3) is infinite where t_l <= 0, ``relative_sigma`` is σ_l* sqrt(d_l) / ||W_l||.
+        sqrt(a_l stderr(t_l)), the index of a trace of one standard error. Shares are NaN where the sum is
+        zero or NaN, σ_l* of (3) is infinite where t_l <= 0, ``relative_sigma`` is σ_l* sqrt(d_l) / ||W_l||.
         """
         a, t, error = self.squared_norms, self.trace.mean, self.trace.stderr
         delta = (a / t.clamp_min(0)).sqrt() / 2 * error
@@ -119,7 +150,7 @@ class WCIMeasurement:
             "trace": t,
             "trace_stderr": error,
             "wci": self.per_layer,
-            "wci_stderr": delta.fmin((a * error).sqrt()),
+            "wci_stderr": torch.where(self._is_negative, torch.nan, delta.fmin((a * error).sqrt())),
             "share": self.per_layer / self.per_layer.sum(),
             "sigma": sigma,
         }
@@ -128,23 +159,23 @@ class WCIMeasurement:
         return columns
 
     def metrics(self) -> dict[str, float]:
-        """Return the flat names the run log uses."""
+        """Return the flat names the run log uses; an index that does not exist is left out."""
         flat = {"wci/total": self.total, "wci/total_stderr": self.total_stderr}
         own = self.per_layer, self.trace.mean, self.trace.stderr, self.squared_norms
         prefixes = "wci", "curvature/trace", "curvature/trace_stderr", "frobenius"
         for prefix, column in zip(prefixes, own, strict=True):
             flat |= {f"{prefix}/{name}": x for name, x in zip(self.layers, column.tolist(), strict=True)}
-        return flat
+        return {key: x for key, x in flat.items() if not math.isnan(x)}
 
     def headline(self, *context: str) -> str:
         """Return one line: "WCI 163.2 ± 5.1 (train, robust loss linf 8/255 PGD-10, 1000 examples, ...)"."""
         notes = [*context, self.loss, f"{self.num_examples} examples", self.estimator]
         if self.num_negative:
             notes.append(f"{self.num_negative} of {len(self.layers)} traces negative, counted as 0")
-        if self.reached is False:
+        if self.reached is False and not self.why_none:
             error = f"relative error {self.relative_error:.2g} instead of {self.target_relative_error:g}"
             notes.append(f"{error}: limited by examples")
-        total = with_error(self.total, self.total_stderr)
+        total = f"– {self.why_none}" if self.why_none else with_error(self.total, self.total_stderr)
         return f"WCI {total} ({', '.join(note for note in notes if note)})"
 
     def table(self, beta: float = 1.0) -> str:
@@ -152,21 +183,22 @@ class WCIMeasurement:
         rows = [["layer", "||W||_F²", "Tr(H)", "WCI", "share %", f"σ* (β={beta:.4g})"]]
         columns = [column.tolist() for column in self.columns(beta).values()]
         for name, a, t, dt, wci, dwci, share, sigma, *_ in zip(self.layers, *columns, strict=True):
-            values = f"{a:.4g}", with_error(t, dt), with_error(wci, dwci), f"{100 * share:.1f}"
-            rows.append([name, *values, f"{sigma:.3g}"])
+            index = "–" if math.isnan(wci) else with_error(wci, dwci)
+            part = "–" if math.isnan(share) else f"{100 * share:.1f}"
+            rows.append([name, f"{a:.4g}", with_error(t, dt), index, part, f"{sigma:.3g}"])
         return aligned(rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; a number that is not finite becomes None."""
         columns = [(key, column.double().tolist()) for key, column in self.columns().items()]
-        own = "loss", "estimator", "num_examples", "num_probes", "num_negative", "target_relative_error"
+        own = "loss", "estimator", "num_examples", "num_probes", "num_negative", "negative_layers"
         return {
             "wci": finite(self.total),
             "wci_stderr": finite(self.total_stderr),
             "relative_error": finite(self.relative_error),
             "mean_loss": finite(self.mean_loss),
             "num_chunks": self.trace.num_probes,
-            **{name: getattr(self, name) for name in (*own, "reached")},
+            **{name: getattr(self, name) for name in (*own, "target_relative_error", "reached")},
             "layers": {
                 name: {key: finite(column[i]) for key, column in columns}
                 for i, name in enumerate(self.layers)
@@ -199,8 +231,10 @@ def pac_bayes_bound(
 
     The grid of β is the powers of two from 1 to 64 N: it depends on N alone, never on the data. The best β,
     about (4 N WCI)^(2/3), is inside for WCI up to 128 √N, and there that of the grid is at most
-    (√2 + 1/√2)/2 = 1.061 times worse.
+    (√2 + 1/√2)/2 = 1.061 times worse. Another index, NaN too, is a ``ValueError``.
     """
+    if not wci >= 0:
+        raise ValueError(f"pac_bayes_bound: got wci {wci}; expected at least 0. Use hessian_trace instead.")
     betas = [2.0**k for k in range(int(math.log2(64 * num_examples)) + 1)]
 
     def terms(beta: float) -> dict[str, float]:

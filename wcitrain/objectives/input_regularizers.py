@@ -17,7 +17,7 @@ from wcitrain.attacks.threat import shaped
 from wcitrain.curvature.loss import Loss
 from wcitrain.method import Method, NonNegative, method, setting
 from wcitrain.objectives.objective import Objective, with_term
-from wcitrain.preserve import full_precision, kept_random_state
+from wcitrain.preserve import differentiating, full_precision, kept_random_state, normal
 
 TINY = 1e-30  # floor of a squared norm under a root; far below the square of any gradient that matters
 
@@ -97,8 +97,8 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool
     In float32, with attention by its plain formula. Running statistics are left alone: the passes update
     copies, as autograd refuses to go back through a graph whose buffers have been put back since.
     """
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    with full_precision(model), sdpa_kernel(SDPBackend.MATH):
+    with differentiating(), full_precision(model), sdpa_kernel(SDPBackend.MATH):
+        y, buffers = normal(y), {name: b.detach().clone() for name, b in model.named_buffers()}
         return ascent.input_gradient(
             lambda images: ascent.ce(functional_call(model, buffers, (images,)), y),
             x,

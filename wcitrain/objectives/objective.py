@@ -15,15 +15,15 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from wcitrain.attacks import ATTACK_LOSSES, Norm, ThreatModel, msd
-from wcitrain.attacks.ascent import Attack, L1Share, LabelLossName, LossName, Start, Threat, ce
+from wcitrain.attacks import Norm, ThreatModel, msd
+from wcitrain.attacks.ascent import Attack, L1Share, LabelLossName, LossName, Mode, Start, Threat, ce
 from wcitrain.curvature.loss import Loss, Output, cross_entropy
 from wcitrain.method import Method, Nested, PositiveCount, Radius, Share, StepSize, method, refuse, setting
-from wcitrain.preserve import undisturbed
+from wcitrain.preserve import differentiating, normal, undisturbed
 
 NumSteps = Annotated[PositiveCount, Field(description="Attack steps for each batch.")]
 AttackMode = Annotated[
-    Literal["eval", "train"],
+    Mode,
     Field(description="Mode of BatchNorm and dropout during the attack; running statistics are left alone."),
 ]
 LabelSmoothing = Annotated[Share, Field(description="Target share spread over all classes; not in attacks.")]
@@ -103,8 +103,8 @@ class Attacked(Objective):
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
         """Return adversarial images against the current weights; the model is left exactly as it was."""
-        with undisturbed(model, training=None if self.attack_bn == "train" else False):
-            return self.search(model, x, y, generator)
+        with differentiating(), undisturbed(model, training=None if self.attack_bn == "train" else False):
+            return self.search(model, normal(x), normal(y), generator)
 
     def attack_passes(self) -> tuple[int, int]:
         """Those of the attack, see ``Attack.passes``."""
@@ -191,8 +191,7 @@ class UnionAT(Attacked):
     def search(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None) -> Tensor:
         """Return the images of (2), (3) or (4)."""
         if self.strategy == "msd":
-            loss = ATTACK_LOSSES[self.attack_loss]
-            return msd(lambda x_adv: loss(model(x_adv), y), x, self.attacks, generator)
+            return msd(model, x, y, self.attacks, generator)
         candidates = torch.stack([attack(model, x, y, generator) for attack in self.attacks])
         if self.strategy == "average":
             return candidates.flatten(0, 1)

@@ -110,10 +110,8 @@ class ALP(PGDAT):
     def loss(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Loss:
         """Return (6) with ``x_adv`` held fixed."""
         z, z_adv = precise(model(x)), precise(model(x_adv))
-        clean, adversarial = (
-            cross_entropy(logits, y, label_smoothing=self.label_smoothing).total for logits in (z, z_adv)
-        )
-        classes = (clean + adversarial) / 2
+        smoothing = {"label_smoothing": self.label_smoothing}
+        classes = (cross_entropy(z, y, **smoothing).total + cross_entropy(z_adv, y, **smoothing).total) / 2
         outputs = Output(z, weight=0.5), Output(z_adv, weight=0.5)
         seen = Output(z_adv - z, "mse", self.weight / z.shape[1])
         both = Loss(classes, {"cross_entropy": classes.detach()}, outputs)

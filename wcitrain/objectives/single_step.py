@@ -18,7 +18,7 @@ from wcitrain.curvature.loss import Loss, cross_entropy
 from wcitrain.method import NonNegative, PositiveCount, Share, StepSize, method, setting
 from wcitrain.objectives.input_regularizers import TINY, dot, input_gradient, norm
 from wcitrain.objectives.objective import Attacked, AttackMode, LabelSmoothing, Objective, with_term
-from wcitrain.preserve import full_precision, kept_random_state, undisturbed
+from wcitrain.preserve import differentiating, full_precision, kept_random_state, normal, undisturbed
 
 StepFactor = Annotated[float, Field(gt=0, le=2, description="Length of the step over threat.eps, up to 2.")]
 
@@ -116,7 +116,9 @@ class FreeAT(Objective):
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
         """Return Box[x + δ] as a leaf that requires gradients; the model is not touched."""
-        return (x.detach() + self._delta(x)).clamp(0, 1).requires_grad_()
+        with differentiating():
+            x = normal(x).detach()
+            return (x + self._delta(x)).clamp(0, 1).requires_grad_()
 
     @torch.no_grad()
     def after_backward(self, x: Tensor, x_adv: Tensor) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
-from wcitrain.curvature.passes import TINY, Passes, Step, carry_nan, collected
+from wcitrain.curvature.passes import TINY, Passes, Step, carry_nan
 from wcitrain.method import NonNegative, Positive, PositiveShare, method, setting
 from wcitrain.optim.perturbation import ALWAYS, Combination, LastPass, Schedule, WeightPerturbation, visit
 from wcitrain.optim.random_directions import FLOOR, Floor, RelativeSize, WCIPosterior
@@ -38,30 +38,21 @@ class Ascent(WeightPerturbation):
 
     def gradient(self, passes: Passes, factor: float, last_pass: LastPass | None) -> Step:
         """Ascend along the gradient at W; its own weight, where it has one, is added in that same pass."""
-        weights = self.combination(factor)
+        weights, traces = self.combination(factor), None
         with passes.local():
-            loss, g, traces = self._at_the_weights(passes, weights.here)
+            loss, g = passes.gradients(weights.here, retain_graph=self.measures_traces)
+        if self.measures_traces:
+            generator = passes.generator("gauss_newton")
+            traces = gauss_newton_samples(loss, passes.layers, generator=generator)[0]
         memory = self.smoothed(g, passes.memory)
         direction = self.displacement(passes.layers, memory or g, factor, passes.traces)
         size = passes.relative_size(direction)
         last_pass = last_pass or self.own_last_pass(passes, g)
+        del g  # as large as the weights; most rules have done with it
         steps, _ = visit(passes, direction, weights, last_pass, keep_statistics=True)
-        shown, last = carry_nan(loss, sum(step.loss for step in steps)), steps[-1]
-        return Step(shown, traces if last.traces is None else last.traces, size, last.strength, memory)
-
-    def _at_the_weights(self, passes: Passes, weight: float) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Return loss, gradient and, if measured, traces at W; a gradient with a weight goes to ``.grad``."""
-        if weight:
-            scale = weight * passes.share
-            with collected(passes.layers, lambda _, gradient: gradient / scale) as gradients:
-                loss = passes.plain(weight)
-            return loss, passes.filled(gradients), None
-        evaluated, traces = passes.evaluate(), None
-        g = passes.layer_gradients(evaluated.total, retain_graph=self.measures_traces)
-        if self.measures_traces:
-            generator = passes.generator("gauss_newton")
-            traces = gauss_newton_samples(evaluated, passes.layers, generator=generator).mean(0)
-        return evaluated.total.detach(), g, traces
+        shown, last = carry_nan(loss.total.detach(), sum(step.loss for step in steps)), steps[-1]
+        traces = traces if last.traces is None else last.traces
+        return Step(shown, traces, None, size, last.strength, memory)
 
     def smoothed(self, g: list[Tensor], memory: Tensors | None) -> list[Tensor] | None:
         """Return the smoothed gradient to ascend along and to carry on, for a rule that has one."""
@@ -108,9 +99,8 @@ class ASAM(Ascent):
     def displacement(self, layers: Layers, g: Tensors, factor: float, traces: Tensor | None) -> list[Tensor]:
         """Return (2)."""
         named = zip(layers.names, layers.tensors, strict=True)
-        scales = [
-            w.detach().abs() + self.eta if n.endswith("weight") else torch.ones_like(w) for n, w in named
-        ]
+        sizes = ((w.detach().abs(), n.endswith("weight")) for n, w in named)
+        scales = [size + self.eta if is_weight else torch.ones_like(size) for size, is_weight in sizes]
         scaled = [t * x for t, x in zip(scales, g, strict=True)]
         scale = _over(factor * self.rho, layers.dots(scaled, scaled).sum().sqrt())
         return [t * x * scale.to(x.dtype) for t, x in zip(scales, scaled, strict=True)]
@@ -157,7 +147,8 @@ class WCIAdversary(Ascent):
 
     def displacement(self, layers: Layers, g: Tensors, factor: float, traces: Tensor | None) -> list[Tensor]:
         """Return (4)."""
-        d, posterior = layers.sizes(), WCIPosterior(self.relative_size, floor=self.floor)
+        d = layers.sizes()
+        posterior = WCIPosterior(self.relative_size, floor=self.floor, cap=None, size_of="network")
         sigma = posterior.posterior(layers.squared_norms(), d, traces, factor).sigma
         return by_layer(layers, g, d.sqrt() * sigma)
 
@@ -176,6 +167,7 @@ class VaSSO(Ascent):
     schedule: Schedule = ALWAYS
     label = "VaSSO ρ={rho:g} θ={theta:g}"
     source = "Li & Giannakis, arXiv 2309.15639"
+    has_memory = True
 
     def smoothed(self, g: list[Tensor], memory: Tensors | None) -> list[Tensor] | None:
         """Return m_t."""
@@ -231,9 +223,9 @@ class GSAM(Ascent):
     def own_last_pass(self, passes: Passes, g: list[Tensor]) -> LastPass:
         """Add h with its weight 1 + α <g, h> / ||h||² in (7)."""
 
-        def weight(h: list[Tensor]) -> float:
+        def weight(h: list[Tensor]) -> Tensor:
             length = passes.layers.dots(h, h).sum()
-            return float(1 + self.alpha * passes.layers.dots(h, g).sum() / length.clamp_min(TINY))
+            return 1 + self.alpha * passes.layers.dots(h, g).sum() / length.clamp_min(TINY)
 
         return lambda: Step(passes.plain_weighed(weight))
 

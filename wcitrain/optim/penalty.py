@@ -20,10 +20,10 @@ from torch import Tensor
 from wcitrain.curvature.estimator import Estimator
 from wcitrain.curvature.estimators import ESTIMATORS, Auto, name_of
 from wcitrain.curvature.gauss_newton import GaussNewton
-from wcitrain.curvature.passes import Passes, Step
+from wcitrain.curvature.passes import TINY, Passes, Step
 from wcitrain.method import Choice, Method, Nested, NonNegative, method, refuse, setting
 from wcitrain.optim.perturbation import ALWAYS, Combination, StrengthSchedule, WeightPerturbation
-from wcitrain.optim.random_directions import norm_coefficients, posterior_shape
+from wcitrain.optim.random_directions import posterior_shape
 
 ESTIMATOR = "How traces are estimated; auto tries and says why."
 SCHEDULE = "When it acts; its ``every`` multiplies λ."
@@ -77,21 +77,23 @@ class WCIPenalty(Penalty):
     source = "the index of Xu & Zhang, arXiv 2410.07719; its gradient is this project's"
 
     def norm_coefficients(self, a: Tensor, t: Tensor | None) -> Tensor | None:
-        """Return λ sqrt(t_l / a_l), or None where no trace is known yet."""
-        return None if t is None or not self.strength else self.strength * norm_coefficients(a, t)
+        """Return λ sqrt(t_l / a_l), zero for t_l <= 0 or NaN; None where no trace is known yet."""
+        if t is None or not self.strength:
+            return None
+        return self.strength * (torch.where(t > 0, (t / a.clamp_min(TINY)).sqrt(), 0.0) * (a > 0))
 
     def trace_coefficients(self, a: Tensor, d: Tensor, t: Tensor | None) -> tuple[Tensor, float]:
-        """Return ½ s_l, and λ (zero until a trace is positive)."""
+        """Return ½ s_l, zero until a trace is positive, and λ, zero until there is one."""
         shape, is_known = posterior_shape(a, d, t)
-        return shape / 2, self.strength if self.strength and bool(is_known) else 0.0
+        return shape / 2 * is_known, self.strength if t is not None else 0.0
 
     def add_gradient(self, passes: Passes, estimator: Estimator, factor: float, a: Tensor) -> Step:
-        """Add the gradient, and say the size of the posterior it amounts to: ||u||² = λ Σ d_l s_l."""
+        """Add the gradient, and say the size of the posterior it amounts to: r² = mean λ d_l s_l / a_l."""
         step, d = super().add_gradient(passes, estimator, factor, a), passes.layers.sizes()
         shape, strength = self.trace_coefficients(a, d, passes.traces)
         if not strength:
             return step
-        size = (2 * factor * strength * (d * shape).sum() / a.sum()).sqrt()
+        size = (2 * factor * strength * d * shape / a.clamp_min(TINY)).mean().sqrt()
         return step._replace(relative_size=size, strength=a.new_tensor(factor * strength))
 
 
@@ -164,10 +166,9 @@ def layers_for(perturbation: WeightPerturbation | None, penalty: Penalty | None,
         # Half strength stands for a ramp: GradientNorm's weights at full strength may be those of SAM.
         is_alone = all(perturbation.combination(factor) == Combination() for factor in (0.5, 1.0))
         if perturbation.measures_traces or not is_alone:
-            text = (
-                f"got {penalty} beside {perturbation}; expected a rule that takes the gradient at W + u alone"
-            )
-            refuse("penalty", f"{text} (SAM, ASAM, AWP, VaSSO, RWP with mixing 1). Leave one of the two out.")
+            rule = "a rule that takes the gradient at W + u alone (SAM, ASAM, AWP, VaSSO, RWP with mixing 1)"
+            text = f"got {penalty} beside {perturbation}; expected {rule}"
+            refuse("penalty", f"{text}. Leave one of the two out.")
     wanted = perturbation.default_layers if perturbation else "weights"
     if layers is None and penalty is not None and wanted != "weights":
         text = f"got null with {perturbation}, which is published for all tensors, and {penalty}"

@@ -1,35 +1,64 @@
 """Weight perturbations in random directions: the WCI posterior, and noise of other shapes.
 
 Legend: a_l = ||W_l||_F², d_l = numel(W_l), t_l = Tr(H_l) of the loss at fixed adversarial examples,
-s_l = sqrt(a_l / t_l), λ the penalty's strength, r the relative size ||u|| / ||W||, w_j the j-th filter (row).
+q_l = a_l t_l, s_l = sqrt(a_l / t_l), r_l = sqrt(d_l) σ_l / ||W_l|| the relative noise of layer l, λ the
+penalty's strength, g(·) gradient, w_j the j-th filter (row). v_l are random signs, u_l = σ_l v_l.
 
-All but `RWP` average the gradients at W + u and W − u. The pair cancels first-order noise, and its difference
-gives the traces for nothing: a Taylor expansion and E[v vᵀ] = I for u_l = σ_l v_l give
+With two passes a rule averages the gradients at W + u and W − u. The pair cancels first-order noise, and its
+difference gives the traces for nothing: a Taylor expansion and E[v vᵀ] = I give
 
     u_lᵀ (g+ − g−)_l / (2 σ_l²)  =  v_lᵀ (H v)_l + ...,       expectation t_l,                             (1)
     ½ (g+ + g−)                  =  ∇[ L + ½ uᵀ H u ] + ...,  expectation ∇[ L + ½ Σ_l σ_l² t_l ],         (2)
 
 exactly on a quadratic loss, up to O(σ²) on a smooth one. On ReLU networks (1) is the curvature of the loss
 smoothed over the radius, not Tr(H).
+
+With one pass a step takes g(W + u) alone, and the next one turns the sign of u: an ordinary step at other
+weights, which costs no pass. u_lᵀ g_l / σ_l² has the expectation t_l too. Its noise is about ||g_l|| / σ_l,
+from the first-order term, of which two steps cancel what their gradients at W have in common. All micro-
+batches and processes of a step share u, so they equal one large batch. The estimator is that of IVON (Shen
+et al., arXiv 2402.17641), a number a layer in place of one a weight.
 """
 
-from typing import Annotated, ClassVar, NamedTuple
+from functools import partial
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from wcitrain.curvature.gauss_newton import gauss_newton_samples
 from wcitrain.curvature.passes import TINY, Passes, Step, carry_nan
 from wcitrain.method import Positive, PositiveShare, method, refuse, setting
-from wcitrain.optim.perturbation import ALWAYS, Combination, LastPass, Schedule, WeightPerturbation, visit
-from wcitrain.params import wide
+from wcitrain.optim.perturbation import (
+    ALWAYS,
+    Combination,
+    Displacement,
+    LastPass,
+    Schedule,
+    WeightPerturbation,
+    visit,
+)
 
-FLOOR = 1e-4  # σ_l² of a layer is at most 1/sqrt(FLOOR) = 100 times that of the mean layer
+Maybe = Tensor | None
+FLOOR = 1e-4  # of penalties and ascents: s_l of a layer is at most 1/sqrt(FLOOR) = 100 times the mean layer's
+DEFAULT_SIZE = 0.5
 FIRST_SIZE = 0.1  # relative size of perturbations that measure, before traces turn λ into a size
 
 RelativeSize = Annotated[Positive, Field(description="r, perturbation norm over weight norm.")]
 LOWEST = "Lowest norm-curvature product of a layer, as a share of the layers' mean, in (0, 1]."
 Floor = Annotated[PositiveShare, Field(description=LOWEST)]
+NumPasses = Annotated[
+    Literal[1, 2], Field(description="2: average W + u and W − u; 1: W + u alone, u turned every step.")
+]
+Traces = Annotated[
+    Literal["difference", "gauss_newton"],
+    Field(description="difference: from the gradients, for nothing; gauss_newton: one backward pass more."),
+]
+AttackAt = Annotated[
+    Literal["perturbed", "weights"] | None,
+    Field(description="Weights that the trainer attacks; null: perturbed (W + u) with one pass, else W."),
+]
 
 
 class Posterior(NamedTuple):
@@ -38,7 +67,7 @@ class Posterior(NamedTuple):
     sigma: Tensor  # standard deviation of every element of layer l [L]
     frobenius: Tensor | None  # gradient coefficient of W_l [L]
     strength: Tensor  # λ, NaN where it is not defined
-    relative_size: Tensor  # r = sqrt(Σ d_l σ_l² / Σ a_l)
+    relative_size: Tensor  # r, as the rule counts it
 
 
 class Noise(WeightPerturbation):
@@ -47,97 +76,166 @@ class Noise(WeightPerturbation):
     cost: ClassVar[str] = "1 forward and 1 backward pass more"
     measures_traces: ClassVar[bool] = True
     is_gaussian: ClassVar[bool] = False  # else signs
+    passes: int = 2
+    traces: str = "difference"
+    attack_at: str | None = None
+    frobenius: bool = False
+
+    def __post_init__(self) -> None:
+        if self.passes == 2 and self.attack_at == "perturbed":
+            text = "got perturbed with passes=2, which has no weights of its own; expected weights"
+            refuse("attack_at", f"{text}. Set passes to 1, or leave it out.")
+        is_paired = self.passes == 1 and self.traces == "difference"
+        vars(self).update(is_paired=is_paired, is_one_pass=is_paired and not self.frobenius)
+        vars(self).update(attacks_perturbed=self.passes == 1 and self.attack_at != "weights")
 
     def combination(self, factor: float = 1.0) -> Combination:
-        """Average the antithetic pair."""
-        return Combination(0.0, 0.5, 0.5)
+        """Average the antithetic pair, or take one of it."""
+        return Combination(0.0, 0.5, 0.5) if self.passes == 2 else Combination()
 
-    def posterior(self, a: Tensor, d: Tensor, t: Tensor | None, factor: float) -> Posterior:
-        """Return the posterior for squared norms ``a``, sizes ``d`` and traces ``t`` (if known), all [L]."""
+    def posterior(self, a: Tensor, d: Tensor, t: Maybe, factor: float, is_active: Maybe = None) -> Posterior:
+        """Return the posterior for squared norms ``a``, sizes ``d`` and traces ``t`` (if known), all [L].
+
+        No noise where ``is_active`` [L] is False: the layer gets no gradients, see ``record.see``.
+        """
         raise NotImplementedError
 
+    def displace(self, passes: Passes, factor: float) -> Displacement:
+        """Draw u from the posterior."""
+        a, d = passes.layers.squared_norms(), passes.layers.sizes()
+        found, one_pass = self.posterior(a, d, passes.traces, factor, passes.is_active), self.passes == 1
+        u, sigma = passes.random_direction(found.sigma, gaussian=self.is_gaussian, antithetic=one_pass)
+        return Displacement(u, found.relative_size, sigma, found.strength, found.frobenius)
+
     def gradient(self, passes: Passes, factor: float, last_pass: LastPass | None) -> Step:
-        """Draw u, average the pair, and read the traces off its difference."""
-        layers, weights = passes.layers, self.combination(factor)
-        posterior = self.posterior(layers.squared_norms(), layers.sizes(), passes.traces, factor)
-        direction, sigma = passes.random_direction(posterior.sigma, gaussian=self.is_gaussian)
-        steps, slopes = visit(passes, direction, weights, keep_statistics=False, needs_slopes=True)
-        passes.add_norm_gradients(posterior.frobenius)
-        variance = wide(sigma).square()  # (1); NaN for a layer not moved or without gradient
-        traces = (slopes[0] - slopes[1]) / torch.where(variance > 0, 2 * variance, torch.nan)
-        traces = traces / (weights.plus * passes.share)
-        loss = torch.stack([step.loss for step in steps]).mean()
-        return Step(loss, traces, posterior.relative_size, posterior.strength)
+        """Draw u, take the gradient there or the pair's mean, and the traces."""
+        weights, drawn = self.combination(factor), self.displace(passes, factor)
+        by_difference = self.traces == "difference"
+        last = None if by_difference else partial(_measured_pass, passes, weights.minus or weights.plus)
+        given = passes, drawn.u, weights, last
+        steps, difference = visit(*given, keep_statistics=False, needs_slopes=by_difference)
+        passes.add_norm_gradients(drawn.frobenius)
+        step = steps[-1]._replace(loss=torch.stack([step.loss for step in steps]).mean())
+        return drawn.noted(step, difference, self.passes)
+
+    def extra_passes(self) -> tuple[int, int]:
+        """Return those of the pair, and one backward for Gauss–Newton traces."""
+        forward, backward = super().extra_passes()
+        return forward, backward + (self.traces == "gauss_newton")
+
+
+def _measured_pass(passes: Passes, weight: float) -> Step:
+    """Make a plain pass, with one Gauss–Newton draw of the traces on its outputs."""
+    loss, generator = passes.evaluate(), passes.generator("gauss_newton")
+    traces = gauss_newton_samples(loss, passes.layers, generator=generator, retain_graph=True)[0]
+    passes.backward(loss.total, weight)
+    is_seen = traces != 0
+    return Step(loss.total.detach(), torch.where(is_seen, traces, torch.nan), is_seen)
 
 
 @method
 class WCIPosterior(Noise):
     """Train on the loss averaged over the PAC-Bayes optimal posterior: the index as an objective.
 
-        E_u L(W + u) + (λ/2) Σ a_l / s_l  ≈  L + (λ/2) Σ (s_l t_l + a_l / s_l)  =  L + λ Σ sqrt(a_l t_l),  (3)
-        σ_l² = λ s_l,    s_l = sqrt(a_l / t_l),    λ = r² Σ a_l / Σ d_l s_l.                               (4)
+        E_u L(W + u) + (λ/2) Σ a_l / s_l  ≈  L + (λ/2) Σ (s_l t_l + a_l / s_l)  =  L + λ Σ sqrt(q_l),      (3)
+        σ_l² = λ s_l,    that is    r_l² = λ d_l / sqrt(q_l).                                              (4)
 
-    The last equality of (3) holds at the optimal s_l, which (4) plugs in from a running average of t_l.
-    Directions are random signs, so the relative size is r exactly. A layer whose product a_l t_l is below
-    ``floor`` times the mean, or negative, counts with that floor; one without any estimate with the mean.
-    Until some trace is positive the shares are ``UniformNoise``'s, and the size of a run by ``strength`` is
-    0.1. Under bfloat16 traces from perturbations below about 0.05 are rounding noise: avoid long ramps.
+    The last equality of (3) holds at the optimal s_l, which (4) plugs in from a running average of t_l. The
+    index is one of a family, all of them invariant to the scale of a layer:
+
+        R_p = Σ_l d_l^(1−p) q_l^(p/2),    r_l² = p λ (q_l / d_l²)^(p/2 − 1).                               (5)
+
+    p = 1 is the index, p = 2 noise of the same r in all layers; p > 2 puts more noise into sharp layers. No
+    r_l exceeds ``cap``: beyond 1 the layer is noise. λ follows from ``relative_size``, the root mean square
+    of r_l over layers, or ||u|| / ||W|| of the whole network (``size_of``); or it is given.
+
+    A layer whose q_l is below ``floor`` times the mean, or negative, counts with that floor; one without any
+    estimate with the mean. A layer without weights or gradients gets no noise and is not in the means. Until
+    some trace is positive the noise is uniform, and the size of a run by ``strength`` is 0.1. Under bfloat16
+    traces from perturbations below about 0.05 are rounding noise: avoid long ramps.
     """
 
-    relative_size: Positive | None = setting(
-        None, "r, perturbation over weight norm; null: 1 or by strength."
-    )
-    strength: Positive | None = setting(None, "λ, weight of the index in the loss, instead of relative_size.")
-    frobenius: bool = setting(False, "Add the penalty (λ/2) a_l / s_l, gradient λ W_l / s_l.")
-    floor: Floor = FLOOR
+    relative_size: Positive | None = setting(None, "r, noise over weights; null: 0.5 or by strength.")
+    strength: Positive | None = setting(None, "λ, weight of R_p in the loss, instead of relative_size.")
+    frobenius: bool = setting(False, "Add the gradient λ ∂R_p/∂W at constant traces (p = 1: λ W_l / s_l).")
+    floor: Floor = 0.01
     schedule: Schedule = ALWAYS
-    source = "this project, on the index of Xu & Zhang, arXiv 2410.07719"
+    power: Positive = setting(1.0, "p of the family: 1 the index, 2 uniform noise.")
+    cap: Positive | None = setting(1.0, "Largest relative noise of a layer; null: none.")
+    size_of: Literal["layers", "network"] = setting("layers", "What r is taken over.")
+    passes: NumPasses = 2
+    traces: Traces = "difference"
+    attack_at: AttackAt = None
+    source = "this project, on the index of Xu & Zhang, arXiv 2410.07719; one pass: as IVON, arXiv 2402.17641"
+    cost = "1 forward and 1 backward pass more, with one pass none; gauss_newton 1 backward more"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.relative_size is not None and self.strength is not None:
             text = f"got {self.strength:g} beside relative_size={self.relative_size:g}; expected one of them."
             refuse("strength", f"{text} Leave one out.")
+        size = self.relative_size or (DEFAULT_SIZE if self.strength is None else 0.0)
+        if self.cap is not None and size > self.cap:
+            text = f"got {size:g} above the cap {self.cap:g}; expected at most that"
+            refuse("relative_size", f"{text}. Lower it, or set cap to null.")
 
     def __str__(self) -> str:
-        knob = f"r={self.relative_size or 1.0:g}" if self.strength is None else f"λ={self.strength:g}"
-        return f"WCI {knob}{' +F' * self.frobenius}"
+        size = self.relative_size or DEFAULT_SIZE
+        parts = [f"WCI r={size:g}" if self.strength is None else f"WCI λ={self.strength:g}"]
+        parts += [f"p={self.power:g}"] * (self.power != 1) + ["+F"] * self.frobenius
+        parts += ["one pass"] * (self.passes == 1) + ["GN"] * (self.traces == "gauss_newton")
+        return " ".join(parts + ["of ||W||"] * (self.size_of == "network"))
 
-    def posterior(self, a: Tensor, d: Tensor, t: Tensor | None, factor: float) -> Posterior:
-        """Return (4)."""
-        s, is_known = posterior_shape(a, d, t, self.floor)
-        volume = (d * s).sum().clamp_min(TINY)  # all layers zero: nothing to perturb, sigma = 0
-        size = self.relative_size or (1.0 if self.strength is None else FIRST_SIZE)
-        strength = (factor * size) ** 2 * a.sum() / volume
+    def posterior(self, a: Tensor, d: Tensor, t: Maybe, factor: float, is_active: Maybe = None) -> Posterior:
+        """Return (5)."""
+        is_active = a > 0 if is_active is None else is_active & (a > 0)
+        product, is_known = counted_products(a, t, self.floor, is_active)
+        shape = torch.where(is_known, (product / d.square()) ** (self.power / 2 - 1), 1.0) * is_active
+        weight = (torch.ones_like(a) if self.size_of == "layers" else a) * is_active
+        total = weight.sum().clamp_min(TINY)
+        cap = torch.inf if self.cap is None else self.cap**2
+        size = self.relative_size or (DEFAULT_SIZE if self.strength is None else FIRST_SIZE)
+        scale = scale_under_cap(shape, weight, (factor * size) ** 2 * total, cap)
         if self.strength is not None:
-            strength = torch.where(is_known, torch.full_like(strength, factor * self.strength), strength)
-        frobenius = norm_coefficients(a, t) * strength if self.frobenius and t is not None else None
-        relative_size = (strength * volume / a.sum().clamp_min(TINY)).sqrt()
-        return Posterior((strength * s).sqrt(), frobenius, strength, relative_size)
+            scale = torch.where(is_known, self.power * factor * self.strength, scale)
+        squares = (scale * shape).clamp_max(cap)  # r_l²
+        frobenius = None
+        if self.frobenius and t is not None:
+            frobenius = scale * d ** (1 - self.power) * (a * t).clamp_min(0) ** (self.power / 2) / a
+            frobenius = torch.where(is_active & (t > 0), frobenius, 0.0)
+        sigma, r = (squares * a / d).sqrt(), ((weight * squares).sum() / total).sqrt()
+        return Posterior(sigma, frobenius, torch.where(is_known, scale / self.power, torch.nan), r)
 
 
 @method
 class UniformNoise(Noise):
     """Train on the loss averaged over noise of the same relative size in every layer: the control.
 
-    σ_l² = r² a_l / d_l                                                                                (5)
+    σ_l² = r² a_l / d_l,    (5) of `WCIPosterior` with p = 2 and without a cap                         (6)
     """
 
-    relative_size: RelativeSize = 1.0
+    relative_size: RelativeSize = 0.5
     schedule: Schedule = ALWAYS
-    label = "noise r={relative_size:g}"
+    passes: NumPasses = 2
+    attack_at: AttackAt = None
     source = "this project, as a control"
+    cost = "1 forward and 1 backward pass more, with one pass none"
 
-    def posterior(self, a: Tensor, d: Tensor, t: Tensor | None, factor: float) -> Posterior:
-        """Return (5)."""
-        r = factor * self.relative_size
-        return Posterior(r * (a / d).sqrt(), None, a.new_tensor(torch.nan), a.new_tensor(r))
+    def __str__(self) -> str:
+        return f"noise r={self.relative_size:g}{' one pass' * (self.passes == 1)}"
+
+    def posterior(self, a: Tensor, d: Tensor, t: Maybe, factor: float, is_active: Maybe = None) -> Posterior:
+        """Return (6)."""
+        r = a.new_full((), factor * self.relative_size)
+        is_active = a > 0 if is_active is None else is_active
+        return Posterior(r * (a / d).sqrt() * is_active, None, torch.full_like(r, torch.nan), r)
 
 
 @method
 class NoiseStability(Noise):
     """Noise stability optimization: train on the loss averaged over isotropic Gaussian noise.
 
-        u ~ N(0, σ² I),  step on ½ [g(W + u) + g(W − u)],  expectation ∇[L + (σ²/2) Tr(H)] + O(σ⁴).        (6)
+        u ~ N(0, σ² I),  step on ½ [g(W + u) + g(W − u)],  expectation ∇[L + (σ²/2) Tr(H)] + O(σ⁴).        (7)
 
     One antithetic pair a step; the authors average several.
     """
@@ -149,18 +247,18 @@ class NoiseStability(Noise):
     default_layers = "all"
     is_gaussian = True
 
-    def posterior(self, a: Tensor, d: Tensor, t: Tensor | None, factor: float) -> Posterior:
-        """Return (6); the relative size is its root mean square."""
-        sigma = factor * self.sigma
-        size = sigma * (d.sum() / a.sum().clamp_min(TINY)).sqrt()
-        return Posterior(torch.full_like(a, sigma), None, a.new_tensor(torch.nan), size)
+    def posterior(self, a: Tensor, d: Tensor, t: Maybe, factor: float, is_active: Maybe = None) -> Posterior:
+        """Return (7) for all layers; the relative size is its root mean square."""
+        sigma = torch.full_like(a, factor * self.sigma)
+        size = factor * self.sigma * (d.sum() / a.sum().clamp_min(TINY)).sqrt()
+        return Posterior(sigma, None, torch.full_like(size, torch.nan), size)
 
 
 @method
 class RWP(WeightPerturbation):
     """Random weight perturbation: Gaussian noise in proportion to the norm of every filter.
 
-        u_j = σ ||w_j|| ξ,  ξ ~ N(0, I),    step on (1 − α) g(W) + α g(W + u).                             (7)
+        u_j = σ ||w_j|| ξ,  ξ ~ N(0, I),    step on (1 − α) g(W) + α g(W + u).                             (8)
 
     A vector is one filter. α = 1 is LPF-SGD with one sample; α < 1 is RWP's mixed loss (its authors take the
     two gradients on different halves of a batch).
@@ -174,24 +272,58 @@ class RWP(WeightPerturbation):
     cost = "1 forward and 1 backward pass more where it mixes, else none"
     default_layers = "all"
 
+    def __post_init__(self) -> None:
+        vars(self).update(is_one_pass=self.mixing == 1)
+
     def combination(self, factor: float = 1.0) -> Combination:
         """Mix the gradients at W and W + u."""
         return Combination(1 - self.mixing, self.mixing)
 
+    def displace(self, passes: Passes, factor: float) -> Displacement:
+        """Draw u by (8)."""
+        sigma = torch.full_like(passes.layers.sizes(), factor * self.sigma)
+        u, _ = passes.random_direction(sigma, gaussian=True)
+        torch._foreach_mul_(u, [filter_norms(t) for t in passes.layers.tensors])
+        return Displacement(u, passes.relative_size(u))
+
     def gradient(self, passes: Passes, factor: float, last_pass: LastPass | None) -> Step:
-        """Draw u by (7) and mix."""
+        """Draw u and mix."""
         weights, loss = self.combination(factor), None
         if weights.here:
             with passes.local():
-                loss = passes.plain(weights.here)
-        sigma = torch.full_like(passes.layers.sizes(), factor * self.sigma)
-        direction, _ = passes.random_direction(sigma, gaussian=True)
-        for u, t in zip(direction, passes.layers.tensors, strict=True):
-            u.mul_(filter_norms(t))
-        size = passes.relative_size(direction)
-        (step,), _ = visit(passes, direction, weights, last_pass, keep_statistics=loss is not None)
+                loss, _ = passes.plain(weights.here)
+        u, size, *_ = self.displace(passes, factor)
+        (step,), _ = visit(passes, u, weights, last_pass, keep_statistics=loss is not None)
         shown = step.loss if loss is None else carry_nan(loss, step.loss)
         return step._replace(loss=shown, relative_size=size)
+
+
+def counted_products(a: Tensor, t: Tensor | None, floor: float, is_active: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q_l [L] > 0 as layers count with it, and whether any trace is positive; else ones."""
+    if t is None:
+        return torch.ones_like(a), torch.zeros((), dtype=torch.bool, device=a.device)
+    product = a * t
+    is_measured = torch.isfinite(product) & is_active
+    positive = torch.where(is_measured, product, 0.0).clamp_min(0)
+    mean = positive.sum() / is_measured.sum().clamp_min(1)
+    counted = torch.where(is_measured, positive.clamp_min(floor * mean), mean)
+    return torch.where(mean > 0, counted, 1.0).clamp_min(TINY), mean > 0
+
+
+def scale_under_cap(shape: Tensor, weight: Tensor, total: Tensor, cap: float) -> Tensor:
+    """Return c with ``Σ_l weight_l min(c · shape_l, cap) = total``, where ``shape`` [L] >= 0; no sync.
+
+    The largest shapes reach the cap first: c is that of the fewest at the cap with which no other exceeds it.
+    """
+    shape, order = shape.sort(descending=True)
+    weight = weight.gather(0, order)
+    mass = (weight * shape).flip(0).cumsum(0).flip(0)  # Σ over the layers below the cap, from each on
+    above = weight.cumsum(0) - weight
+    left = total - cap * above if cap < torch.inf else total.expand_as(mass)
+    scales = left / mass.clamp_min(TINY)
+    fits = scales * shape <= cap * (1 + torch.finfo(shape.dtype).eps ** 0.5)  # MPS has float32 alone
+    first = fits.to(torch.uint8).argmax().reshape(1)
+    return scales.gather(0, first)[0]
 
 
 def filter_norms(t: Tensor) -> Tensor:
@@ -203,18 +335,5 @@ def filter_norms(t: Tensor) -> Tensor:
 
 def posterior_shape(a: Tensor, d: Tensor, t: Tensor | None, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
     """Return ``s_l = sqrt(a_l / t_l)`` [L], a floor on ``a_l t_l``, else ``a_l / d_l``; if any t_l > 0."""
-    uniform = a / d
-    if t is None:
-        return uniform, torch.zeros((), dtype=torch.bool, device=a.device)
-    product = a * t
-    is_measured = torch.isfinite(product)
-    positive = torch.where(is_measured, product, 0.0).clamp_min(0)
-    mean = positive.sum() / is_measured.sum().clamp_min(1)
-    counted = torch.where(is_measured, positive.clamp_min(floor * mean), mean)
-    is_known = mean > 0
-    return torch.where(is_known, a / counted.clamp_min(TINY).sqrt(), uniform), is_known
-
-
-def norm_coefficients(a: Tensor, t: Tensor) -> Tensor:
-    """Return ``sqrt(t_l / a_l)`` [L], the gradient of sqrt(a t) in W_l over W_l; 0 for t <= 0 or NaN."""
-    return torch.where(t > 0, (t / a.clamp_min(TINY)).sqrt(), 0.0) * (a > 0)
+    product, is_known = counted_products(a, t, floor, torch.ones_like(a, dtype=torch.bool))
+    return torch.where(is_known, a / product.sqrt(), a / d), is_known

@@ -1,7 +1,11 @@
 """The wrapper's own numbers: running averages of the layers' traces and what they were made of.
 
-They live in the base optimizer's first group under ``KEY``, so they survive every checkpoint path. An average
-is Σ_k decay^(n−k) (1 − decay) t_k over the same sum of ones, without start-up bias.
+They live in the base optimizer's first group under ``KEY``, so they survive every checkpoint path. With
+estimates y_k and weights w_k = (1 − decay) decay^(n−k) the average and its error are, without start-up bias,
+
+    t = Σ w y / Σ w,    se² = Σ w² / (Σ w)² · [Σ w y² / Σ w − t²] / [1 − Σ w² / (Σ w)²].                   (1)
+
+The error takes the estimates for independent draws around one value: where the traces move it is too large.
 """
 
 import math
@@ -10,16 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wcitrain.curvature.estimator import NEGATIVE
 from wcitrain.params import Layers
 
 KEY = "regularizer"
+SUMS = ("trace_sum", "square_sum", "trace_weight", "weight_square")  # Σ w y, Σ w y², Σ w, Σ w²
+COUNTS = ("num_estimates", "num_negative")
+NUM_IDLE = 100  # steps without gradient until a layer counts as unused: heads may take turns
 
 
-def fresh(layers: Layers) -> dict[str, Any]:
-    """Return the record before the first step."""
-    names = ("trace_sum", "trace_weight", "num_estimates", "num_negative")
-    zeros = {name: torch.zeros_like(layers.squared_norms()) for name in names}
-    return {"layers": list(layers), "step": 0, "is_measured": False, **zeros}
+def fresh(layers: Layers, has_memory: bool = False) -> dict[str, Any]:
+    """Return the record before the first step, whole: torch's distributed checkpoint fills what is there."""
+    like = layers.squared_norms()
+    zeros = {name: torch.zeros_like(like) for name in (*SUMS, *COUNTS)}
+    is_active = torch.ones_like(like, dtype=torch.bool)
+    unknown = {name: like.new_full((), torch.nan) for name in ("relative_size", "lambda")}
+    unknown["half"] = torch.full_like(like, torch.nan)  # the first estimate of a pair
+    memory = {"memory": [torch.zeros_like(t) for t in layers.tensors]} if has_memory else {}
+    numbers = {"step": 0, "draws": 0, "is_measured": False, "is_active": is_active}
+    unknown["num_idle"] = torch.full_like(like, NUM_IDLE - 1)  # one never seen is unused after a step
+    return {"layers": list(layers), **numbers, **zeros, **unknown, **memory}
 
 
 def loaded(saved: dict[str, Any], layers: Layers) -> dict[str, Any]:
@@ -27,38 +41,79 @@ def loaded(saved: dict[str, Any], layers: Layers) -> dict[str, Any]:
     if saved["layers"] != list(layers):
         got = f"got averages of {len(saved['layers'])} other layers"
         raise ValueError(f"load_state_dict: {got}; expected these {len(layers)}. Was the choice changed?")
-    like = layers.squared_norms()
-    record = {k: v.to(like).clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
+    like, record = layers.squared_norms(), fresh(layers)
+    record["square_sum"] += torch.nan  # of older records: their errors are not known
+    for key, value in saved.items():
+        if isinstance(value, Tensor):
+            value = value.to(like.device if value.dtype == torch.bool else like).clone()
+        record[key] = value
     if "memory" in saved:
         record["memory"] = [m.to(t).clone() for m, t in zip(saved["memory"], layers.tensors, strict=True)]
     return record
 
 
-def fold(record: dict[str, Any], estimate: Tensor, decay: float) -> None:
-    """Fold one estimate of all traces [L] into the averages, in place."""
+def moved_to(record: dict[str, Any], layers: Layers) -> dict[str, Any]:
+    """Return the record for other layers, of which those that stay keep their numbers."""
+    places = {name: place for place, name in enumerate(record["layers"])}
+    kept = [(new, places[name]) for new, name in enumerate(layers) if name in places]
+    kept_numbers = {key: record[key] for key in ("step", "draws", "is_measured")}
+    result = record | fresh(layers, "memory" in record) | kept_numbers
+    for key in (*SUMS, *COUNTS, "is_active", "num_idle"):
+        for new, old in kept:
+            result[key][new] = record[key][old]
+    return result
+
+
+def fold(record: dict[str, Any], estimate: Tensor, decay: float, is_paired: bool = False) -> None:
+    """Fold one estimate of all traces [L] into the averages, in place; NaN for a layer without one.
+
+    With ``is_paired`` it is half of one: the first of two steps waits for the second, the decay is of a step.
+    """
+    if is_paired:
+        first, record["half"] = record["half"].to(estimate), torch.full_like(estimate, torch.nan)
+        if record["draws"] % 2 == 0:
+            record["half"] = estimate
+            return
+        estimate, decay = (first + estimate) / 2, decay**2
     is_good = torch.isfinite(estimate)
-    kept = torch.where(is_good, decay, 1.0)
-    for key, value in (("trace_sum", estimate), ("trace_weight", torch.ones_like(estimate))):
-        record[key] = kept * record[key].to(estimate) + (1 - kept) * torch.where(is_good, value, 0.0)
+    value, kept = torch.where(is_good, estimate, 0.0), torch.where(is_good, decay, 1.0)
+    added: tuple[Tensor | float, ...] = (value, value.square(), 1.0, 1 - kept)
+    for key, one in zip(SUMS, added, strict=True):
+        factor = kept.square() if key == "weight_square" else kept
+        record[key] = factor * record[key].to(estimate) + (1 - kept) * one
     record["num_estimates"] = record["num_estimates"].to(estimate) + is_good
     record["num_negative"] = record["num_negative"].to(estimate) + (estimate < 0)
     record["is_measured"] = True
 
 
-def metrics(record: dict[str, Any], layers: Layers, traces: Tensor | None) -> dict[str, float]:
+def see(record: dict[str, Any], is_seen: Tensor) -> None:
+    """Note which layers [L] got a gradient in this step."""
+    record["num_idle"] = torch.where(is_seen, 0.0, record["num_idle"].to(is_seen.device) + 1)
+    record["is_active"] = record["num_idle"] < NUM_IDLE
+
+
+def averages(record: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the running averages of t_l [L], NaN for none, and their standard errors by (1)."""
+    t, square, weight, weight_square = (record[key] for key in SUMS)
+    mean, share = t / weight, weight_square / weight.square()
+    spread = (square / weight - mean.square()).clamp_min(0) / (1 - share)
+    return mean, torch.where(record["num_estimates"] > 1, (share * spread).sqrt(), torch.inf)
+
+
+def metrics(record: dict[str, Any], layers: Layers) -> dict[str, float]:
     """Return what ``RegularizedOptimizer.metrics`` says."""
     columns, numbers = {"frobenius": layers.squared_norms()}, {}
-    if traces is not None:
+    if record["is_measured"]:
+        traces, errors = averages(record)
         index = (columns["frobenius"] * traces.nan_to_num().clamp_min(0)).sqrt()
-        columns |= {"curvature/trace": traces, "wci": index}
+        index = torch.where(traces < -NEGATIVE * errors, torch.nan, index)  # it has none
+        columns |= {"curvature/trace": traces, "curvature/trace_stderr": errors, "wci": index}
         numbers["wci/total"] = float(index.sum())
         share = record["num_negative"].sum() / record["num_estimates"].sum().clamp_min(1)
         numbers["curvature/negative"] = float(share)
-    for name in ("relative_size", "lambda"):
-        value = record.get(name)
-        if value is not None and not math.isnan(value):  # λ is NaN before the first traces
-            numbers[name] = float(value)
+    latest = {key: record[key] for key in ("relative_size", "lambda")}
+    numbers |= {key: float(value) for key, value in latest.items() if value is not None}
     by_layer: dict[str, float] = {}
     for kind, column in columns.items():
         by_layer |= zip([f"{kind}/{name}" for name in layers], column.tolist(), strict=True)
-    return by_layer | numbers
+    return {name: value for name, value in (by_layer | numbers).items() if math.isfinite(value)}

@@ -196,6 +196,7 @@ def _check_effects(recipe: Recipe) -> None:
         ("wrapper.layers", recipe.wrapper.layers, None, has_rule, "a perturbation or penalty"),
         ("wrapper.split_qkv", recipe.wrapper.split_qkv, False, has_rule, "a perturbation or penalty"),
         ("wrapper.trace_decay", recipe.wrapper.trace_decay, decay, takes_traces, "a rule that takes traces"),
+        ("perturbation.attack_at", getattr(rule, "attack_at", None), None, has_attack, "an attack"),
     ]
     if recipe.train.overfitting_guard == "stop":
         one = "an objective of a single step"

@@ -37,7 +37,9 @@ class Wrapper(Section):
         None, "weights, all, weights+biases, or a glob over parameter names; null: as the rule is published."
     )
     split_qkv: bool = setting(False, "Count query, key and value of a fused projection as three layers.")
-    trace_decay: Decay = setting(0.9, "Decay per step of the running trace estimates, in [0, 1).")
+    trace_decay: Decay | None = setting(
+        None, "Decay a step of the running trace estimates, in [0, 1); null: 0.9, with one pass 0.98."
+    )
 
 
 class Train(Section):

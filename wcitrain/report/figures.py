@@ -64,10 +64,12 @@ def accuracy_curve(evaluation: Evaluation, norm: Norm, title: str) -> Figure:
 def layer_bars(measurement: WCIMeasurement, title: str) -> Figure:
     """Return a figure with one bar a layer, input on top: length WCI_l, whisker ± one standard error.
 
-    Beside the bars stands each layer's share of the sum.
+    Beside the bars stands each layer's share of the sum, or that its trace is negative: then it has no bar.
     """
     columns = measurement.columns()
-    values, errors = columns["wci"].numpy(), columns["wci_stderr"].numpy()
+    values, errors = np.nan_to_num(columns["wci"].numpy()), columns["wci_stderr"].numpy()
+    notes = [f"{100 * share:.1f} %" if math.isfinite(share) else "" for share in columns["share"].tolist()]
+    notes = [note if x == x else "negative trace" for note, x in zip(notes, columns["wci"], strict=True)]
     figure, (ax,) = grid(title, size=(10, 1.0 + max(0.24 * len(values), 1.0)))
     styled(ax, xlabel="WCI of the layer ± standard error, and its share")
     places, whiskers = np.arange(len(values)), np.where(np.isfinite(errors), errors, 0.0)
@@ -76,8 +78,8 @@ def layer_bars(measurement: WCIMeasurement, title: str) -> Figure:
     reach = [np.minimum(whiskers, values), whiskers]
     ax.errorbar(values, places, xerr=np.stack(reach), fmt="none", ecolor=INK, elinewidth=1.2)
     style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": SOFT}
-    for place, end, share in zip(places, values + whiskers, columns["share"].tolist(), strict=True):
-        ax.annotate(f"{100 * share:.1f} %" if math.isfinite(share) else "", (end, place), (4, 0), **style)
+    for place, end, note in zip(places, values + whiskers, notes, strict=True):
+        ax.annotate(note, (end, place), (4, 0), **style)
     ax.set_yticks(places, drawing.short_names(measurement.layers))
     ax.set_ylim(len(values) - 0.4, -0.6)
     ax.set_xlim(0, 1.12 * max(float((values + whiskers).max()), 1e-9))
@@ -182,10 +184,8 @@ def measures_against_loss(points: Points) -> Figure | None:
     """Return the robust loss against every other measure at all kept epochs (Stutz et al. 2021, figure 1)."""
     names = dict.fromkeys(name for *_, values in points for name in values)
     panels = {name: [values.get(name, math.nan) for *_, values in points] for name in names}
-    losses = panels.pop("robust_loss", [])
-    return (
-        scatter_page(panels, {}, losses, "robust loss", [run.name for run, *_ in points]) if losses else None
-    )
+    losses, runs = panels.pop("robust_loss", []), [run.name for run, *_ in points]
+    return scatter_page(panels, {}, losses, "robust loss", runs) if losses else None
 
 
 def strip(

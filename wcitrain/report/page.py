@@ -70,13 +70,8 @@ def page_and_figures(
         _landscapes(runs),
         _every_run(runs),
     ]
-    page = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    options: Any = dict.fromkeys(("autoescape", "trim_blocks", "lstrip_blocks"), True)
+    page = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, **options)
     page.filters["svg"] = svg
     text = page.get_template("page.html.j2").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
@@ -193,11 +188,8 @@ def _findings(document: Mapping[str, Any]) -> list[str]:
 def _accuracies(document: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[float, ...]]]:
     """Give protocol, name, and accuracy with its interval (NaN: unknown) of all that an evaluation holds."""
     where = f"{document['at']} {document['split']}, {document['num_examples']} examples"
-    seed, attacked, entries = (
-        document["settings"].get("seed"),
-        document["attacks"],
-        {"clean": document["clean"]},
-    )
+    seed, attacked = document["settings"].get("seed"), document["attacks"]
+    entries = {"clean": document["clean"]}
     where += f", seed {seed}" * bool(seed) + f", images {document['digest'][:6]}"
     for one in attacked:
         entries[f"{ThreatModel(**one['threat'])}, {one['attack']}"] = one
