@@ -9,7 +9,6 @@ Groups and state are the base optimizer's own: with every strength at zero it is
 passes of a call see the same random numbers (dropout); running statistics move once.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -32,23 +30,10 @@ from wcitrain.optim.closures import clearing, watched
 from wcitrain.optim.delegating import DelegatingOptimizer
 from wcitrain.optim.penalty import Penalty, layers_for
 from wcitrain.optim.perturbation import Displacement, WeightPerturbation
-from wcitrain.params import Layers, is_compiled, precise
+from wcitrain.optim.refusals import refuse_accelerator, refuse_base, refuse_scaler, refuse_unseen
+from wcitrain.optim.window import Mark, Versions, Window, are_changed, gradient_versions
+from wcitrain.params import Layers, precise
 from wcitrain.preserve import perturbed
-
-WAYS = (
-    "step(closure) alone, backward(loss_fn) before step(), or `with optimizer.perturbed():` around forward "
-    "and backward (rules of one pass). Or clear them by zero_grad()"
-)
-
-
-@dataclass
-class _Window:
-    """What happened since the last step."""
-
-    micro_steps: int = 0  # calls of backward and perturbed
-    traces: list[Tensor] = field(default_factory=list)  # their parts of the estimates of t_l, each [L]
-    is_seen: list[Tensor] = field(default_factory=list)  # which layers got a gradient, each [L]
-    memory: list[Tensor] | None = None  # sum of their smoothed gradients (VaSSO)
 
 
 class _Moved(NamedTuple):
@@ -57,7 +42,7 @@ class _Moved(NamedTuple):
     stack: ExitStack  # puts W back
     sums: list[Tensor | None]  # of ``slopes``, where the rule takes them
     drawn: Displacement | None  # None: nothing moved, the rule does not act
-    before: list[tuple[Tensor | None, int]]  # gradients and their versions
+    before: Versions
 
 
 @dataclass
@@ -66,12 +51,12 @@ class _State:
 
     layers: Layers
     known: list[tuple[int, bool]] = field(default_factory=list)  # parameters and whether they train
-    window: _Window = field(default_factory=_Window)
+    window: Window = field(default_factory=Window)
     choice: Choice | None = None
     accelerator: Accelerator | None = None
     scaler: torch.amp.GradScaler | None = None
     moved: "_Moved | None" = None  # while perturbed
-    last_gradient: tuple[Tensor, Tensor, int] | None = None  # a parameter, .grad and version at a step
+    last_gradient: Mark | None = None  # one that the last step left
     is_inside: bool = False  # a call of the user's function
     has_warned: bool = False
 
@@ -127,13 +112,13 @@ class RegularizedOptimizer(DelegatingOptimizer):
             got = f"got trace_decay={trace_decay}, num_micro_batches={num_micro_batches}"
             raise ValueError(f"{got}; expected 0 <= trace_decay < 1 and num_micro_batches >= 1.")
         super().__init__(base)
-        _refuse_base(base)
+        refuse_base(base, isinstance(base, RegularizedOptimizer))
         self.model, self.perturbation, self.penalty = model, perturbation, penalty
         self.trace_decay, self.seed = trace_decay, seed
         self.num_micro_batches, self.steps_per_epoch = num_micro_batches, steps_per_epoch
         self._choice_of_layers = layers_for(perturbation, penalty, layers), split_qkv
         self._state = _State(Layers({}), scaler=getattr(scaler, "_scaler", scaler))  # timm's holds torch's
-        self._refuse_scaler()
+        refuse_scaler(self._state.scaler, self.perturbation, self.penalty)
         self._state.layers = self._selected()
         estimator = penalty and penalty.estimator
         low = next((p.dtype for p in self.layers.tensors if p.dtype.itemsize < 4), None)
@@ -229,7 +214,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
             stack.enter_context(perturbed(self.layers.tensors, drawn.u))(+1)
             if drawn.sigma is not None:
                 sums = stack.enter_context(slopes(self.layers, drawn.u))
-        state.moved = _Moved(stack, sums, drawn, self._gradient_versions())
+        state.moved = _Moved(stack, sums, drawn, gradient_versions(self._parameters))
 
     def restore(self) -> None:
         """Leave ``perturbed``: W comes back, and the gradients at W + u count."""
@@ -237,11 +222,11 @@ class RegularizedOptimizer(DelegatingOptimizer):
             raise RuntimeError("RegularizedOptimizer.restore: got weights at W. Call perturb() first.")
         (stack, sums, drawn, before), self._state.moved = self._state.moved, None
         stack.close()
-        if not self._are_changed(before):
+        if not are_changed(self._parameters, before):
             return  # no backward inside: a later one, at W, would pass for the rule's
         step, scale = Step(torch.zeros(())), self._scale()
         found = self.layers.joined(sums, torch.nan) / (1.0 if scale is None else scale) if sums else None
-        self._count(drawn.noted(step, found) if drawn else step)
+        self._state.window.count(drawn.noted(step, found) if drawn else step)
 
     @contextmanager
     def attacking(self) -> Iterator[None]:
@@ -266,7 +251,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
         if state.moved:  # gradients of an attack: what they were along u is forgotten too
             state.moved.sums[:] = [None] * len(state.moved.sums)
         if not state.is_inside:
-            state.window, state.last_gradient = _Window(), None
+            state.window, state.last_gradient = Window(), None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict; the wrapper's few numbers are in its first group."""
@@ -282,7 +267,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
         own = self._fresh_record() if saved is None else record.loaded(saved, self.layers)
         self.base.load_state_dict(state_dict)
         self.param_groups[0][record.KEY] = own
-        self._state.window, self._state.last_gradient = _Window(), None
+        self._state.window, self._state.last_gradient = Window(), None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -362,27 +347,13 @@ class RegularizedOptimizer(DelegatingOptimizer):
         for what the passes cannot work with: FSDP, DeepSpeed, a static graph, a penalty on traces in fp16 or
         on a model that is compiled in bfloat16, other micro-batches than Accelerate's.
         """
-        kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
-        parts, mine = accelerator.gradient_accumulation_steps, self.num_micro_batches
         needs_float32 = self.penalty is not None and self.penalty.estimator is not None
-        is_compiled_bf16 = precision == "bf16" and any(map(is_compiled, model.modules()))
-        is_precise = not needs_float32 or not (precision == "fp16" or is_compiled_bf16)
-        low = "a compiled bf16 model" if precision == "bf16" else precision
-        rules = [
-            (precision in ("no", "bf16", "fp16"), f"mixed_precision={precision!r}", "no, bf16 or fp16"),
-            (kind in ("NO", "MULTI_GPU", "MULTI_CPU"), kind, "one process or DistributedDataParallel"),
-            (not getattr(model, "static_graph", False), "a DDP model with static_graph=True", "False"),
-            (is_precise, low, "float32, for the penalty's passes"),
-            (mine in (1, parts), f"num_micro_batches={mine}", f"{parts}, gradient_accumulation_steps"),
-        ]
-        for is_fine, got, rule in rules:
-            if not is_fine:
-                raise ValueError(f"attach: got {got}; expected {rule}.")
+        refuse_accelerator(accelerator, model, needs_float32, self.num_micro_batches)
         state = self._state
         state.accelerator, state.choice = accelerator, None
         state.scaler = getattr(accelerator, "scaler", None)
-        self._refuse_scaler()
-        self.model, self.num_micro_batches = model, parts
+        refuse_scaler(self._state.scaler, self.perturbation, self.penalty)
+        self.model, self.num_micro_batches = model, accelerator.gradient_accumulation_steps
         return self
 
     # ---- inside --------------------------------------------------------------------------------------------
@@ -435,7 +406,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
         if penalty and penalty_factor:
             coefficients = penalty.norm_coefficients(self.layers.squared_norms(), passes.traces)
             passes.add_norm_gradients(coefficients, penalty_factor)
-        self._count(step, passes.share)
+        self._state.window.count(step, passes.share)
         return step.loss
 
     def _step_with(self, closure: Any) -> Any:
@@ -443,10 +414,10 @@ class RegularizedOptimizer(DelegatingOptimizer):
         self._refuse_inside("step")
         state, where = self._state, "RegularizedOptimizer.step"
         if state.moved or state.window.micro_steps:
-            was_moved, before = state.moved is not None, self._gradient_versions()
+            was_moved, before = state.moved is not None, gradient_versions(self._parameters)
             with torch.enable_grad():
                 result = closure()
-            is_new = self._are_changed(before)
+            is_new = are_changed(self._parameters, before)
             if was_moved and not is_new and isinstance(result, Tensor) and result.requires_grad:
                 result.backward()
             elif not was_moved and (is_new or result is not None):  # Lightning's own does nothing
@@ -475,16 +446,16 @@ class RegularizedOptimizer(DelegatingOptimizer):
 
     def _step_without_rule(self, closure: Any) -> Any:
         """Step as torch does: a closure's own backward may add to what is there (Lightning accumulates)."""
-        before, self._state.is_inside = self._gradient_versions(), True
+        before, self._state.is_inside = gradient_versions(self._parameters), True
         try:
             with torch.enable_grad():
                 result = closure()
         finally:
             self._state.is_inside = False
-        if not self._are_changed(before) and result is not None:
+        if not are_changed(self._parameters, before) and result is not None:
             self.zero_grad()
             as_loss(result).total.backward()
-        self._count(Step(torch.zeros(())))
+        self._state.window.count(Step(torch.zeros(())))
         self.step()
         total: Any = as_loss(result).total
         return total.detach() if isinstance(total, Tensor) else total
@@ -512,7 +483,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
         if not self._state.window.micro_steps:  # one window has one set of layers
             self._follow()
         if all(p.grad is None for p in self._parameters):  # somebody else cleared them: the batch was skipped
-            self._state.window = _Window()
+            self._state.window = Window()
         return self._passes(loss_fn)
 
     def _follow(self) -> None:
@@ -549,46 +520,18 @@ class RegularizedOptimizer(DelegatingOptimizer):
             return None
         return scaler.scale(precise(torch.ones((), dtype=like.dtype, device=like.device)))
 
-    def _count(self, step: Step, share: float = 1.0) -> None:
-        """Keep what a micro-batch found for the end of the step."""
-        window = self._state.window
-        window.micro_steps += 1
-        if step.traces is not None:
-            window.traces.append(step.traces * share)
-        if step.is_seen is not None:
-            window.is_seen.append(step.is_seen)
-        if step.memory is not None:
-            total = window.memory
-            window.memory = step.memory if total is None else list(torch._foreach_add(total, step.memory))
-        if step.relative_size is not None:
-            self._record.update({"relative_size": step.relative_size, "lambda": step.strength})
-
     def _finish_step(self) -> None:
         """Fold in what the micro-batches found; means over processes."""
         own, window, state = self._record, self._state.window, self._state
-        if window.traces:
-            found = torch.stack(window.traces)
-            estimate = torch.where(found.isnan().all(0), torch.nan, found.nansum(0))
-            if window.is_seen:
-                is_seen = torch.stack(window.is_seen).any(0).to(estimate)
-                estimate, is_seen = self._averaged(torch.stack([estimate, is_seen]))
-                record.see(own, is_seen > 0)
-            else:
-                estimate = self._averaged(estimate)
-            is_paired = bool(self.perturbation and self.perturbation.is_paired)
-            record.fold(own, estimate, self.trace_decay, is_paired)
-        if window.memory is not None:
-            own["memory"] = [self._averaged(total / window.micro_steps) for total in window.memory]
+        is_paired = bool(self.perturbation and self.perturbation.is_paired)
+        window.fold(own, self._averaged, self.trace_decay, is_paired)
         own["draws"] += self._factors()[0] > 0
         own["step"] += 1
         if self._world > 1:
             for buffer in self.model.buffers():  # DDP does so before a forward, which an extra pass undoes
                 dist.broadcast(buffer, src=0)
-        with_gradient = (p for p in self._parameters if p.grad is not None)
-        smallest = min(with_gradient, key=lambda p: p.numel(), default=None)
-        if smallest is not None and (gradient := smallest.grad) is not None:
-            state.last_gradient = smallest, gradient, gradient._version
-        state.window = _Window()
+        state.last_gradient = Mark.of(self._parameters)
+        state.window = Window()
 
     def _averaged(self, value: Tensor) -> Tensor:
         """Return the mean over processes."""
@@ -596,14 +539,6 @@ class RegularizedOptimizer(DelegatingOptimizer):
             dist.all_reduce(value := value.clone())
             value /= self._world
         return value
-
-    def _gradient_versions(self) -> list[tuple[Tensor | None, int]]:
-        """Return what changes when somebody writes gradients, and hold them: a new one may get an old id."""
-        return [(p.grad, 0 if p.grad is None else p.grad._version) for p in self._parameters]
-
-    def _are_changed(self, before: list[tuple[Tensor | None, int]]) -> bool:
-        now = self._gradient_versions()
-        return any(a is not b or v != w for (a, v), (b, w) in zip(before, now, strict=True))
 
     def _refuse_inside(self, name: str) -> None:
         if self._state.is_inside:
@@ -615,37 +550,14 @@ class RegularizedOptimizer(DelegatingOptimizer):
             rule = "them at W. Call restore(), or leave perturbed(), first"
             raise RuntimeError(f"RegularizedOptimizer.{name}: got weights at W + u; expected {rule}.")
 
-    def _refuse_scaler(self) -> None:
-        rule, scaler = self.perturbation, self._state.scaler
-        draws = rule is not None and rule.measures_traces and getattr(rule, "traces", "") != "difference"
-        if scaler and scaler.is_enabled() and ((self.penalty and self.penalty.estimator) or draws):
-            got = f"got a GradScaler with {rule if draws else self.penalty}"
-            raise ValueError(f"scaler: {got}; expected bf16 or float32. fp16 cannot hold its derivatives.")
-
     def _refuse_unseen_gradients(self, where: str, but_left: bool = False) -> None:
         """Raise RuntimeError for gradients that no rule has made; those the last step left may be dropped."""
         rule, last = self.perturbation or self.penalty, self._state.last_gradient
         if rule is None or all(float(group["lr"]) == 0 for group in self.param_groups):
             return
-        if but_left and last and last[0].grad is last[1] and last[1]._version == last[2]:
+        if but_left and last and last.is_untouched():
             return
-        if any(p.grad is not None and float(p.grad.norm()) != 0 for p in self._parameters):
-            got = f"got gradients that {rule} has not seen"
-            raise RuntimeError(f"RegularizedOptimizer.{where}: {got}; expected {WAYS}.")
-
-
-def _refuse_base(base: Optimizer) -> None:
-    """Raise ValueError for optimizers that cannot step on what is in ``.grad``, or would be asked twice."""
-    closure = inspect.signature(base.step).parameters.get("closure")
-    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
-    rules = [
-        (isinstance(base, RegularizedOptimizer), "one wrapper. Give it perturbation and penalty together"),
-        (isinstance(base, AcceleratedOptimizer), "the bare optimizer. Wrap first, then prepare the wrapper"),
-        (needs_closure, "an optimizer that steps on gradients. Use SGD or AdamW"),
-    ]
-    for is_wrong, rule in rules:
-        if is_wrong:
-            raise ValueError(f"base: got {type(base).__name__}; expected {rule}.")
+        refuse_unseen(self._parameters, rule, where)
 
 
 def _no_loss() -> Any:
