@@ -3,6 +3,8 @@
 Legend: a_l, d_l, t_l, q_l, r_l, u_l, σ_l, p, λ as in `random_directions`, whose (5) is the family.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import BatchNormNet, SmoothNet, image_batch, wrapped
@@ -272,8 +274,16 @@ ROUNDING = 1e-8  # the sort under the cap allows 1e-9 above it, and λ is in wha
 
 
 def family(power, cap, size, **kwargs) -> WCIPosterior:
-    # The floor is below all ratios of the products here: (5) itself
-    return WCIPosterior(size * (cap or 1), power=power, cap=cap, floor=1e-6, frobenius=True, **kwargs)
+    own = {"power": power, "cap": cap, "frobenius": True}
+    if power != 2:  # where it has no effect
+        own["floor"] = 1e-6  # below all ratios of the products here: (5) itself
+    return WCIPosterior(size * (cap or 1), **own, **kwargs)
+
+
+def test_a_floor_without_effect_is_refused():
+    """Uniform noise looks at no trace: an ablation of the floor would compare a run with itself."""
+    with pytest.raises(ValueError, match=r"floor: got 0\.1 with power=2, where no trace counts"):
+        WCIPosterior(power=2, floor=0.1)
 
 
 def columns(layers) -> list[torch.Tensor]:
@@ -333,8 +343,9 @@ def test_the_family_ignores_scale_and_layers_without_gradient(layers, power, cap
 def test_strength_and_relative_size_lead_to_each_other(layers, power, cap, size, size_of):
     """λ is logged by one run and set in another: both must be the same rule, and λ the weight of R_p."""
     a, d, t = columns(layers)
-    found, same = family(power, cap, size, size_of=size_of).posterior(a, d, t, 1.0), {"size_of": size_of}
-    by_strength = WCIPosterior(strength=float(found.strength), power=power, cap=cap, floor=1e-6, **same)
+    rule = family(power, cap, size, size_of=size_of)
+    found = rule.posterior(a, d, t, 1.0)
+    by_strength = replace(rule, relative_size=None, strength=float(found.strength))
     back = by_strength.posterior(a, d, t, 1.0)
     assert float(back.relative_size) == pytest.approx(size * (cap or 1), rel=ROUNDING)
     assert torch.allclose(back.sigma, found.sigma, rtol=ROUNDING)

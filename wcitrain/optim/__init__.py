@@ -1,6 +1,7 @@
 """The optimizer-wrapper layer: weight perturbations and penalties around any torch optimizer."""
 
 from wcitrain.optim.ascent import ASAM, AWP, CRSAM, GSAM, SAM, GradientNorm, VaSSO, WCIAdversary
+from wcitrain.optim.gaussian_noise import RWP, NoiseStability
 from wcitrain.optim.penalty import (
     PENALTIES,
     FrobeniusPenalty,
@@ -10,7 +11,7 @@ from wcitrain.optim.penalty import (
     WCIPenalty,
 )
 from wcitrain.optim.perturbation import StrengthSchedule, WeightPerturbation
-from wcitrain.optim.random_directions import RWP, NoiseStability, UniformNoise, WCIPosterior
+from wcitrain.optim.random_directions import UniformNoise, WCIPosterior
 from wcitrain.optim.wrapper import RegularizedOptimizer
 
 WCI = WCIPosterior  # the project's own rule, under its short name

@@ -1,8 +1,8 @@
-"""Weight perturbations in random directions: the WCI posterior, and noise of other shapes.
+"""Weight perturbations by random signs: the WCI posterior and uniform noise.
 
 Legend: a_l = ||W_l||_F², d_l = numel(W_l), t_l = Tr(H_l) of the loss at fixed adversarial examples,
 q_l = a_l t_l, s_l = sqrt(a_l / t_l), r_l = sqrt(d_l) σ_l / ||W_l|| the relative noise of layer l, λ the
-penalty's strength, g(·) gradient, w_j the j-th filter (row). v_l are random signs, u_l = σ_l v_l.
+penalty's strength, g(·) gradient. v_l are random signs, u_l = σ_l v_l.
 
 With two passes a rule averages the gradients at W + u and W − u. The pair cancels first-order noise, and its
 difference gives the traces for nothing: a Taylor expansion and E[v vᵀ] = I give
@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
-from wcitrain.curvature.passes import TINY, Passes, Step, carry_nan
+from wcitrain.curvature.passes import TINY, Passes, Step
 from wcitrain.method import Positive, PositiveShare, method, refuse, setting
 from wcitrain.optim.perturbation import (
     ALWAYS,
@@ -43,6 +43,7 @@ from wcitrain.optim.perturbation import (
 Maybe = Tensor | None
 FLOOR = 1e-4  # of penalties and ascents: s_l of a layer is at most 1/sqrt(FLOOR) = 100 times the mean layer's
 DEFAULT_SIZE = 0.5
+DEFAULT_FLOOR = 0.01  # of the posterior
 FIRST_SIZE = 0.1  # relative size of perturbations that measure, before traces turn λ into a size
 
 RelativeSize = Annotated[Positive, Field(description="r, perturbation norm over weight norm.")]
@@ -158,7 +159,7 @@ class WCIPosterior(Noise):
     relative_size: Positive | None = setting(None, "r, noise over weights; null: 0.5 or by strength.")
     strength: Positive | None = setting(None, "λ, weight of R_p in the loss, instead of relative_size.")
     frobenius: bool = setting(False, "Add the gradient λ ∂R_p/∂W at constant traces (p = 1: λ W_l / s_l).")
-    floor: Floor = 0.01
+    floor: Floor = DEFAULT_FLOOR
     schedule: Schedule = ALWAYS
     power: Positive = setting(1.0, "p of the family: 1 the index, 2 uniform noise.")
     cap: Positive | None = setting(1.0, "Largest relative noise of a layer; null: none.")
@@ -178,6 +179,9 @@ class WCIPosterior(Noise):
         if self.cap is not None and size > self.cap:
             text = f"got {size:g} above the cap {self.cap:g}; expected at most that"
             refuse("relative_size", f"{text}. Lower it, or set cap to null.")
+        if self.power == 2 and self.floor != DEFAULT_FLOOR:
+            text = f"got {self.floor:g} with power=2, where no trace counts; expected none"
+            refuse("floor", f"{text}. Leave it out.")
 
     def __str__(self) -> str:
         size = self.relative_size or DEFAULT_SIZE
@@ -231,73 +235,6 @@ class UniformNoise(Noise):
         return Posterior(r * (a / d).sqrt() * is_active, None, torch.full_like(r, torch.nan), r)
 
 
-@method
-class NoiseStability(Noise):
-    """Noise stability optimization: train on the loss averaged over isotropic Gaussian noise.
-
-        u ~ N(0, σ² I),  step on ½ [g(W + u) + g(W − u)],  expectation ∇[L + (σ²/2) Tr(H)] + O(σ⁴).        (7)
-
-    One antithetic pair a step; the authors average several.
-    """
-
-    sigma: Positive = setting(0.01, "σ, standard deviation of every weight, in its units.")
-    schedule: Schedule = ALWAYS
-    label = "NSO σ={sigma:g}"
-    source = "Zhang, Li & Ju, arXiv 2306.08553"
-    default_layers = "all"
-    is_gaussian = True
-
-    def posterior(self, a: Tensor, d: Tensor, t: Maybe, factor: float, is_active: Maybe = None) -> Posterior:
-        """Return (7) for all layers; the relative size is its root mean square."""
-        sigma = torch.full_like(a, factor * self.sigma)
-        size = factor * self.sigma * (d.sum() / a.sum().clamp_min(TINY)).sqrt()
-        return Posterior(sigma, None, torch.full_like(size, torch.nan), size)
-
-
-@method
-class RWP(WeightPerturbation):
-    """Random weight perturbation: Gaussian noise in proportion to the norm of every filter.
-
-        u_j = σ ||w_j|| ξ,  ξ ~ N(0, I),    step on (1 − α) g(W) + α g(W + u).                             (8)
-
-    A vector is one filter. α = 1 is LPF-SGD with one sample; α < 1 is RWP's mixed loss (its authors take the
-    two gradients on different halves of a batch).
-    """
-
-    sigma: Positive = setting(0.01, "σ, standard deviation over the filter's norm.")
-    mixing: PositiveShare = setting(0.5, "α, share of the perturbed gradient, in (0, 1].")
-    schedule: Schedule = ALWAYS
-    label = "RWP σ={sigma:g} α={mixing:g}"
-    source = "Bisla et al. 2022 (LPF-SGD), arXiv 2201.08025; Li et al. 2024 (RWP), arXiv 2404.00357"
-    cost = "1 forward and 1 backward pass more where it mixes, else none"
-    default_layers = "all"
-
-    def __post_init__(self) -> None:
-        vars(self).update(is_one_pass=self.mixing == 1)
-
-    def combination(self, factor: float = 1.0) -> Combination:
-        """Mix the gradients at W and W + u."""
-        return Combination(1 - self.mixing, self.mixing)
-
-    def displace(self, passes: Passes, factor: float) -> Displacement:
-        """Draw u by (8)."""
-        sigma = torch.full_like(passes.layers.sizes(), factor * self.sigma)
-        u, _ = passes.random_direction(sigma, gaussian=True)
-        torch._foreach_mul_(u, [filter_norms(t) for t in passes.layers.tensors])
-        return Displacement(u, passes.relative_size(u))
-
-    def gradient(self, passes: Passes, factor: float, last_pass: LastPass | None) -> Step:
-        """Draw u and mix."""
-        weights, loss = self.combination(factor), None
-        if weights.here:
-            with passes.local():
-                loss, _ = passes.plain(weights.here)
-        u, size, *_ = self.displace(passes, factor)
-        (step,), _ = visit(passes, u, weights, last_pass, keep_statistics=loss is not None)
-        shown = step.loss if loss is None else carry_nan(loss, step.loss)
-        return step._replace(loss=shown, relative_size=size)
-
-
 def counted_products(a: Tensor, t: Tensor | None, floor: float, is_active: Tensor) -> tuple[Tensor, Tensor]:
     """Return q_l [L] > 0 as layers count with it, and whether any trace is positive; else ones."""
     if t is None:
@@ -324,13 +261,6 @@ def scale_under_cap(shape: Tensor, weight: Tensor, total: Tensor, cap: float) ->
     fits = scales * shape <= cap * (1 + torch.finfo(shape.dtype).eps ** 0.5)  # MPS has float32 alone
     first = fits.to(torch.uint8).argmax().reshape(1)
     return scales.gather(0, first)[0]
-
-
-def filter_norms(t: Tensor) -> Tensor:
-    """Return the norms of a tensor's rows, shaped to broadcast; one norm for a vector or scalar."""
-    if t.ndim <= 1:
-        return t.detach().norm()
-    return t.detach().flatten(1).norm(dim=1).reshape(-1, *[1] * (t.ndim - 1))
 
 
 def posterior_shape(a: Tensor, d: Tensor, t: Tensor | None, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
