@@ -9,7 +9,7 @@ call did to ``.grad`` tells them apart: it is empty meanwhile, and what was ther
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -62,6 +62,7 @@ class Passes:
     traces: Tensor | None = None  # running averages of t_l [L], where known
     is_active: Tensor | None = None  # layers that get gradients, booleans [L]; None: all
     memory: list[Tensor] | None = None  # what the rule's last ``Step`` carried
+    shared: dict[str, Any] = field(default_factory=dict)  # what all micro-batches of the step have in common
 
     def __post_init__(self) -> None:
         self.device = self.layers.tensors[0].device

@@ -102,11 +102,14 @@ class Noise(WeightPerturbation):
         raise NotImplementedError
 
     def displace(self, passes: Passes, factor: float) -> Displacement:
-        """Draw u from the posterior."""
+        """Draw u from the posterior; with one pass once a step."""
+        if "drawn" in passes.shared:
+            return passes.shared["drawn"]
         a, d = passes.layers.squared_norms(), passes.layers.sizes()
         found, one_pass = self.posterior(a, d, passes.traces, factor, passes.is_active), self.passes == 1
         u, sigma = passes.random_direction(found.sigma, gaussian=self.is_gaussian, antithetic=one_pass)
-        return Displacement(u, found.relative_size, sigma, found.strength, found.frobenius)
+        drawn = Displacement(u, found.relative_size, sigma, found.strength, found.frobenius)
+        return passes.shared.setdefault("drawn", drawn) if one_pass else drawn
 
     def gradient(self, passes: Passes, factor: float, last_pass: LastPass | None) -> Step:
         """Draw u, take the gradient there or the pair's mean, and the traces."""

@@ -21,6 +21,7 @@ class Window:
     traces: list[Tensor] = field(default_factory=list)  # their parts of the estimates of t_l, each [L]
     is_seen: list[Tensor] = field(default_factory=list)  # which layers got a gradient, each [L]
     memory: list[Tensor] | None = None  # sum of their smoothed gradients (VaSSO)
+    shared: dict[str, Any] = field(default_factory=dict)  # what they have in common: u, with one pass
     latest: dict[str, Tensor | None] = field(default_factory=dict)  # relative size and λ of the last one
 
     def count(self, step: Step, share: float = 1.0) -> None:

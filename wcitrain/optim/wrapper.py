@@ -480,17 +480,18 @@ class RegularizedOptimizer(DelegatingOptimizer):
             got = "called in one of several processes, whose weights would diverge"
             rule = "Give the DistributedDataParallel model, or call attach(accelerator, model) first"
             raise RuntimeError(f"RegularizedOptimizer.backward: {got}. {rule}.")
-        if not self._state.window.micro_steps:  # one window has one set of layers
+        window = self._state.window
+        if window.micro_steps and all(p.grad is None for p in self._parameters):  # cleared by somebody else
+            window = self._state.window = Window()  # the batch was skipped
+        if not window.micro_steps:  # one window has one set of layers
             self._follow()
-        if all(p.grad is None for p in self._parameters):  # somebody else cleared them: the batch was skipped
-            self._state.window = Window()
         return self._passes(loss_fn)
 
     def _follow(self) -> None:
         """Take what trains now as the layers."""
         now = [(id(p), p.requires_grad) for p in self._parameters]
         if self._state.known != now:
-            self._state.layers = self._selected()
+            self._state.layers, self._state.window = self._selected(), Window()
             if list(self.layers) != self._record["layers"]:
                 self.param_groups[0][record.KEY] = record.moved_to(self._record, self.layers)
 
@@ -511,6 +512,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
             traces=self.traces(),
             is_active=own["is_active"],
             memory=own.get("memory"),
+            shared=state.window.shared,
         )
 
     def _scale(self) -> Tensor | None:
