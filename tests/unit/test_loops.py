@@ -708,3 +708,32 @@ def test_what_trains_counts_from_the_next_step_and_unused_layers_get_no_noise():
     net["a"].requires_grad_(True)
     steps(1)
     assert sizes["a"] > 0
+
+
+def test_one_draw_serves_the_attack_and_the_pass_until_something_changes(monkeypatch):
+    """Images adversarial to one noise, trained on with another; or noise for layers frozen since."""
+    net, x, y = Setting(ONE_PASS, None).model, *BATCHES[0]
+    optimizer = RegularizedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net, **ONE_PASS)
+    draw, draws, seen = Passes.random_direction, [], []
+    monkeypatch.setattr(Passes, "random_direction", lambda *a, **kw: draws.append(1) or draw(*a, **kw))
+
+    def weights() -> list[torch.Tensor]:
+        return [t.detach().clone() for t in optimizer.layers.tensors]
+
+    def step(freeze: bool = False) -> None:
+        with optimizer.attacking():
+            attacked = weights()
+        optimizer.layers.tensors[0].requires_grad_(not freeze)
+        optimizer.backward(lambda: seen.append(weights()) or F.cross_entropy(net(x), y))
+        if not freeze:
+            assert all(map(torch.equal, attacked, seen[-1]))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    assert len(draws) == 1
+    step()
+    assert len(draws) == 2
+    number = len(optimizer.layers)
+    step(freeze=True)
+    assert (len(draws), len(optimizer.layers)) == (4, number - 1)
