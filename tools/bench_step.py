@@ -5,19 +5,17 @@
 All rules are timed in one process, in turn within every round (machines are noisy: only ratios of the same
 round count), and the median of the ratios is printed with its 95 % interval (by ranks: n/2 ± sqrt(n) of n
 rounds), beside the multiple that counting passes predicts (a forward counts 1, a backward to the input 1, a
-backward to the weights 2). Memory is measured in a fresh process a rule: the highest resident set during the
-steps less the resident set before them (CUDA: the allocator's peak).
+backward to the weights 2). Memory: the highest of one step above a plain one's, by torch's allocators, in
+multiples of the model's weights.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import time
-from pathlib import Path
+from itertools import accumulate
 from statistics import median
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from wcitrain.attacks import ThreatModel
 from wcitrain.models import create_model
@@ -107,24 +105,18 @@ class Workload:
         return passes / (10 + 10 + 1 + 2)
 
 
-def measure_memory(rule: str, options: argparse.Namespace) -> float:
-    """Return the growth of the peak in MB over three steps (run in a process of its own)."""
-    work = Workload(rule, options)
+def peak_memory(work: Workload) -> float:
+    """Return the highest memory of one more step above that before it, in bytes, by torch's allocators."""
     if work.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(3):
-            work.step()
-        return torch.cuda.max_memory_allocated() / 1e6
-    before = resident_mb("VmRSS")
-    for _ in range(3):
+        before = torch.cuda.memory_allocated()
         work.step()
-    return resident_mb("VmHWM") - before
-
-
-def resident_mb(key: str) -> float:
-    """Return this process's resident set (VmRSS) or its highest so far (VmHWM) in MB; Linux only."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024 / 1e6
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work.step()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(accumulate(changes), default=0)
 
 
 def main() -> None:
@@ -138,14 +130,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rules", default=",".join(RULES), help="comma-separated; AT is always run")
-    parser.add_argument("--no-memory", action="store_true", help="times only: a process a rule less")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.memory_of:
-        print(json.dumps(measure_memory(options.memory_of, options)))
-        return
-
     rules = [rule for rule in RULES if rule == "AT" or rule in options.rules.split(",")]
     # A thread's CPU time leaves out what other jobs on the machine take; a GPU's work is not in it.
     clock = time.process_time if (options.device, options.threads) == ("cpu", 1) else time.perf_counter
@@ -158,24 +144,19 @@ def main() -> None:
             start = clock()
             work[rule].step()
             seconds[rule].append(clock() - start)
-    memory = {} if options.no_memory else {rule: memory_in_a_fresh_process(rule) for rule in rules}
+    memory = {rule: peak_memory(one) for rule, one in work.items()}
+    weights = sum(p.numel() * p.element_size() for p in work["AT"].model.parameters())
     size = f"batch {options.batch}, {options.size} px"
     print(f"{options.model}, {size}, PGD-10, {options.device}, {options.threads} thread(s)")
-    print(f"plain step: {median(seconds['AT']):.2f} s, {memory.get('AT', 0):.0f} MB\n")
-    print("| rule | time | 95 % | predicted | memory |\n| --- | ---: | ---: | ---: | ---: |")
+    print(f"plain step: {median(seconds['AT']):.2f} s, {memory['AT'] / 1e6:.0f} MB\n")
+    print("| rule | time | 95 % | predicted | weights |\n| --- | ---: | ---: | ---: | ---: |")
     for rule in rules:
         ratios = sorted(own / plain for own, plain in zip(seconds[rule], seconds["AT"], strict=True))
         low = max(0, int(len(ratios) / 2 - len(ratios) ** 0.5))
         print(
             f"| {rule} | {median(ratios):.3f}x | {ratios[low]:.3f} to {ratios[-1 - low]:.3f} | "
-            f"{work[rule].predicted():.3f}x | " + (f"{memory[rule] / memory['AT']:.2f}x |" if memory else "|")
+            f"{work[rule].predicted():.3f}x | {(memory[rule] - memory['AT']) / weights:+.1f} |"
         )
-
-
-def memory_in_a_fresh_process(rule: str) -> float:
-    """Return ``measure_memory`` of a process that made no other steps."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", rule]
-    return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 
 if __name__ == "__main__":
