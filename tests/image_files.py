@@ -33,6 +33,13 @@ def write_classes(root, *, train, test):
                 write_image(path, seed=1000 * c + i + 500 * (split == "test"))
 
 
+def write_shares(root, counts, seed=0):
+    """Write so many random images of 6x6 pixels into each folder, such as ``{"train/cat": 190}``."""
+    for number, (name, count) in enumerate(counts.items()):
+        for i in range(count):
+            write_image(root / name / f"{i:03d}.png", seed=seed + 1000 * number + i)
+
+
 class FakeStream(IterableDataset):
     """Stands in for timm's IterableImageDataset: images of one red value each, endless when training."""
 

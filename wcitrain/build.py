@@ -1,12 +1,17 @@
 """From a checked recipe to the parts of a run; the recipe holds the methods, so little is left to do."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from wcitrain.data import Images, ImageSet, MixedSet, Splits, load_extra, pseudo_label
+from wcitrain.checkpoint import class_names_in
+from wcitrain.data import Images, ImageSet, MixedSet, Splits, load_extra, match_classes, pseudo_label
+from wcitrain.data.folders import name_some
+from wcitrain.data.pixels import ArraySource
+from wcitrain.data.splits import is_count
 from wcitrain.models import Classifier, create_model, load_exported
 from wcitrain.objectives import Objective, WithInputRegularizer
 from wcitrain.optim import RegularizedOptimizer
@@ -30,8 +35,15 @@ def open_training_set(recipe: Recipe, splits: Splits, device: torch.device) -> I
         text = f"got {extra.path} with {recipe.data.name}, which is read front to back; expected null."
         raise ValueError(f"extra.path: {text} Remove extra, or use another data source.")
     images = load_extra(extra, recipe.data, splits)
+    if isinstance(images.source, ArraySource) and extra.labeler is None and not is_count(splits.class_names):
+        print(f"extra.path: labels without names, in the order {name_some(splits.class_names)}", flush=True)
     if extra.labeler is not None:
+        numbers, note = match_classes(
+            class_names_in(Path(extra.labeler)), splits.class_names, "extra.labeler"
+        )
         images, confidence = pseudo_label(images, load_exported(extra.labeler).to(device), device)
+        images = replace(images, y=torch.tensor(numbers).argsort()[images.y])
+        print(f"extra.labeler: {note}\n" if note else "", end="")
         print(f"pseudo-labels of {len(images)} extra images: mean confidence {confidence:.2f}", flush=True)
     return MixedSet(train, images, extra.fraction)
 

@@ -138,6 +138,19 @@ def save_exported_model(
     return path
 
 
+def class_names_in(path: Path) -> tuple[str, ...] | None:
+    """Return the class names that an export's folder or a ``.safetensors`` file carries; None for none."""
+    try:
+        if path.is_dir():
+            metadata = json.loads((path / "metadata.json").read_text("utf-8"))
+        else:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+        return tuple(json.loads(metadata["class_names"]))
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return None  # damage is named where the weights are read
+
+
 # ---- the tree and its JSON form ----------------------------------------------------------------------------
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from wcitrain import checkpoint, tracking
 from wcitrain.build import fresh_objective, initial_model, open_training_set, wrap
 from wcitrain.curvature.estimators import name_of
-from wcitrain.data import Images, Splits, load_splits
+from wcitrain.data import Images, Splits, check_images, load_splits, parts_of, record
+from wcitrain.data.folders import name_some
 from wcitrain.models import Classifier, try_forward
 from wcitrain.objectives import CatastrophicOverfittingGuard, Objective
 from wcitrain.optim import RegularizedOptimizer
@@ -41,6 +42,7 @@ class Run:
     world: int  # the number of processes
     wandb_mode: str
     splits: Splits
+    data: dict[str, Any]  # which images these are: class names, an identity for each split, copies
     train_set: Images
     monitored: Images  # the training images of the measurements
     objective: Objective
@@ -84,6 +86,10 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
     with accelerator.main_process_first():
         splits = load_splits(recipe.data)
         train_set = open_training_set(recipe, splits, accelerator.device)
+    parts = parts_of(splits, getattr(train_set, "extra", None))
+    copies = check_images(parts)
+    if copies and accelerator.is_main_process:
+        print("\n".join(f"data: {line}" for line in copies), flush=True)
     objective = fresh_objective(recipe)
     updates = train_set.num_updates(recipe.train.batch_size) * objective.num_replays
     if not updates:
@@ -115,6 +121,7 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
         world=accelerator.num_processes,
         wandb_mode=wandb_mode,
         splits=splits,
+        data=record(parts, splits.class_names) | {"copies": copies},
         train_set=train_set,
         monitored=splits.train.subset(min(recipe.evaluation.train_size, len(splits.train))),
         objective=objective,
@@ -166,6 +173,23 @@ def _accelerator(recipe: Recipe, folder: Path, trackers: list[str]) -> Accelerat
     return accelerator
 
 
+def refuse_other_images(saved: dict[str, Any] | None, run: Run) -> None:
+    """Raise ValueError where the images are not those a run began with: it would select on trained ones."""
+    if saved is None:
+        if run.log is not None:
+            print(f"{run.folder}: saved without a record of its images: not known to be these", flush=True)
+        return
+    here, advice = run.data, "Put the images back as they were, or train anew in another folder."
+    if saved["class_names"] != here["class_names"]:
+        names, wanted = (name_some(data["class_names"], 30) for data in (here, saved))
+        raise ValueError(f"{run.folder}: got data of the classes {names}; expected {wanted}. {advice}")
+    for kind in ("images", "places"):
+        for split, wanted in saved[kind].items():
+            if (found := here[kind].get(split)) != wanted:
+                text = f"got other {split} {kind}, {found}; expected those it began with, {wanted}"
+                raise ValueError(f"{run.folder}: {text}. {advice}")
+
+
 # ---- saving ------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +200,7 @@ def save(run: Run) -> None:
         "epoch": run.progress.epoch,  # first, for the messages of ``checkpoint``
         "recipe": run.recipe.to_yaml(),
         "world": run.world,
+        "data": run.data,
         "progress": dict(vars(run.progress)),
         "model": run.bare.state_dict(),
         "optimizer": run.regularizer.state_dict(),
@@ -193,10 +218,11 @@ def load(run: Run) -> None:
     """Put back what ``save`` wrote, and drop metrics of steps that are about to be made again.
 
     Raises:
-        ValueError: It was another run, or one of another number of processes.
+        ValueError: It was another run, on other images, or one of another number of processes.
     """
     state, source = checkpoint.load_checkpoint(run.folder / "checkpoints")
     refuse_another_run(recipe_from_dict(read_yaml(state["recipe"])), run.recipe, run.folder)
+    refuse_other_images(state.get("data"), run)
     if state["world"] != run.world:
         rule = f"the {state['world']} it began with: batches and random numbers are shared out by process."
         raise ValueError(f"{run.folder}: got {run.world} processes; expected {rule} Start as many.")

@@ -4,8 +4,9 @@ target = open_run("runs/wci-s0")
 model, images = target.load_model(), target.images("test")
 """
 
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +18,11 @@ from torch import Tensor
 from wcitrain import files
 from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.build import initial_model, step_size
-from wcitrain.checkpoint import load_checkpoint
-from wcitrain.data import Images, Splits, load_splits
+from wcitrain.checkpoint import class_names_in, load_checkpoint
+from wcitrain.data import Images, Splits, identity, load_splits, match_classes
 from wcitrain.models import Classifier, load_exported, load_weights, read_weights
 from wcitrain.preserve import kept_random_state
 from wcitrain.recipe import Recipe, load_recipe
-from wcitrain.seeding import seed_from
 
 FILES = (".pt", ".pth", ".safetensors")
 RECIPES = (".yaml", ".yml")
@@ -41,6 +41,7 @@ class Target:
     export: Path | None  # what the model is loaded from, if it was exported: it says what the model is
     recipe: Recipe
     device: str
+    notes: list[str] = field(default_factory=list, compare=False)  # what readers of its numbers have to know
 
     @property
     def home(self) -> Path:
@@ -65,17 +66,67 @@ class Target:
         return f"{self.name} ({self.at}{f', epoch {self.epoch}' * is_known})"
 
     @cached_property
-    def splits(self) -> Splits:
-        """Training, validation and test images; may be set to those of a target with the same data."""
+    def record(self) -> dict[str, Any]:
+        """What the run says of its images, empty where it says nothing: class names, and an identity each."""
+        if self.run is not None and (path := self.run / "data.json").is_file():
+            return files.read_json(path)
+        return {}
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the model's classes in order, None where they are not known."""
+        place = self.recipe.model.checkpoint_path if self.path.suffix in RECIPES else self.export or self.path
+        names = (class_names_in(Path(place)) if place else None) or self.record.get("class_names")
+        return None if names is None else tuple(names)
+
+    @cached_property
+    def loaded(self) -> Splits:
+        """The recipe's images; may be set to those of a target with the same data."""
         return load_splits(self.recipe.data)
 
-    def images(self, split: str) -> Images:
-        """Return the images of ``"train"``, ``"val"`` or ``"test"``, without augmentation."""
-        return cast(Images, getattr(self.splits, split))
+    @cached_property
+    def splits(self) -> Splits:
+        """Training, validation and test images, their classes numbered by name as the model's.
 
-    def batches(self, split: str, seed: int) -> "Batches":
-        """Return them as batches on the device, in an order that the seed alone decides."""
-        return Batches(self.images(split), seed, self.device)
+        ValueError for classes that the model does not have.
+        """
+        splits, own = self.loaded, self.class_names
+        numbers, note = match_classes(own, splits.class_names, str(self.path))
+        self.say(note)
+        is_named = own is not None and set(splits.class_names) <= set(own)
+        return splits.renumbered(numbers, own) if own and is_named and own != splits.class_names else splits
+
+    def images(self, split: str) -> Images:
+        """Return the images of ``"train"``, ``"val"`` or ``"test"``, without augmentation.
+
+        ValueError where the run's own are no longer there: images that it trained on may be among them.
+        """
+        images, run = getattr(self.splits, split), self.run
+        if run is not None:
+            known, found = self.record.get("images", {}).get(split), identity(self.loaded.part(split))
+            if known is None:
+                self.say(f"the run has no record of its {split} images: these may be others")
+            elif known != found:
+                text = f"got {split} images, {found}, that are not the run's, {known}"
+                if split != "test" and self.recipe.data == load_recipe(run / "recipe.yaml").data:
+                    rule = "expected its own: it may have trained on some. Put them back as they were."
+                    raise ValueError(f"{run}: {text}; {rule}")
+                self.say(text if split == "test" else f"{text}: it may have trained on some")
+        return cast(Images, images)
+
+    def say(self, text: str | None) -> None:
+        """Print what a reader of the numbers has to know, once, and keep it for the files."""
+        if text and text not in self.notes:
+            self.notes.append(text)
+            print(f"note: {self.name}: {text}", file=sys.stderr, flush=True)
+
+    def batches(self, split: str, seed: int, num: int | None = None) -> "Batches":
+        """Return them, or ``num`` of them, as batches on the device; the seed decides order and choice.
+
+        Every beginning of the order keeps the shares of the classes.
+        """
+        images = self.images(split)
+        return Batches(images.subset(num or len(images), "measure", seed), self.device)
 
     def folder(self, kind: str, out: str | Path | None = None) -> Path:
         """Return ``out``, or the folder ``kind`` of the run, or of that name beside the file or export."""
@@ -99,7 +150,8 @@ class Target:
             if own != (in_chans, num_classes):
                 data = f"{in_chans} and {num_classes}"
                 text = f"got a model for {own[0]} channels and {own[1]} classes, and data of {data}; expected"
-                raise ValueError(f"{self.path}: {text} the same. Give the recipe it was trained by.")
+                advice = "Set data.channels, or give the recipe it was trained by."
+                raise ValueError(f"{self.path}: {text} the same. {advice}")
         elif self.path.suffix in RECIPES:
             model = self._built(self.recipe)
             pretrained = getattr(model.backbone, "pretrained_cfg", None) or {}
@@ -129,17 +181,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches (x, y) of images, shuffled by the seed alone, read anew whenever they are iterated over."""
+    """Batches (x, y) of images, read anew whenever they are iterated over."""
 
     images: Images
-    seed: int
     device: str
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        size, is_shuffled = min(BATCH_SIZE, len(self.images)), self.images.can_shuffle
-        seed = seed_from(self.seed, "measure")
-        batches = self.images.batches(size, shuffle=is_shuffled, seed=seed, device=self.device)
-        return ((x, y) for x, y, _ in batches)
+        size = min(BATCH_SIZE, len(self.images))
+        return ((x, y) for x, y, _ in self.images.batches(size, device=self.device))
 
 
 def open_run(

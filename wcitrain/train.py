@@ -54,6 +54,7 @@ def open_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None 
         load(run)
     elif run.log is not None:
         (run.folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
+        files.write_json(run.folder / "data.json", run.data)
         tracking.truncate(run.log, 0)  # of a run that was stopped before its first checkpoint
     run.accelerator.wait_for_everyone()
     return run
@@ -72,7 +73,13 @@ def train(run: Run) -> dict[str, Any]:
                 train_epoch(run)
                 finish_epoch(run)
                 stop_if_asked(run)
-        summary = monitoring.summarize(run)
+        if run.log is not None:
+            print(f"training is finished and saved in {run.folder}; measuring it on test images", flush=True)
+        try:
+            summary = monitoring.summarize(run)
+        except (ValueError, OSError) as error:
+            advice = f"Mend that, then `wcitrain train --resume {run.folder}` measures it."
+            raise ValueError(f"{error} Training is finished and saved. {advice}") from error
         if run.log is not None:
             files.write_json(run.folder / "summary.json", summary)
             test = summary["last"]["test"]

@@ -84,7 +84,8 @@ def test_fewer_images_are_a_fixed_random_choice(run):
     for num in (None, len(images), 100_000):
         assert chosen(images, num) == (images, None)
     stream = StreamSet(lambda **_: None, 100, 8)
-    assert chosen(stream, 10) == (stream, None)
+    few, places = chosen(stream, 10)
+    assert (few.limit, places) == (10, None)
     fgsm = "--attacks fgsm"
     for options in (f"{QUICK} --seed 0", f"{QUICK} --seed 3", fgsm, f"{fgsm} --examples 100000"):
         assert command(run, options) == 0

@@ -24,7 +24,6 @@ from wcitrain.models import load_exported
 from wcitrain.progress import run_folder
 from wcitrain.recipe import load_recipe, recipe_from_dict
 from wcitrain.recipe.reading import to_yaml_text
-from wcitrain.seeding import seed_from
 from wcitrain.targets import open_run
 from wcitrain.train import fit
 
@@ -58,7 +57,7 @@ def test_a_run_is_measured_with_table_json_and_figure(run, capsys):
     assert bound["terms"]["risk"] == document["mean_loss"]
     assert bound["terms"]["complexity"] == bound["beta"] / 800  # 200 training images, 100 for validation
     train = load_splits(recipe_from_dict(TINY).data).train
-    batches = train.batches(100, shuffle=True, seed=seed_from(0, "measure"))
+    batches = train.subset(24, "measure", 0).batches(24)
     settings = {"num_steps": 2, "step_size": 0.06, "num_examples": 24}
     again = measure_wci(load_exported(run / "model" / "last"), batches, ThreatModel(eps=0.1), **settings)
     assert (name, document["wci"]) == ("wci-last-train-n24", again.total)

@@ -220,7 +220,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(whole, tmp_path, monkeypatch):
     recipe, original = tiny(tmp_path), files.write
 
     def full(path, content):
-        if len((run_folder(recipe) / "metrics.jsonl").read_text().splitlines()) == 2:
+        log = run_folder(recipe) / "metrics.jsonl"
+        if log.exists() and len(log.read_text().splitlines()) == 2:
             raise OSError(28, "No space left on device")
         original(path, content)
 

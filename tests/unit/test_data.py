@@ -60,20 +60,20 @@ def test_digits_can_be_resized():
     assert len(x.unique()) > 17
 
 
-def test_class_order_takes_turns_or_keeps_proportions():
-    """Few images would lack classes; a balanced validation cut would take all images of a rare class."""
-    labels = torch.tensor([0] * 7 + [1] * 2 + [2] * 4)
-    order = class_order(labels, seed=5)
-    assert sorted(order.tolist()) == list(range(13))
-    assert torch.bincount(labels[order[:6]]).tolist() == [2, 2, 2]
-    assert torch.bincount(labels[order[:10]]).tolist() == [4, 2, 4]
-    assert not torch.equal(order, class_order(labels, seed=6))
+def test_class_order_keeps_class_shares_in_every_beginning():
+    """An average over a balanced subset is not the set's, and a cut would take all images of a rare class."""
     labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
-    order = class_order(labels, seed=0, proportional=True)
-    assert torch.bincount(labels[order[:20]]).tolist() == [12, 6, 2]
+    order = class_order(labels, seed=5)
+    assert sorted(order.tolist()) == list(range(100))
+    assert not torch.equal(order, class_order(labels, seed=6))
+    for n in range(1, 100):
+        counts = torch.bincount(labels[order[:n]], minlength=3)
+        assert (counts - n * torch.tensor([0.6, 0.3, 0.1])).abs().max() < 1
+    order = class_order(torch.arange(12) % 3, seed=5)
+    assert all(sorted(turn.tolist()) == [0, 1, 2] for turn in (order % 3).split(3))
 
 
-def test_max_train_is_balanced_and_cut_before_validation():
+def test_max_train_keeps_class_shares_and_is_cut_before_validation():
     """A budget of labelled images would silently grow by the validation images, or not repeat."""
     sizes = {"max_train": 100, "val_size": 20, "max_test": 50}
     first, same, other = (load(**sizes, split_seed=seed) for seed in (0, 0, 1))
@@ -84,7 +84,7 @@ def test_max_train_is_balanced_and_cut_before_validation():
     assert set(first.train.positions.tolist()) != set(other.train.positions.tolist())
 
 
-def test_subset_is_balanced_fixed_and_nested(digits):
+def test_subset_keeps_class_shares_fixed_and_nested(digits):
     """Training accuracy measured on changing or lopsided images would move without the model moving."""
     small, large = digits.train.subset(50), digits.train.subset(100)
     assert torch.bincount(small.y).tolist() == [5] * 10
@@ -207,7 +207,7 @@ def test_only_the_images_used_are_decoded(folder, monkeypatch):
     """A trial with 8 images of ImageNet would first decode all of it, and training would read test images."""
     read = []
     monkeypatch.setattr(
-        sets.Image, "open", lambda path, original=Image.open: (read.append(str(path)), original(path))[1]
+        Image, "open", lambda path, original=Image.open: (read.append(str(path)), original(path))[1]
     )
     splits = load_folder(folder, max_train=8, val_size=2, max_test=2)
     assert len(set(read)) == 8

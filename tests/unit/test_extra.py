@@ -10,7 +10,7 @@ from image_files import assert_equal, global_states, joined, joined_ranks, load,
 from torch import nn
 
 from wcitrain.data import Augmentation, Data, Extra, ImageSet, MixedSet, load_extra, pseudo_label
-from wcitrain.data.sets import ArraySource
+from wcitrain.data.pixels import ArraySource
 
 TRAIN = {"shuffle": True, "drop_last": True, "seed": 3}
 SHOWN = TRAIN | {"crop_padding": 1, "flip": True}
@@ -61,9 +61,9 @@ def test_npz_images_keep_layout_and_labels(tmp_path, splits):
     assert "x.npz image 3" in extra.source.locate(3)
 
 
-def test_max_images_takes_turns_over_classes(tmp_path, splits):
+def test_max_images_keeps_class_shares(tmp_path, splits):
     """Generated sets are often sorted by class: the first thousand would be of one class."""
-    np.savez(tmp_path / "x.npz", image=PIXELS, label=np.array([0] * 7 + [1] * 3))
+    np.savez(tmp_path / "x.npz", image=PIXELS, label=np.array([0] * 5 + [1] * 5))
 
     def chosen(**settings):
         return read_extra(tmp_path / "x.npz", splits, max_images=6, **settings)

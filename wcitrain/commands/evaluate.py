@@ -13,9 +13,11 @@ from wcitrain.attacks import ThreatModel
 from wcitrain.commands.common import file_name, number_parts, opened, recipe_part
 from wcitrain.commands.options import recipe_and_settings
 from wcitrain.data import Images, ImageSet
+from wcitrain.data.sets import class_order
+from wcitrain.data.splits import is_count
 from wcitrain.evaluation import Corruptions, Evaluation, PreflightWarning, compare, evaluate, parse_attack
 from wcitrain.recipe import Recipe
-from wcitrain.seeding import generator_from
+from wcitrain.seeding import seed_from
 from wcitrain.targets import Target
 
 
@@ -65,7 +67,8 @@ def _evaluated(target: Target, options: argparse.Namespace) -> Evaluation:
         if not isinstance(images, ImageSet):
             text = "got images that are read front to back; expected ones with places. Use other data."
             raise ValueError(f"--corruptions: {text}")
-        corrupted = replace(corrupted, places=images.positions)
+        names = target.splits.class_names
+        corrupted = replace(corrupted, places=images.positions, classes=None if is_count(names) else names)
     model, folder = target.load_model(), target.folder("evaluations", options.out)
     folder.mkdir(parents=True, exist_ok=True)  # where that fails, it does so before the attacks
     with warnings.catch_warnings():
@@ -86,13 +89,15 @@ def _evaluated(target: Target, options: argparse.Namespace) -> Evaluation:
 
 
 def chosen(images: Images, num: int | None) -> tuple[Images, torch.Tensor | None]:
-    """Return ``num`` images at random, the same for every model and seed, and their places.
+    """Return ``num`` images at random, in class shares, the same for every model and seed, and their places.
 
     Splits are often sorted by class. All of them, and those of a stream, keep their order: places are None.
     """
-    if num is None or num >= len(images) or not isinstance(images, ImageSet):
+    if num is None or num >= len(images):
         return images, None
-    places = torch.randperm(len(images), generator=generator_from("cpu", "evaluate"))[:num]
+    if not isinstance(images, ImageSet):
+        return images.subset(num), None
+    places = class_order(images.y, seed_from("evaluate"))[:num]
     return images.take(places), places
 
 
@@ -118,6 +123,7 @@ def _write(evaluation: Evaluation, target: Target, title: str, options: argparse
         "overrides": settings,
         "data": target.recipe.model_dump(mode="json")["data"],
         "threat": asdict(target.recipe.threat),
+        "notes": target.notes,
         **evaluation.as_dict(),
     }
     folder = target.folder("evaluations", options.out)

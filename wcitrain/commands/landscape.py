@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> int:
     usual = PLANE_POINTS if is_plane else POINTS
     points = usual if options.points is None else options.points
     num_directions = NUM_DIRECTIONS if num_directions is None else num_directions
-    batches = target.batches(options.split, options.seed)
+    batches = target.batches(options.split, options.seed, options.examples)
     problem = Problem(target.load_model(), batches, attack, options.seed, options.examples)
     shape = points, num_directions, is_plane
     landscape = take_landscape(problem, options.directions, options.radius, *shape)

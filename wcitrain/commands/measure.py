@@ -74,7 +74,7 @@ def _in_detail(target: Target, study: Study, options: argparse.Namespace) -> tup
     given = study.given()["wci"]
     measure, attack = WeightCurvatureIndex(**given), attack_of(target.recipe, study)
     num = study.examples or (None if measure.target_relative_error else NUM_EXAMPLES)
-    model, batches = target.load_model(), target.batches(study.split, study.seed)
+    model, batches = target.load_model(), target.batches(study.split, study.seed, num)
     result = measure.by_layer(Problem(model, batches, attack, study.seed, num), progress=True)
     bound = None
     if study.split == "train" and result.total >= 0:
@@ -88,6 +88,7 @@ def _in_detail(target: Target, study: Study, options: argparse.Namespace) -> tup
         **result.as_dict(),
         "measures": {"wci": entry | {"settings": ", ".join(settings), "given": given}},
         "pac_bayes_surrogate": asdict(bound) if bound else None,
+        "notes": target.notes,
     }
     name = file_of("wci", target, study, attack, NUM_EXAMPLES, recipe_part(options, target, study.settings))
     folder = target.folder("measures", options.out)

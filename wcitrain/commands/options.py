@@ -32,6 +32,8 @@ def _train(add: Add) -> None:
     add("--base", metavar="BASE", help="base below them: a file or a name such as cifar10")
     add("--resume", metavar="RUN", help="run folder to go on with, instead of a recipe")
     add("--dry-run", action="store_true", help="make one step, print what it costs, write nothing")
+    text = "decode every image of every split first; without it headers and ends of files are read"
+    add("--check-data", action="store_true", help=text)
 
 
 def _sweep(add: Add) -> None:

@@ -146,7 +146,7 @@ def measure_all(targets: Sequence[Target], study: Study, out: str | Path | None 
     bar = tqdm(targets, unit="model", disable=not sys.stderr.isatty())
     for target, attack in zip(bar, attacks, strict=True):
         if models and models[-1].target.recipe.data == target.recipe.data:  # then they are read once
-            vars(target)["splits"] = models[-1].target.splits
+            vars(target)["loaded"] = models[-1].target.loaded
         models.append(_measure(target, study, attack, out))
     return models
 
@@ -194,14 +194,15 @@ def _measure(target: Target, study: Study, attack: Attack | None, out: str | Pat
         given[GAP] = {"num_examples": study.gap_examples}
     missing = {name: made[name] for name in given if taken.get(name, {}).get("given") != given[name]}
     initial = target.initial_weights() if any(one.needs_initial for one in missing.values()) else None
-    batches = target.batches(study.split, study.seed)
+    batches = target.batches(study.split, study.seed, num)
     problem = Problem(model, batches, attack, study.seed, num, initial=initial)
     for name, one in missing.items():
         if name == GAP:  # of training images, with test images beside them
-            train, test = (target.batches(split, study.seed) for split in ("train", "test"))
+            ends = "train", "test"
+            train, test = (target.batches(split, study.seed, study.gap_examples) for split in ends)
             both = Problem(model, train, attack, study.seed, study.gap_examples, test)
             taken[name] = {**one.measure(both).as_dict(), "given": given[name]}
         else:
             taken[name] = {**one.measure(problem).as_dict(), "given": given[name]}
-        files.write_json(path, document)
+        files.write_json(path, document | ({"notes": target.notes} if target.notes else {}))
     return Measured(target, {name: taken[name] for name in given}, path)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wcitrain.commands.options import recipe_and_settings
+from wcitrain.data import check_images, load_extra, load_splits, parts_of
 from wcitrain.listing import recipe_file
 from wcitrain.monitoring import cost, try_measures
 from wcitrain.progress import refuse_another_run
@@ -31,6 +32,11 @@ def run(options: argparse.Namespace) -> int:
         refuse_another_run(load_recipe(files), recipe, Path(options.resume))
     if int(os.environ.get("RANK", 0)) == 0:
         print(recipe.to_yaml(), flush=True)
+    if options.check_data:
+        splits = load_splits(recipe.data)
+        parts = parts_of(splits, load_extra(recipe.extra, recipe.data, splits) if recipe.extra.path else None)
+        check_images(parts, decode=True)
+        print(f"data: all {sum(map(len, parts.values()))} images can be decoded", flush=True)
     if options.dry_run:
         print(dry_run(recipe))
     else:

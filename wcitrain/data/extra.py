@@ -28,8 +28,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from wcitrain.data.sets import ArraySource, Batch, Epoch, Images, ImageSet, Reading, Source
-from wcitrain.data.sources import Data, list_images, scan_folder
+from wcitrain.data.folders import list_images, scan_folder
+from wcitrain.data.pixels import ArraySource, Source
+from wcitrain.data.sets import Batch, Epoch, Images, ImageSet, Reading
+from wcitrain.data.sources import Data
 from wcitrain.data.splits import Splits, choose
 from wcitrain.method import Method, Positive, PositiveCount, Text, method, refuse, setting, show
 from wcitrain.preserve import undisturbed
@@ -52,7 +54,7 @@ class Extra(Method):
     labels: Literal["given", "pseudo"] = setting("given", "given reads them; pseudo lets a model give them.")
     labeler: Text | None = setting(None, "Exported model for pseudo-labels, such as runs/NAME-s0/model/last.")
     fraction: ExtraShare = setting(0.5, "Share of extra images in every batch, 0.001 to 0.999.")
-    max_images: PositiveCount | None = setting(None, "Extra images kept, balanced if labelled; null: all.")
+    max_images: PositiveCount | None = setting(None, "Extra images kept, in class shares; null: all.")
     label: ClassVar[str] = "extra {labels} {fraction:g}"
 
     def __post_init__(self) -> None:
@@ -145,9 +147,9 @@ class MixedSet(Images):
     def __len__(self) -> int:
         return len(self.train)
 
-    def subset(self, n: int) -> ImageSet:
+    def subset(self, n: int, *name: object) -> ImageSet:
         """Return ``n`` labelled images, the same as without extra images."""
-        return self.train.subset(n)
+        return self.train.subset(n, *name)
 
     @property
     def num_places(self) -> int:

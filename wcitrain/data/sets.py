@@ -12,70 +12,21 @@ this runs on the CPU, in ``num_workers`` processes.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from wcitrain.data.augment import Augmentation, crop, draw_crops
+from wcitrain.data.pixels import ArraySource, Source, to_levels
 from wcitrain.seeding import generator_from, seed_from
 
 MEMORY_LIMIT = 2e9  # bytes of decoded uint8 levels up to which in_memory="auto" keeps a set in memory
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """N images by number, here files: their labels (int64 [N]), what these stand for, and their places."""
-
-    labels: Tensor
-    class_names: tuple[str, ...]
-    place: str | list[str]  # the name of the whole, or the path of every image
-    levels: int = field(default=255, kw_only=True)  # the stored value that stands for 1.0
-
-    def read(self, position: int) -> Image.Image:
-        """Return the image at ``position``, in mode "L" or "RGB"; an error names it."""
-        return open_rgb(self.place[position], self.place[position])
-
-    def locate(self, position: int) -> str:
-        """Return where a person finds the image at ``position``."""
-        return f"{self.place} image {position}" if isinstance(self.place, str) else self.place[position]
-
-
-@dataclass(frozen=True, eq=False)
-class ArraySource(Source):
-    """Images already in memory: ``pixels`` uint8 [N, H, W] (gray) or [N, H, W, 3], 0 to ``levels``."""
-
-    pixels: np.ndarray
-
-    def read(self, position: int) -> Image.Image:
-        """Return one image."""
-        return Image.fromarray(self.pixels[position])
-
-
-def open_rgb(file: Any, where: str) -> Image.Image:
-    """Return the image in ``file`` (a path or a binary file) as RGB, or raise ValueError."""
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):  # ``convert`` would clip
-                raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-            return image.convert("RGB")
-    except Exception as error:  # PIL raises many kinds for broken files: OSError, SyntaxError, struct.error
-        text = f"got an unreadable image {where} ({error}); expected an 8-bit image that PIL can decode."
-        raise ValueError(f"data: {text} Replace the file or remove it.") from error
-
-
-def to_levels(image: Image.Image, image_size: int | None) -> np.ndarray:
-    """Return an "L" or "RGB" image as uint8 [C, H, W], resized to a square of ``image_size`` unless None."""
-    if image_size is not None and image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    levels = np.array(image)
-    return levels[None] if levels.ndim == 2 else levels.transpose(2, 0, 1)
 
 
 class Batch(NamedTuple):
@@ -141,8 +92,11 @@ class Images(ABC):
         """Iterate over one epoch; raise ValueError, at the call, where the set cannot be read so."""
 
     @abstractmethod
-    def subset(self, n: int) -> "Images":
-        """Return ``n`` images to measure on, always the same, or all where there are fewer."""
+    def subset(self, n: int, *name: object) -> "Images":
+        """Return ``n`` images to measure on, in class shares, or all where there are fewer.
+
+        They are always the same for one ``name``; the first of them are a subset too.
+        """
 
     @property
     def num_places(self) -> int:
@@ -180,39 +134,52 @@ class ImageSet(Images):
         in_memory: bool | str = "auto",
         num_workers: int = 2,
         like: "ImageSet | None" = None,
+        channels: int | None = None,
     ) -> "ImageSet":
         """Return the images at ``positions`` (int64 [N], N >= 1) of a source; only they are read.
 
-        Their shape is that of ``like``'s images, or of the first one. ``in_memory`` True decodes now, by
-        threads, False at every use, "auto" now up to `MEMORY_LIMIT` bytes. Arrays of that shape are kept.
+        Their shape is that of ``like``'s images, or of the first one with ``channels``, by default its own.
+        They are ``decoded(in_memory)``.
         """
         first, y = int(positions[0]), source.labels[positions]
-        shape: Any = like.shape if like else to_levels(source.read(first), image_size).shape
+        shape: Any = like.shape if like else to_levels(source.read(first), image_size, channels).shape
         shape_from = like.shape_from if like else source.locate(first)
         images = cls(source, positions, y, None, image_size, shape, shape_from, num_workers)
+        return images.decoded(in_memory)
+
+    def decoded(self, in_memory: bool | str) -> "ImageSet":
+        """Return the images with their pixels: True decodes now, by threads, False at every use.
+
+        "auto" decodes now up to `MEMORY_LIMIT` bytes. Arrays that have the shape already are kept.
+        """
+        source, positions, shape = self.source, self.positions, self.shape
         if isinstance(source, ArraySource) and in_memory:
             stored = torch.from_numpy(source.pixels)
             stored = stored[:, None] if stored.ndim == 3 else stored.permute(0, 3, 1, 2)
             if stored.shape[1:] == shape:
                 is_whole = torch.equal(positions, torch.arange(len(stored)))
-                return replace(images, pixels=stored if is_whole else stored[positions])
+                return replace(self, pixels=stored if is_whole else stored[positions])
         if not in_memory or (in_memory == "auto" and len(positions) * math.prod(shape) > MEMORY_LIMIT):
-            return images
+            return self
         levels = np.empty((len(positions), *shape), dtype=np.uint8)
-        with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
             for rows in torch.arange(len(positions)).split(1024):  # a broken image stops the work soon
-                levels[rows] = list(pool.map(images.__getitem__, rows.tolist()))
-        return replace(images, pixels=torch.from_numpy(levels))
+                levels[rows] = list(pool.map(self.__getitem__, rows.tolist()))
+        return replace(self, pixels=torch.from_numpy(levels))
 
     def __getitem__(self, row: int) -> np.ndarray:
         """Decode one image, uint8 [C, H, W]; an error names it, and the one it differs from."""
         position = int(self.positions[row])
-        levels = to_levels(self.source.read(position), self.image_size)
-        if levels.shape != self.shape:
-            got = f"{list(levels.shape)} in {self.source.locate(position)}"
+        levels = to_levels(self.source.read(position), self.image_size, self.shape[0])
+        self.refuse_shape(levels.shape, position)
+        return levels
+
+    def refuse_shape(self, shape: Sequence[int], position: int) -> None:
+        """Raise ValueError unless ``shape``, of the image at ``position``, is that of the set."""
+        if tuple(shape) != tuple(self.shape):
+            got = f"{list(shape)} in {self.source.locate(position)}"
             rule = f"expected {list(self.shape)} as in {self.shape_from}. Set it to resize images."
             raise ValueError(f"data.image_size: got {got}; {rule}")
-        return levels
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -222,9 +189,9 @@ class ImageSet(Images):
         pixels = None if self.pixels is None else self.pixels[rows]
         return replace(self, positions=self.positions[rows], y=self.y[rows], pixels=pixels)
 
-    def subset(self, n: int) -> "ImageSet":
-        """Return the first ``n`` images of a fixed class-balanced order, or all where there are fewer."""
-        return self.take(class_order(self.y, seed_from("subset"))[:n])
+    def subset(self, n: int, *name: object) -> "ImageSet":
+        """Return the first ``n`` images of an order that keeps class shares, or all where there are fewer."""
+        return self.take(class_order(self.y, seed_from("subset", *name))[:n])
 
     def read(self, reading: Reading) -> Iterator[Batch]:
         """Iterate over one epoch."""
@@ -290,17 +257,15 @@ class Epoch(Dataset):
         return [reading.augmentation.apply(image, seed) for image, seed in zip(pixels, seeds, strict=True)]
 
 
-def class_order(labels: Tensor, seed: int, *, proportional: bool = False) -> Tensor:
-    """Return an order of the images, int64 [N], of which every beginning is fair to the classes.
+def class_order(labels: Tensor, seed: int) -> Tensor:
+    """Return an order of the images, int64 [N], of which every beginning keeps the classes' shares.
 
-    Images are shuffled by a 63-bit seed, then sorted by a key of their rank k = 0, 1, ... within a class of
-    m images: k itself, so that classes take turns (round robin), or, if ``proportional``, (k + 1/2) / m, so
-    that classes keep their shares (the Sainte-Laguë method).
+    Images are shuffled by a 63-bit seed, then sorted by (k + 1/2) / m, where k = 0, 1, ... is the rank within
+    a class of m images (the Sainte-Laguë method). Classes of equal size take turns.
     """
     # NumPy freezes the stream of RandomState for good, so a split never changes with a version of anything.
     shuffled = torch.from_numpy(np.random.RandomState(seed % 2**32).permutation(len(labels)))
     shuffled = shuffled[torch.argsort(labels[shuffled], stable=True)]  # class after class
     sizes = torch.bincount(labels)
     rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[shuffled]]
-    key = (rank.double() + 0.5) / sizes[labels[shuffled]] if proportional else rank
-    return shuffled[torch.argsort(key, stable=True)]
+    return shuffled[torch.argsort((rank.double() + 0.5) / sizes[labels[shuffled]], stable=True)]

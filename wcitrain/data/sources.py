@@ -1,7 +1,7 @@
 """Data sets by name: where images, labels and class names come from, before any is chosen or decoded."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -13,14 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wcitrain.data.sets import ArraySource, Source, class_order, open_rgb
+from wcitrain.data.folders import is_litter, name_some, scan_folder
+from wcitrain.data.pixels import ArraySource, Source, open_rgb
+from wcitrain.data.sets import class_order
 from wcitrain.method import Count, PositiveCount, Text, method, refuse, setting, show
 from wcitrain.seeding import seed_from
 
 SourceName = Literal["digits", "cifar10", "cifar100", "svhn", "folder", "timm"]
 # Training; validation, None where it is cut from training; test, opened later; the number of test images.
 Opened = tuple[Source, Source | None, Callable[[], Source], int]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+GRAY = ("torch/mnist", "torch/kmnist", "torch/fashion_mnist", "torch/qmnist")  # of timm's data sets
 
 
 @method
@@ -41,8 +43,11 @@ class Data:
     download: bool = setting(False, "Fetch the data set when it is not under root.")
     num_classes: PositiveCount | None = setting(None, "Number of classes; null takes it from the data.")
     image_size: PositiveCount | None = setting(None, "Side of the square images are resized to, in pixels.")
-    max_train: PositiveCount | None = setting(None, "Training images kept, balanced over classes; null: all.")
-    max_test: PositiveCount | None = setting(None, "Test images kept, balanced over classes; null: all.")
+    channels: Literal[1, 3] | None = setting(
+        None, "1: gray, 3: RGB; null: 1 for digits and timm's torch/*mnist, else 3."
+    )
+    max_train: PositiveCount | None = setting(None, "Training images kept, in class shares; null: all.")
+    max_test: PositiveCount | None = setting(None, "Test images kept, in class shares; null: all.")
     val_size: PositiveCount = setting(200, "Validation images cut from the training images, in class shares.")
     split_seed: Count = setting(0, "Seed of the subsets and of the validation cut.")
     in_memory: Literal[True, False, "auto"] = setting("auto", "Keep decoded images; auto: up to 2 GB.")
@@ -75,6 +80,11 @@ class Data:
             refuse("max_train", f"got {name}, which is read front to back; {rule}")
 
     @property
+    def num_channels(self) -> int:
+        """Channels of an image, C."""
+        return self.channels or (1 if self.source == "digits" or (self.name or "").lower() in GRAY else 3)
+
+    @property
     def is_streamed(self) -> bool:
         """Whether images can only be read front to back."""
         return (self.name or "").lower().startswith(("wds/", "tfds/", "hfids/"))
@@ -88,7 +98,7 @@ def open_digits(data: Data) -> Opened:
     pixels, labels, levels = digits.images.astype(np.uint8), torch.from_numpy(digits.target).long(), 16
     if data.image_size not in (None, pixels.shape[1]):  # interpolation between 17 levels would be coarse
         pixels, levels = np.round(digits.images * (255 / 16)).astype(np.uint8), 255
-    order = class_order(labels, seed_from("digits test split"), proportional=True)
+    order = class_order(labels, seed_from("digits test split"))
     names = tuple(str(name) for name in digits.target_names)
 
     def part(positions: Tensor, title: str) -> ArraySource:
@@ -132,53 +142,25 @@ def open_folder(data: Data) -> Opened:
     return train, val[0] if val else None, lambda: test, len(test.labels)
 
 
-def scan_folder(folder: Path, classes: tuple[str, ...] | None = None, key: str = "data.root") -> Source:
-    """List ``folder/<class>/**/<image>``; nothing is decoded and hidden files and folders are ignored.
-
-    ``classes`` number the labels, by default those there, sorted; ``key`` is the recipe key that errors name.
-    """
-    there = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
-    if not there:
-        raise ValueError(f"{key}: got {folder} without class folders; expected some. Sort the images.")
-    classes = classes or there
-    if unknown := [name for name in there if name not in classes]:
-        rule = f"expected only those of the training folder, {name_some(classes)}. Remove them."
-        raise ValueError(f"{key}: got classes {name_some(unknown)} in {folder}; {rule}")
-    found = [(path, classes.index(name)) for name in there for path in list_images(folder / name, key)]
-    paths, labels = zip(*found, strict=True)
-    return Source(torch.tensor(labels), classes, list(paths))
-
-
-def list_images(folder: Path, key: str) -> list[str]:
-    """Return the sorted paths of the images below ``folder``; raise ValueError where there are none."""
-    walk = os.walk(folder, followlinks=True)
-    files = [os.path.join(parent, name) for parent, _, names in walk for name in names if name[0] != "."]
-    paths = sorted(path for path in files if path.lower().endswith(IMAGE_SUFFIXES))
-    if not paths:
-        rule = f"expected files that end in {' '.join(IMAGE_SUFFIXES)}. Add some or remove it."
-        raise ValueError(f"{key}: got no images in {folder}; {rule}")
-    return paths
-
-
-def name_some(names: Iterable[object]) -> str:
-    """Return the first few of many names: "cat, dog (+3)"."""
-    texts = [str(name) for name in names]
-    more = f" (+{len(texts) - 5})" if len(texts) > 5 else ""
-    return ", ".join(texts[:5]) + more
-
-
 @dataclass(frozen=True, eq=False)
 class DatasetSource(Source):
     """A map-style data set opened by ``timm.data.create_dataset``, decoded to RGB when it is read."""
 
     dataset: Any  # timm ImageDataset, which has a reader, or a torchvision data set, which has not
+    rows: list[int]  # where each image is in ``dataset``, which holds litter too
+
+    def file(self, position: int) -> str | None:
+        """Return the path of the image's own file; None where it is inside an archive or a table."""
+        path = super().file(position)
+        return path if path and os.path.isfile(path) else None
 
     def read(self, position: int) -> Image.Image:
         """Return one image; timm's own __getitem__ replaces an unreadable one by the next."""
+        where, row = self.locate(position), self.rows[position]
         if hasattr(self.dataset, "reader"):
-            with self.dataset.reader[position][0] as file:
-                return open_rgb(file, self.locate(position))
-        return self.dataset[position][0].convert("RGB")
+            with self.dataset.reader[row][0] as file:
+                return open_rgb(file, where)
+        return open_rgb(where, where) if self.file(position) else self.dataset[row][0].convert("RGB")
 
 
 def open_timm(data: Data) -> Opened:
@@ -213,16 +195,14 @@ def create_dataset(data: Data, split: str, **settings: Any) -> Any:
     import timm.data
 
     settings |= {"root": data.root, "split": split, "download": data.download}
+    if str(data.name).lower() in ("torch/folder", "torch/image_folder"):
+        settings["allow_empty"] = True  # a hidden folder is no class; classes are compared here
     return timm.data.create_dataset(str(data.name), **settings)
 
 
 def _source(dataset: Any, title: str) -> DatasetSource:
     """Return a map-style data set with its labels, without decoding an image if the data set allows."""
     holder = getattr(dataset, "reader", dataset)
-    place: str | list[str] = title
-    if hasattr(holder, "samples"):  # a folder or an archive: images have names
-        is_timm = holder is not dataset
-        place = dataset.filenames(absolute=True) if is_timm else [path for path, _ in holder.samples]
     if hasattr(holder, "targets"):
         labels = holder.targets
     elif hasattr(holder, "iter_targets"):
@@ -230,9 +210,20 @@ def _source(dataset: Any, title: str) -> DatasetSource:
     else:
         labels = [label for _, label in getattr(holder, "samples", holder)]
     numbers = torch.as_tensor(labels).long()
-    class_to_idx = getattr(holder, "class_to_idx", None)
+    class_to_idx = getattr(holder, "class_to_idx", getattr(holder, "class_name_to_idx", None))
     names = sorted(class_to_idx, key=class_to_idx.get) if class_to_idx else range(int(numbers.max()) + 1)
-    return DatasetSource(numbers, tuple(map(str, names)), place, dataset)
+    if not hasattr(holder, "samples"):
+        return DatasetSource(numbers, tuple(map(str, names)), title, dataset, list(range(len(numbers))))
+    # A folder or an archive: images have names, and what is litter has been read as images and classes.
+    is_timm, root = holder is not dataset, os.path.join(getattr(holder, "root", ""), "")
+    place = dataset.filenames(absolute=True) if is_timm else [path for path, _ in holder.samples]
+    rows = [row for row, path in enumerate(place) if not is_litter(path.removeprefix(root))]
+    of_litter = set(numbers.tolist()) - set(numbers[rows].tolist())  # timm: the last folder is the class
+    kept = [n for n, name in enumerate(names) if n not in of_litter and not is_litter(str(name))]
+    renumbered = torch.full((len(names),), -1)
+    renumbered[kept] = torch.arange(len(kept))
+    kept_names = tuple(str(names[number]) for number in kept)
+    return DatasetSource(renumbered[numbers[rows]], kept_names, [place[row] for row in rows], dataset, rows)
 
 
 SOURCES: dict[str, Callable[[Data], Opened]] = {

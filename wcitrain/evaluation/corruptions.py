@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wcitrain.data.sets import ArraySource, ImageSet, Source
-from wcitrain.data.sources import scan_folder
+from wcitrain.data.folders import scan_folder
+from wcitrain.data.pixels import ArraySource, Source
+from wcitrain.data.sets import ImageSet
 from wcitrain.evaluation.attacking import Victim, is_right
 from wcitrain.seeding import seed_from
 
@@ -38,6 +39,7 @@ class Corruptions:
     root: Path
     names: tuple[str, ...]
     places: Tensor | None = None  # [N], of the evaluated examples among the test images; None: the first N
+    classes: tuple[str, ...] | None = None  # number the folders of classes; None: sorted
 
     @classmethod
     def find(cls, root: str | Path, names: Sequence[str] | str = "all") -> "Corruptions":
@@ -69,7 +71,7 @@ class Corruptions:
             if int(places.max()) >= len(source.labels) or not torch.equal(source.labels[places], victim.y):
                 rule = "expected the whole test set in order, with the evaluated images' labels."
                 raise ValueError(f"{where} with other labels; {rule} {ADVICE}")
-            images = ImageSet.load(source, places)
+            images = ImageSet.load(source, places, channels=shape[0])
             if images.shape != shape:
                 rule = f"expected {tuple(shape)}, that of the images that are evaluated."
                 raise ValueError(f"{where} of shape {images.shape}; {rule} Give other files.")
@@ -81,7 +83,7 @@ class Corruptions:
     def _open(self, name: str, severity: int) -> Source:
         """Return the images of one corruption and severity."""
         if not (file := self.root / f"{name}.npy").is_file():
-            return scan_folder(self.root / name / str(severity), key="corruptions")
+            return scan_folder(self.root / name / str(severity), self.classes, "corruptions")
         pixels, labels = np.load(file, mmap_mode="r"), np.load(self.root / "labels.npy")
         if pixels.dtype != np.uint8 or len(pixels) % len(SEVERITIES) or labels.shape != pixels.shape[:1]:
             got = f"{pixels.dtype} {pixels.shape} and labels {labels.shape}"

@@ -137,6 +137,10 @@ def _check_sections(recipe: Recipe) -> None:
     if (mean is None) != (std is None):
         missing, given = ("mean", "std") if mean is None else ("std", "mean")
         refuse(f"model.{missing}", f"got null; expected a list like model.{given}. Set both or none.")
+    for key, of in {"in_chans": "data.channels", "num_classes": "data.num_classes or the data"}.items():
+        if key in recipe.model.kwargs:
+            text = f"got {recipe.model.kwargs[key]}; expected none, as {of} says it. Set that instead."
+            refuse(f"model.kwargs.{key}", text)
     names = [Choice(sections.WHILE_TRAINING).name_of(measure) for measure in recipe.measures.take]
     if twice := next((name for name in names if names.count(name) > 1), None):
         refuse("measures.take", f"got {twice} twice; expected each measure once. Remove one of the two.")
