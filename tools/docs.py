@@ -48,7 +48,7 @@ def correlation():
         ["measure", "τ with the gap in robust loss", "Ψ", "information", "τ with the robust loss on test"]
     ]
     for name, one in sorted(gap.items(), key=lambda pair: -abs(pair[1]["kendall"]["value"])):
-        information = f"{one['information']:.2f} ({one['information_chance']:.2f})"
+        information = f"{one['information']:.2f}"
         both = [estimate(one["kendall"]), estimate(one["granulated"]), information]
         rows.append([f"`{name}`", *both, estimate(loss[name]["kendall"])])
     return table(rows)

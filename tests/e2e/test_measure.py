@@ -19,7 +19,7 @@ from wcitrain.commands.correlation import correlated, hyper_parameters
 from wcitrain.commands.measure import _table
 from wcitrain.commands.study import GAP, Measured, Study, measure_all
 from wcitrain.data import Splits, load_splits
-from wcitrain.measures import MEASURES, Problem, measure_wci
+from wcitrain.measures import MEASURES, Problem, correlate, measure_wci
 from wcitrain.models import load_exported
 from wcitrain.progress import run_folder
 from wcitrain.recipe import load_recipe, recipe_from_dict
@@ -134,6 +134,21 @@ def test_test_images_are_not_opened_where_nothing_asks_for_them(trained, monkeyp
         ("{run} {run} --target-error 0.1", "--target-error: got several models or measures"),
         ("{run} --measures margins --target-error 0.1", "--target-error: got several models or measures"),
         ("{run} --set wci.split_qkv=true", "split_qkv: got True, but none"),
+        ("{run} --norm l2", "--norm: got l2 without --eps, and a recipe whose radius 0.1 is for linf"),
+        ("{run} --out {tmp}/text.pt", "text.pt, a file; expected a folder that can be"),
+        ("{run} --measures margins --out {tmp}/text.pt/more", "text.pt, a file; expected a folder"),
+        ("{run} {run} {run}/model/last --correlate", "which are the same model; expected each model once"),
+        ("{run} --at all --correlate --measures margins --out {tmp}/text.pt", "text.pt, a file; expected"),
+        ("{run} --set wci.prior=initial --recipe seed=1", "wci.prior: got {run} with another seed or model"),
+        (
+            "{run}/model/last/model.safetensors --recipe {run}/recipe.yaml --set wci.prior=initial",
+            "model.safetensors without its run; expected a run with its own seed and model",
+        ),
+        (
+            "{run}/model/last/model.safetensors --recipe {run}/recipe.yaml "
+            "--measures margins distance_from_initialisation",
+            "distance_from_initialisation: got {run}/model/last/model.safetensors without its run",
+        ),
     ],
 )
 def test_wrong_input_is_explained(arguments, message, trained, tmp_path, capsys):
@@ -144,8 +159,56 @@ def test_wrong_input_is_explained(arguments, message, trained, tmp_path, capsys)
     torch.save([1], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("weights")
     assert main(["measure", *arguments.format(tmp=tmp_path, run=trained).split()]) == 2
-    assert message in capsys.readouterr().err
+    assert message.format(tmp=tmp_path, run=trained) in capsys.readouterr().err
     assert not (trained / "measures").exists()
+
+
+def test_what_cannot_be_written_or_counted_twice_is_refused_before_anything_is_measured(
+    trained, tmp_path, monkeypatch, capsys
+):
+    """An hour of measuring that has nowhere to go; one run that counts as three is a perfect correlation."""
+
+    def fail(*arguments):
+        raise AssertionError("measured")
+
+    for kind in (MEASURES["margins"], MEASURES["robust_gap"]):
+        monkeypatch.setattr(kind, "measure", fail)
+    monkeypatch.setattr(MEASURES["wci"], "by_layer", fail)
+    (tmp_path / "file").touch()
+    out, run = ["--out", str(tmp_path / "file")], str(trained)
+    assert main(["measure", run, *out]) == 2
+    assert main(["measure", run, "--measures", "margins", *out]) == 2
+    assert main(["measure", run, "--at", "all", "--correlate", "--measures", "margins", *out]) == 2
+    assert main(["landscape", run, *out]) == 2
+    assert main(["report", run, "--no-images", *out]) == 2
+    assert capsys.readouterr().err.count(f"--out: got {tmp_path / 'file'}, a file; expected a folder") == 5
+    assert main(["measure", run, run, run, "--correlate", "--measures", "margins"]) == 2
+
+
+def test_measures_are_taken_under_an_l1_attack(run):
+    """l1 attacks exist: refusing the norm would leave a recipe's own l1 as the only way to it."""
+    name, document = in_detail(run, "--examples", "10", "--norm", "l1", "--eps", "2", "--steps", "2")
+    assert name == "wci-last-train-l1-2-PGD-2-n10"
+    assert document["loss"] == "robust loss l1 2 PGD-2"
+
+
+def test_the_index_of_a_run_has_a_prior_at_its_own_start(run, tmp_path):
+    """Weights of another seed as the start would give a distance that looks like training."""
+    few = ["--examples", "10", "--steps", "1", "--set"]
+    _, document = in_detail(run, *few, "wci.prior=initial", "wci.groups=stage")
+    (distance,) = measured(run, measures=["distance_from_initialisation"], out=tmp_path / "out")
+    squares = [layer["squared_norm"] for layer in document["layers"].values()]
+    assert sum(squares) == pytest.approx(distance.value("distance_from_initialisation") ** 2, rel=1e-5)
+    assert {"layer1", "layer4", "fc"} < set(document["layers"])
+    (first,) = measured(run, at="0", measures=["wci"], settings={"wci": {"prior": "initial"}}, out=tmp_path)
+    assert first.value("wci") == 0.0
+    weights = load_exported(run / "model" / "epoch-0")
+    weights.backbone.fc.weight.data.add_(1)
+    file = run / "model" / "epoch-0" / "model.safetensors"
+    save_file({k: v.contiguous() for k, v in weights.backbone.state_dict().items()}, file)
+    assert (
+        main(["measure", str(run), *few, "wci.prior=initial", "--clean"]) == 2
+    )  # kept weights are another's
 
 
 def measured(*runs: Path, at=None, overrides=(), out=None, **study) -> list[Measured]:
@@ -234,7 +297,16 @@ def test_the_correlation_of_all_epochs_is_written_and_readable(run, capsys, tmp_
     printed = capsys.readouterr().out
     assert "3 models of 1 runs" in printed
     assert "| frobenius_norms |" in printed
-    found = json.loads((tmp_path / "study" / "correlation.json").read_text())["correlations"]
+    document = json.loads((tmp_path / "study" / "correlation.json").read_text())
+    found, settings = document["correlations"], document["settings"]
+    models, goal = document["models"], "robust gap (loss)"
+    assert [(one["seed"], one["epoch"]) for one in models] == [(0, 0), (0, 1), (0, 2)]
+    columns = [one["measures"]["margins"]["value"] for one in models], [one["goals"][goal] for one in models]
+    again = correlate(*columns, [one["run"] for one in models], document["axes"], seed=settings["seed"])
+    assert again.kendall.value == found[goal]["margins"]["kendall"]["value"]  # from what the file holds alone
+    assert found[goal]["margins"]["kendall"]["low"] is None  # one run is no sample
+    assert found[goal]["margins"]["holm"]["kendall_p"] == 1.0
+    assert found[goal]["margins"]["difference"]["p"] is None
     assert set(found) == {"robust gap (loss)", "robust gap (accuracy)", "robust loss on test"}
     assert -1 <= found["robust gap (loss)"]["margins"]["kendall"]["value"] <= 1
     assert (tmp_path / "study" / "scatter-robust-gap-loss.png").stat().st_size > 10_000

@@ -111,7 +111,7 @@ def test_a_sentence_says_when_the_runs_do_not_tell_the_methods_apart(tmp_path):
     shares = {"z": 0.50, "a": 0.53, "m": 0.52}  # each ± 2 points
     runs = [write_run(tmp_path / name, name, method=name, robust=share) for name, share in shares.items()]
     table = results_table(runs)
-    assert "does not tell these methods apart: their intervals overlap." in table
+    assert "does not tell these methods apart: their ranges overlap." in table
     assert [line.split()[1] for line in table.splitlines()[2:5]] == ["z", "a", "m"]
     runs.append(write_run(tmp_path / "far", "far", method="far", robust=0.56))  # above z alone
     # Robust accuracies under different attacks do not compare.

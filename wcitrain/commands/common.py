@@ -3,12 +3,14 @@
 import argparse
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from wcitrain.attacks import Attack
 from wcitrain.commands.options import recipe_and_settings
 from wcitrain.digest import digest
-from wcitrain.targets import Target, changes_of_attack, open_run
+from wcitrain.recipe import Recipe
+from wcitrain.targets import Target, attack_of, changes_of_attack, open_run
 
 LONGEST = 120  # characters of a file's name without its ending; file systems take 255 bytes
 
@@ -19,6 +21,25 @@ def opened(options: argparse.Namespace, target: str, at: str | None) -> Target:
         rule = "one. Start it without a launcher."
         raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; expected {rule}")
     return open_run(target, at, *recipe_and_settings(options.recipe), options.device)
+
+
+def writable(folder: str | Path) -> Path:
+    """Return the folder that results will go to; ValueError, before they cost anything, where they cannot."""
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if there.is_dir() and os.access(there, os.W_OK):
+        return folder
+    got = "which cannot be written" if there.is_dir() else "a file"
+    raise ValueError(f"--out: got {there}, {got}; expected a folder that can be. Name another.")
+
+
+def attack_asked(recipe: Recipe, options: Any) -> Attack | None:
+    """Return ``targets.attack_of``; another norm without a radius of its own is a ValueError."""
+    own = recipe.threat
+    if options.eps is None and options.norm not in (None, own.norm):
+        text = f"got {options.norm} without --eps, and a recipe whose radius {own.eps:g} is for {own.norm}"
+        raise ValueError(f"--norm: {text}; expected a radius for it. Give --eps.")
+    return attack_of(recipe, options)
 
 
 def file_name(*parts: str) -> str:

@@ -6,15 +6,24 @@ perturbation, ...) are one hyper-parameter each, elsewhere every key is one.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import wcitrain
 from wcitrain import files
 from wcitrain.commands.common import file_name
 from wcitrain.commands.study import GAP, Measured
-from wcitrain.measures import Correlation, correlate
+from wcitrain.measures.correlation import (
+    MIN_RUNS,
+    NUM_BOOTSTRAP,
+    Correlation,
+    Difference,
+    compare,
+    correlate,
+    holm,
+)
 
 GOALS = {  # name: (part of the gap's measurement, None for its value)
     "robust gap (loss)": None,
@@ -25,15 +34,21 @@ WHOLE = ["objective", "input_regularizer", "perturbation", "penalty", "augment",
 WHOLE += ["label_noise", "schedule"]
 WITHOUT_MEANING = ("name", "seed", "output", "evaluation", "measures", "checkpoint", "tracking")
 CANNOT_DIFFER = ("num_threads", "device")
-LEGEND = """\
-Brackets: 95 % bootstrap intervals over runs. Ψ: Kendall's τ among models that differ in one \
-hyper-parameter, averaged over hyper-parameters (granulated). information: conditional mutual information, \
-the least over conditions on at most two hyper-parameters; in brackets what a shuffled measure reaches one \
-time in twenty. –: not defined."""
+KEPT = ("value", "stderr", "num_examples", "settings")  # of a measurement
+LEGEND = f"""\
+Brackets: 95 % intervals over runs, from {MIN_RUNS} runs on (of r by the jackknife, else by the bootstrap). \
+p: how often runs in another order reach as much, of information among runs of equal hyper-parameters; all \
+are Holm's over the measures of the table. Ψ: Kendall's τ among models that differ in one hyper-parameter, \
+averaged over hyper-parameters (granulated). information: conditional mutual information, the least over \
+conditions on at most two hyper-parameters. Δ: |τ| minus that of the measure named, on the same draws of \
+runs. –: not defined."""
 
 
 def correlated(models: Sequence[Measured], folder: Path, seed: int = 0) -> tuple[str, list[Path]]:
-    """Correlate every measure with ``GOALS``; return the tables, and the files written in ``folder``."""
+    """Correlate every measure with ``GOALS``; return the tables, and the files written in ``folder``.
+
+    The JSON has the values and seeds from which all of it can be computed again.
+    """
     from wcitrain.report.figures import scatter_page  # matplotlib takes a second to import
 
     axes = hyper_parameters(models)
@@ -42,28 +57,54 @@ def correlated(models: Sequence[Measured], folder: Path, seed: int = 0) -> tuple
     names = dict.fromkeys(name for model in models for name in model.measures if name != GAP)
     columns = {name: [model.value(name) for model in models] for name in names}
     columns = {name: column for name, column in columns.items() if sum(map(math.isfinite, column)) >= 3}
-    header = ["measure", "Kendall τ", "Pearson r", "Ψ", "information", "models"]
+    goals = {goal: [model.value(GAP, part) for model in models] for goal, part in GOALS.items()}
+    reference = "wci" if "wci" in columns else next(iter(columns), "")
+    header = ["measure", "Kendall τ", "p", "Pearson r", "Ψ", "information", "p"]
+    header += [f"Δ to {reference}", "p", "models"]
     differing = f"hyper-parameters that differ: {', '.join(axes) or 'none'}."
     lines = [f"{len(models)} models of {len(set(runs))} runs; {differing}"]
     lines += [f"Left out: {line}." for model in models for line in model.without_value()]
-    correlations, figures = {}, {}
-    for goal, part in GOALS.items():
-        gap = [model.value(GAP, part) for model in models]
+    correlations: dict[str, dict[str, Any]] = {}
+    figures = {}
+    for goal, gap in goals.items():
         rows = {name: correlate(column, gap, runs, axes, seed=seed) for name, column in columns.items()}
         rows = dict(sorted(rows.items(), key=lambda row: _strength(row[1])))
+        differences = compare(columns, gap, runs, reference, seed=seed)
+        chances = {
+            "kendall_p": holm({name: row.kendall_p for name, row in rows.items()}),
+            "information_p": holm({name: row.information_p for name, row in rows.items()}),
+            "difference_p": holm({name: difference.p for name, difference in differences.items()}),
+        }
         table = [header, ["---", *["---:"] * (len(header) - 1)]]
-        table += [[name, *_cells(row)] for name, row in rows.items()]
+        correlations[goal] = {}
+        for name, row in rows.items():
+            adjusted = {key: ps[name] for key, ps in chances.items() if name in ps}
+            difference = {"difference": asdict(differences[name])} if name in differences else {}
+            correlations[goal][name] = asdict(row) | difference | {"holm": adjusted}
+            table.append([name, *_cells(row, differences.get(name), adjusted)])
         lines += ["", f"### {goal}", "", *(f"| {' | '.join(row)} |" for row in table)]
-        correlations[goal] = {name: asdict(row) for name, row in rows.items()}
         notes = {name: f"τ {row.kendall}" for name, row in rows.items()}
-        panels = {name: columns[name] for name in rows}
-        figures[goal] = scatter_page(panels, notes, gap, goal, methods)
+        figures[goal] = scatter_page({name: columns[name] for name in rows}, notes, gap, goal, methods)
     text = "\n".join([*lines, "", LEGEND])
     points = [
-        {"run": run, "at": model.target.at, "epoch": model.target.epoch}
-        for run, model in zip(runs, models, strict=True)
+        {
+            "run": run,
+            "at": model.target.at,
+            "epoch": model.target.epoch,
+            "seed": model.target.recipe.seed,
+            "method": method,
+            "goals": {goal: column[i] for goal, column in goals.items()},
+            "measures": {name: {k: one.get(k) for k in KEPT} for name, one in model.measures.items()},
+        }
+        for i, (run, method, model) in enumerate(zip(runs, methods, models, strict=True))
     ]
-    document = {"models": points, "axes": axes, "correlations": correlations}
+    document = {
+        "version": wcitrain.__version__,
+        "settings": {"seed": seed, "num_bootstrap": NUM_BOOTSTRAP, "reference": reference},
+        "models": points,
+        "axes": axes,
+        "correlations": correlations,
+    }
     written = [files.write_json(folder / "correlation.json", document), folder / "correlation.md"]
     written[1].write_text(text + "\n", "utf-8")
     for goal, figure in figures.items():
@@ -95,10 +136,13 @@ def hyper_parameters(models: Sequence[Measured]) -> dict[str, list[str]]:
     return axes
 
 
-def _cells(row: Correlation) -> list[str]:
-    chance = f"{row.information:.3f} ({row.information_chance:.3f})"
-    information = "–" if math.isnan(row.information) else chance
-    return [*map(str, (row.kendall, row.pearson, row.granulated)), information, str(row.num_models)]
+def _cells(row: Correlation, difference: Difference | None, holm: Mapping[str, float]) -> list[str]:
+    p = {key: "–" if math.isnan(value) else f"{value:.3f}" for key, value in holm.items()}
+    information = "–" if math.isnan(row.information) else f"{row.information:.3f}"
+    versus = str(difference.kendall) if difference else "–"
+    cells = [str(row.kendall), p["kendall_p"], str(row.pearson), str(row.granulated)]
+    cells += [information, p["information_p"], versus, p.get("difference_p", "–")]
+    return [*cells, str(row.num_models)]
 
 
 def _strength(row: Correlation) -> float:

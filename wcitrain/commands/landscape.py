@@ -2,9 +2,16 @@
 
 import argparse
 
-from wcitrain.commands.common import attack_part, file_name, number_parts, opened, recipe_part
+from wcitrain.commands.common import (
+    attack_asked,
+    attack_part,
+    file_name,
+    number_parts,
+    opened,
+    recipe_part,
+    writable,
+)
 from wcitrain.measures import Problem, take_landscape
-from wcitrain.targets import attack_of
 
 POINTS, PLANE_POINTS, NUM_DIRECTIONS, NUM_EXAMPLES = 21, 11, 3, 200  # by default
 
@@ -15,7 +22,8 @@ def run(options: argparse.Namespace) -> int:
     if is_plane and num_directions is not None:
         raise ValueError(f"--num-directions: got {num_directions} with --two-d; expected two. Leave it out.")
     target = opened(options, options.target, options.at)
-    attack = attack_of(target.recipe, options)
+    attack = attack_asked(target.recipe, options)
+    folder = writable(target.folder("landscapes", options.out))
     usual = PLANE_POINTS if is_plane else POINTS
     points = usual if options.points is None else options.points
     num_directions = NUM_DIRECTIONS if num_directions is None else num_directions
@@ -33,9 +41,8 @@ def run(options: argparse.Namespace) -> int:
         *number_parts(options, options.examples, NUM_EXAMPLES),
         recipe_part(options, target),
     )
-    folder = target.folder("landscapes", options.out)
-    folder.mkdir(parents=True, exist_ok=True)
     written = (folder / f"{name}.npz", folder / f"{name}.png")
+    folder.mkdir(parents=True, exist_ok=True)
     landscape.save(written[0])
     from wcitrain.report.figures import landscape as draw  # matplotlib takes a second to import
 

@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from wcitrain import files
-from wcitrain.commands.common import opened, recipe_part
+from wcitrain.commands.common import attack_asked, opened, recipe_part, writable
 from wcitrain.commands.correlation import correlated
-from wcitrain.commands.study import Measured, Study, epochs, file_of, header, measure_all, settings_by_measure
+from wcitrain.commands.study import (
+    Measured,
+    Study,
+    epochs,
+    file_of,
+    header,
+    measure_all,
+    refuse_unknown_start,
+    settings_by_measure,
+    weights_before,
+)
 from wcitrain.measures import Problem, WeightCurvatureIndex, pac_bayes_bound
-from wcitrain.targets import Target, attack_of
+from wcitrain.targets import Target
 from wcitrain.text import aligned, with_error
 
 NUM_EXAMPLES = 1000  # of the index in detail, by default
@@ -25,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     if [*study.given()] == ["wci"] and study.at != "all" and len(targets) == 1:
         text, written = _in_detail(targets[0], study, options)
     elif study.correlate:
-        folder = Path(options.out or Path(options.targets[0]).parent / "correlation")
+        folder = writable(options.out or Path(options.targets[0]).parent / "correlation")
         text, written = correlated(measure_all(targets, study), folder, study.seed)
     else:
         models = measure_all(targets, study, options.out)
@@ -72,10 +82,15 @@ def _in_detail(target: Target, study: Study, options: argparse.Namespace) -> tup
     from wcitrain.report.figures import layer_bars  # matplotlib takes a second to import
 
     given = study.given()["wci"]
-    measure, attack = WeightCurvatureIndex(**given), attack_of(target.recipe, study)
+    measure, attack = WeightCurvatureIndex(**given), attack_asked(target.recipe, study)
+    folder = writable(target.folder("measures", options.out))
     num = study.examples or (None if measure.target_relative_error else NUM_EXAMPLES)
+    if measure.needs_initial:
+        refuse_unknown_start(target, ["wci.prior"])
     model, batches = target.load_model(), target.batches(study.split, study.seed, num)
-    result = measure.by_layer(Problem(model, batches, attack, study.seed, num), progress=True)
+    initial = weights_before(target) if measure.needs_initial else None
+    problem = Problem(model, batches, attack, study.seed, num, initial=initial)
+    result = measure.by_layer(problem, progress=True)
     bound = None
     if study.split == "train" and result.total >= 0:
         stderr = result.total_stderr if math.isfinite(result.total_stderr) else None
@@ -91,7 +106,6 @@ def _in_detail(target: Target, study: Study, options: argparse.Namespace) -> tup
         "notes": target.notes,
     }
     name = file_of("wci", target, study, attack, NUM_EXAMPLES, recipe_part(options, target, study.settings))
-    folder = target.folder("measures", options.out)
     written = [files.write_json(folder / f"{name}.json", document), folder / f"{name}.png"]
     headline = result.headline(study.split)
     layer_bars(result, f"{target.title}: {headline}").savefig(written[1])

@@ -121,7 +121,11 @@ def _add_target(add: Add, folder: str, nargs: str | None, split: str, at: str = 
 def _add_attack(add: Add) -> None:
     """Declare the attack that losses are measured under."""
     add("--clean", action="store_true", help="the loss without an attack")
-    add("--norm", choices=("linf", "l2"), help="of the attack (default: the recipe's threat)")
+    add(
+        "--norm",
+        choices=("linf", "l2", "l1"),
+        help="of the attack (default: the recipe's); another with --eps",
+    )
     add("--eps", help="radius such as 8/255 (default: the recipe's threat)")
     add("--steps", type=int, help="of PGD (default: the recipe's evaluation attack)")
 

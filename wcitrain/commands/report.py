@@ -7,6 +7,7 @@ from typing import Any
 
 from wcitrain.attacks import Attack
 from wcitrain.build import step_size
+from wcitrain.commands.common import writable
 from wcitrain.report import Run, load_run, results_table, write_report
 from wcitrain.targets import open_run
 
@@ -22,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     runs = [load_run(folder) for folder in folders]
     usual = first / "figures" if len(runs) == 1 else first.parent / "report"
     images = None if options.no_images else images_under_attack
-    paths = write_report(runs, Path(options.out or usual), images=images)
+    paths = write_report(runs, writable(options.out or usual), images=images)
     print(f"{results_table(runs)}\n\nWritten: {', '.join(map(str, paths))}")
     return 0
 

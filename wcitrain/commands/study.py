@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field
+from torch import Tensor
 from tqdm import tqdm
 
 from wcitrain import files
-from wcitrain.attacks import Attack
-from wcitrain.commands.common import attack_part, file_name, number_parts
+from wcitrain.attacks import Attack, Norm
+from wcitrain.commands.common import attack_asked, attack_part, file_name, number_parts, writable
 from wcitrain.digest import digest
 from wcitrain.measures import MEASURES, Measure, Problem
 from wcitrain.method import Count, PositiveCount, Text, fields_of, method, refuse
-from wcitrain.models import Classifier
+from wcitrain.models import Classifier, load_exported
+from wcitrain.recipe import load_recipe
 from wcitrain.recipe.reading import read_yaml
-from wcitrain.targets import Target, attack_of, kept_epochs
+from wcitrain.targets import Target, kept_epochs
 
 GAP = "robust_gap"
 NUM_EXAMPLES = 500  # by default
@@ -48,7 +51,7 @@ class Study:
     examples: PositiveCount | None = Field(default=None, description="Images, at least one.")
     gap_examples: PositiveCount = Field(default=1000, description="Images of each split in robust_gap.")
     clean: bool = False
-    norm: Literal["linf", "l2"] | None = None
+    norm: Norm | None = None
     eps: str | float | None = None
     steps: Count | None = Field(default=None, description="Steps of PGD.")
     seed: int = 0
@@ -136,19 +139,69 @@ def epochs(path: str | Path, at: str | None) -> list[str | None]:
 def measure_all(targets: Sequence[Target], study: Study, out: str | Path | None = None) -> list[Measured]:
     """Take measures of models and write ``measures-<at>-<split>[...].json`` for each.
 
-    What a file holds already, taken of the same weights in the same way, is not taken again. Too few models
-    to correlate, or a wrong attack, are a ValueError before anything is measured.
+    What a file holds already, taken of the same weights in the same way, is not taken again. Before anything
+    is measured a ValueError: too few models to correlate or one of them twice, a wrong attack, nowhere to
+    write, unknown weights before training.
     """
-    if study.correlate and len(targets) < 3:
-        raise ValueError(f"correlate: got {len(targets)} models; expected at least three. Name more runs.")
-    attacks = [attack_of(target.recipe, study) for target in targets]
+    if study.correlate:
+        _refuse_too_few(targets)
+    needing = [name for name, one in study.made().items() if one.needs_initial and not one.can_lack_initial]
+    for target in targets:
+        refuse_unknown_start(target, needing)
+    attacks = [attack_asked(target.recipe, study) for target in targets]
+    folders = [writable(Path(out) / target.name if out else target.folder("measures")) for target in targets]
     models: list[Measured] = []
     bar = tqdm(targets, unit="model", disable=not sys.stderr.isatty())
-    for target, attack in zip(bar, attacks, strict=True):
+    for target, attack, folder in zip(bar, attacks, folders, strict=True):
         if models and models[-1].target.recipe.data == target.recipe.data:  # then they are read once
             vars(target)["loaded"] = models[-1].target.loaded
-        models.append(_measure(target, study, attack, out))
+        models.append(_measure(target, study, attack, folder))
     return models
+
+
+def _refuse_too_few(targets: Sequence[Target]) -> None:
+    """Refuse fewer than three models to correlate, and the same one again: it would count as another run."""
+    known: dict[tuple[Path, object], Target] = {}
+    for target in targets:
+        epoch = target.at if target.epoch is None else target.epoch
+        twin = known.setdefault((target.home.resolve(), epoch), target)
+        if twin is not target:
+            got = f"{target.path} ({target.at}) and {twin.path} ({twin.at}), which are the same model"
+            raise ValueError(f"correlate: got {got}; expected each model once. Leave one out.")
+    if len(targets) < 3:
+        raise ValueError(f"correlate: got {len(targets)} models; expected at least three. Name more runs.")
+
+
+def refuse_unknown_start(target: Target, needing: Sequence[str]) -> None:
+    """Refuse a model whose weights before training nobody knows, where measures are of the way from there."""
+    if needing and (unknown := _unknown_start(target)):
+        rule = "a run with its own seed and model, which make its weights before training again"
+        text = f"got {target.path} {unknown}; expected {rule}. Give one, or leave this out."
+        raise ValueError(f"{', '.join(needing)}: {text}")
+
+
+def weights_before(target: Target) -> dict[str, Tensor] | None:
+    """Return the weights before training, made again, or None where nobody knows them.
+
+    ValueError where the run kept others as its epoch 0: another version of torch or timm makes others.
+    """
+    if _unknown_start(target):
+        return None
+    made, kept = target.initial_weights(), target.home / "model" / "epoch-0"
+    there = load_exported(kept).state_dict() if (kept / "metadata.json").is_file() else {}
+    if other := [name for name, weight in there.items() if not torch.allclose(weight, made[name], atol=1e-6)]:
+        text = f"got {other[0]} of {kept} unlike that which the seed makes here; expected the same"
+        raise ValueError(f"weights before training: {text}. Use the torch and timm that trained the run.")
+    return made
+
+
+def _unknown_start(target: Target) -> str:
+    """Return why nobody knows a model's weights before training; empty where its run does."""
+    if target.run is None:
+        return "without its run"
+    own, given = load_recipe(target.run / "recipe.yaml"), target.recipe
+    is_own = (own.seed, own.model) == (given.seed, given.model)
+    return "" if is_own else "with another seed or model than its run"
 
 
 def header(
@@ -177,11 +230,10 @@ def file_of(kind: str, target: Target, study: Study, attack: Attack | None, usua
     return file_name(f"{kind}-{target.at}-{study.split}", attack_part(study, attack), *numbers, *more)
 
 
-def _measure(target: Target, study: Study, attack: Attack | None, out: str | Path | None) -> Measured:
+def _measure(target: Target, study: Study, attack: Attack | None, folder: Path) -> Measured:
     """Take the measures that are not there yet, saving after each."""
     model, num = target.load_model(), study.examples or NUM_EXAMPLES
     document = header(target, study, attack, num, model)
-    folder = Path(out) / target.name if out else target.folder("measures")
     path = folder / f"{file_of('measures', target, study, attack, NUM_EXAMPLES)}.json"
     before = files.read_json(path) if path.is_file() else {}
     same = {key: value for key, value in document.items() if key != "target"}
@@ -193,7 +245,7 @@ def _measure(target: Target, study: Study, attack: Attack | None, out: str | Pat
     if GAP in given:
         given[GAP] = {"num_examples": study.gap_examples}
     missing = {name: made[name] for name in given if taken.get(name, {}).get("given") != given[name]}
-    initial = target.initial_weights() if any(one.needs_initial for one in missing.values()) else None
+    initial = weights_before(target) if any(one.needs_initial for one in missing.values()) else None
     batches = target.batches(study.split, study.seed, num)
     problem = Problem(model, batches, attack, study.seed, num, initial=initial)
     for name, one in missing.items():

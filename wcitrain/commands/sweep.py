@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from wcitrain.commands.common import attack_asked
 from wcitrain.commands.correlation import correlated
 from wcitrain.commands.study import Study, epochs, measure_all
 from wcitrain.listing import recipe_file
 from wcitrain.recipe import Recipe
 from wcitrain.report import Run, load_run, results_table, write_report
 from wcitrain.sweep import read_sweep, read_sweep_file, run_sweep
-from wcitrain.targets import attack_of, open_run
+from wcitrain.targets import open_run
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,7 +66,7 @@ def read_studies(content: Any, recipes: Sequence[Recipe], where: str) -> list[St
             rule = "last, best, or checkpoint.keep_every set."
             raise ValueError(f"{here}.at: got {study.at!r}; expected {rule}")
         for recipe in recipes:
-            attack_of(recipe, study)
+            attack_asked(recipe, study)
         studies.append(study)
     return studies
 

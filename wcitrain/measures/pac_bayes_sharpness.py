@@ -48,7 +48,7 @@ class PACBayesSharpness(Measure):
     max_sigma: Positive = setting(2.0, "σ_max, the largest deviation.")
     num_bisections: PositiveCount = setting(15, "Halvings of [0, σ_max].")
     layers: Text = setting("weights", "Which weights move, see params.select_layers.")
-    needs_initial = True
+    needs_initial = can_lack_initial = True
     name = "pac_bayes_sharpness"
     noise = "isotropic"  # for humans
     source = "Jiang et al., arXiv 1912.02178; Dziugaite et al., arXiv 2010.11924"

@@ -137,6 +137,7 @@ class Measure(Method):
 
     name: ClassVar[str]
     needs_initial: ClassVar[bool] = False  # the weights before training
+    can_lack_initial: ClassVar[bool] = False  # ... for some of its parts alone
     needs_test: ClassVar[bool] = False  # test images beside the others
 
     def measure(self, problem: Problem) -> Measurement:

@@ -13,8 +13,14 @@ By measurement (a residual network after AT and WCI, CIFAR-10 at 16x16, PGD-10):
 of the variance that comes from pairs of examples does not shrink with them, and an attacked example takes 1.2
 times as long as in chunks of 100, 2.5 times in chunks of 5; 8 probes need at most 8 % more time for an error
 than the best number, 12 to 14.
+
+Groups j of weights that share one variance make Σ_j sqrt(a_j t_j); the finer, the lower the sum, as by Cauchy
+and Schwarz Σ_{j in l} sqrt(a_j t_j) <= sqrt(a_l t_l). A prior at the weights before training, which are
+independent of the data as well, has a_l = ||W_l − W_l⁰||_F². What holding the images fixed leaves out is in
+`response`.
 """
 
+import copy
 import math
 import sys
 import warnings
@@ -22,21 +28,20 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.curvature.estimator import Estimator
-from wcitrain.curvature.estimators import ESTIMATORS, Auto, choose, name_of
-from wcitrain.curvature.loss import Loss, cross_entropy
-from wcitrain.curvature.passes import Passes
+from wcitrain.curvature.estimators import ESTIMATORS, Auto
+from wcitrain.curvature.top_layer import TopLayer
 from wcitrain.measures.means import Pair, count_examples, in_chunks
 from wcitrain.measures.problem import Measure, Problem, Taken, measuring
 from wcitrain.measures.wci_measurement import MIN_CHUNKS, WCIMeasurement
-from wcitrain.method import Choice, InnerShare, PositiveCount, Text, method, setting
+from wcitrain.measures.wci_sampler import Groups, Prior, Sampler
+from wcitrain.method import Choice, InnerShare, PositiveCount, Text, method, refuse, setting
 from wcitrain.params import Layers
-from wcitrain.seeding import generator_from
+from wcitrain.preserve import differentiating
 
 CHUNK_SIZE = 25
 
@@ -57,21 +62,43 @@ class WeightCurvatureIndex(Measure):
     )
     layers: Text = setting("weights", "Which tensors count, see params.select_layers.")
     split_qkv: bool = setting(False, "Count query, key and value of a fused projection as three layers.")
-    num_probes: PositiveCount | None = setting(None, "Probes a chunk; null: 8 with an attack, 2 without.")
+    num_probes: PositiveCount | None = setting(
+        None, "Probes a chunk; null: 8 with an attack, 2 without or by response."
+    )
     target_relative_error: InnerShare | None = setting(
         None, "Take examples until standard error / index is at most this."
     )
     chunk_size: PositiveCount | None = setting(None, "Examples at once; null: 25, fewer for less than 400.")
+    prior: Prior = setting(
+        "origin", "Its centre; initial: the weights before training, so ||W - W0||_F² for ||W||_F²."
+    )
+    groups: Groups = setting(
+        "layer", "What has a term of its own: rows of weights, weights, or the layers of a stage together."
+    )
+    response: InnerShare | None = setting(
+        None,
+        "Let the attack answer weights this share of ||W_l|| away, as 0.1; null: images held fixed.",
+    )
     name = "wci"
     source = "Xu & Zhang, arXiv 2410.07719v1"
-    cost = "1 attack, 1 forward, num_probes backward passes"
+    cost = "1 attack, 1 forward, num_probes backward passes; by response 2 attacks a probe and layer more"
+
+    def __post_init__(self) -> None:
+        if self.groups == "filter" and (self.split_qkv or isinstance(self.estimator, TopLayer)):
+            other = "split_qkv" if self.split_qkv else "estimator top_layer"
+            refuse("groups", f"got filter with {other}; expected one of them. Leave the other out.")
+
+    @property
+    def needs_initial(self) -> bool:  # type: ignore[override]
+        """Whether the prior is there."""
+        return self.prior == "initial"
 
     def take(self, problem: Problem) -> Taken:
         """Return the index."""
         result = self.by_layer(problem)
-        parts = dict(zip(result.layers, result.per_layer.tolist(), strict=True))
+        parts = dict(zip(result.layers, result.per_layer.tolist(), strict=True)) | result.answer()
         value = result.total, result.total_stderr, result.num_examples
-        return value, ", ".join(filter(None, (result.loss, result.estimator, result.why_none))), parts
+        return value, ", ".join(filter(None, (*result.notes(), result.why_none))), parts
 
     def by_layer(self, problem: Problem, progress: bool = False) -> WCIMeasurement:
         """Return the index layer by layer, with how it was measured; ``progress`` shows a bar on a terminal.
@@ -82,9 +109,18 @@ class WeightCurvatureIndex(Measure):
         Raises:
             ValueError: No images or wrong ones, labels that are no classes, weights in half precision.
         """
+        if self.response and problem.attack is None:
+            raise ValueError("wci.response: got the clean loss; expected an attack to answer. Leave one out.")
+        if self.response:
+            problem = copy.copy(problem)
+            with differentiating():
+                problem.model = copy.deepcopy(problem.model).double()  # differences drown in float32
         with measuring(problem.model):
             layers = self.estimator.layers(problem.model, self.layers, split_qkv=self.split_qkv)
-            sampler = _Sampler(problem, layers, self.num_probes or (8 if problem.attack else 2))
+            if self.groups == "filter":
+                layers = Layers(layers, {name: [*map(str, range(len(layers[name])))] for name in layers})
+            num_probes = self.num_probes or (8 if problem.attack and not self.response else 2)
+            sampler = Sampler(problem, layers, num_probes, self.prior, self.groups, self.response)
             pairs, first = map(sampler.placed, problem.read()), list[Pair]()
             while count_examples(first) < MIN_CHUNKS * CHUNK_SIZE and (pair := next(pairs, None)):
                 first.append(pair)
@@ -104,72 +140,6 @@ class WeightCurvatureIndex(Measure):
         return result
 
 
-class _Sampler:
-    """Draws of the traces, chunk by chunk."""
-
-    def __init__(self, problem: Problem, layers: Layers, num_probes: int) -> None:
-        self.problem, self.layers, self.num_probes = problem, layers, num_probes
-        self.rows: list[tuple[Tensor, Tensor, int]] = []  # traces [m, L], mean loss, number of examples
-        self.weight = layers.tensors[0]
-        if self.weight.dtype.itemsize < 4:
-            rule = "float32 or float64: half precision drowns curvature in rounding. Use model.float()."
-            raise ValueError(f"wci: got a model with weights in {self.weight.dtype}; expected {rule}")
-
-    def placed(self, pair: Pair) -> Pair:
-        """Return images and labels on the model's device, images in its dtype."""
-        x, y = pair
-        if not x.is_floating_point():
-            rule = "expected floats in [0, 1]. Divide them by 255, or use ToTensor()."
-            raise ValueError(f"wci: got images of dtype {x.dtype}; {rule}")
-        return x.detach().to(self.weight.device, self.weight.dtype), y.to(self.weight.device)
-
-    def loss_at(self, x: Tensor, y: Tensor) -> Loss:
-        """Return the mean loss at images."""
-        logits = self.problem.model(x)
-        if y.ndim == 1 and (int(y.min()) < 0 or int(y.max()) >= logits.shape[1]):
-            rule = f"0 to {logits.shape[1] - 1}, the model's outputs. Are model and data of the same classes?"
-            raise ValueError(f"wci: got labels from {int(y.min())} to {int(y.max())}; expected {rule}")
-        return cross_entropy(logits, y)
-
-    def choose(self, estimator: Estimator, x: Tensor, y: Tensor) -> None:
-        """Try the derivatives on the first example."""
-        with torch.no_grad():
-            self.loss_at(x, y)  # wrong outputs and labels are refused as such, not as a derivative
-        passes = Passes(self.problem.model, self.layers, lambda: self.loss_at(x, y))
-        self.estimator = choose(estimator, passes, needs_gradient=False).estimator
-
-    def draw(self, x: Tensor, y: Tensor) -> None:
-        """Attack a chunk once and draw its traces; randomness depends on the seed and its number alone."""
-        generator = generator_from(x.device, self.problem.seed, "measure_wci", 0, len(self.rows))
-        if attack := self.problem.attack:
-            # The attack sums over examples: N times the mean loss, whatever that is.
-            x = attack.maximise(lambda z: self.loss_at(z, y).total.expand(len(z)), x, generator)
-        passes = Passes(self.problem.model, self.layers, lambda: self.loss_at(x, y))
-        draws, loss = self.estimator.draw(passes, self.num_probes, generator)
-        if not bool(torch.isfinite(loss)):
-            rule = "expected a finite number. Has the model diverged?"
-            raise ValueError(f"wci: got a loss of {float(loss)}; {rule}")
-        self.rows.append((draws, loss.detach(), len(x)))
-
-    def index(self, target: float | None) -> WCIMeasurement:
-        """Return the index of what was drawn."""
-        attack = self.problem.attack
-        draws, losses, sizes = zip(*self.rows, strict=True)
-        weights = torch.tensor(sizes, dtype=torch.float64)
-        return WCIMeasurement.from_samples(
-            tuple(self.layers),
-            self.layers.squared_norms(),
-            torch.stack(draws).double().cpu().mean(1),
-            weights,
-            sizes=self.layers.sizes().cpu(),
-            num_probes=len(draws[0]),
-            estimator=name_of(self.estimator),
-            loss=f"robust loss {attack.threat} PGD-{attack.num_steps}" if attack else "clean loss",
-            mean_loss=float((weights * torch.stack(losses).double().cpu()).sum() / weights.sum()),
-            target_relative_error=target,
-        )
-
-
 @method
 class HessianTrace(WeightCurvatureIndex):
     """Trace Σ_l Tr(H_l) of the Hessian, the index without the weights' norms.
@@ -177,6 +147,11 @@ class HessianTrace(WeightCurvatureIndex):
     The layers' errors are added as if they were fully correlated, an upper bound. ``parts``: every layer's
     trace. A target error is that of the index.
     """
+
+    def __post_init__(self) -> None:
+        WeightCurvatureIndex.__post_init__(self)
+        if self.prior != "origin":
+            refuse("prior", f"got {self.prior}; expected origin: a trace has none. Leave it out.")
 
     name = "hessian_trace"
     source = "definition; estimators as in Xu & Zhang, arXiv 2410.07719v1"
@@ -209,6 +184,7 @@ def measure_wci(
         num_steps, step_size: Of PGD from a random start; the step is 2.5 eps / num_steps by default.
         settings: Fields of `WeightCurvatureIndex`: ``estimator``, ``layers``, ``target_relative_error``, ...
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     >>> x, y = torch.rand(64, 1, 2, 2), torch.randint(0, 3, (64,))
     >>> measure_wci(model, [(x, y)], ThreatModel(eps=0.1), estimator="hutchinson").estimator

@@ -18,7 +18,8 @@ A trace more than three standard errors below zero is negative: the layer has no
 chance; with two chunks one of ten is beyond three even so.
 
 The linear PAC-Bayes bound for a loss in [0, 1] (Germain et al. 2016), over all β of a grid fixed in advance,
-with posterior N(W_l, σ_l² I), prior N(0, σ_l² I), so KL = Σ_l a_l / (2 σ_l²), and E_Q R̂ to second order:
+with posterior N(W_l, σ_l² I), prior N(0, σ_l² I), so KL = Σ_l a_l / (2 σ_l²), and E_Q R̂ to second order
+(with the prior at the weights before training, W_l⁰, a_l = ||W_l − W_l⁰||_F²; a group of weights is a layer):
 
     E_Q R  ≤  E_Q R̂  +  [ KL(Q‖P) + ln(1/δ) + ln|B| ] / β  +  β / (8N),   E_Q R̂ ≈ R̂ + ½ Σ_l σ_l² t_l      (2)
 
@@ -67,6 +68,10 @@ class WCIMeasurement:
     loss: str = ""  # whose curvature it is: "robust loss linf 8/255 PGD-10"
     mean_loss: float = math.nan  # over the same examples; NaN where nobody kept it
     target_relative_error: float | None = None  # what ``total_stderr / total`` was asked to be at most
+    prior: str = "origin"  # or initial: a_l is of W − W⁰
+    groups: str = "layer"  # what a term of the sum is: a filter, a layer, a stage
+    held: "WCIMeasurement | None" = None  # by the same draws at images held fixed, where these answer
+    added: tuple[float, float] = (math.nan, math.nan)  # to Σ_l t_l by the answer, and its standard error
 
     @classmethod
     def from_samples(
@@ -169,36 +174,84 @@ class WCIMeasurement:
 
     def headline(self, *context: str) -> str:
         """Return one line: "WCI 163.2 ± 5.1 (train, robust loss linf 8/255 PGD-10, 1000 examples, ...)"."""
-        notes = [*context, self.loss, f"{self.num_examples} examples", self.estimator]
+        notes = [*context, self.loss, f"{self.num_examples} examples", *self.notes()[1:]]
         if self.num_negative:
             notes.append(f"{self.num_negative} of {len(self.layers)} traces negative, counted as 0")
         if self.reached is False and not self.why_none:
             error = f"relative error {self.relative_error:.2g} instead of {self.target_relative_error:g}"
             notes.append(f"{error}: limited by examples")
-        total = f"– {self.why_none}" if self.why_none else with_error(self.total, self.total_stderr)
-        return f"WCI {total} ({', '.join(note for note in notes if note)})"
+        line = f"WCI {self._text} ({', '.join(note for note in notes if note)})"
+        if self.held is None:
+            return line
+        times, added = with_error(*self.quotient), with_error(*self.added)
+        line += f"\nThe same with images held fixed: {self.held._text}; quotient {times}"
+        return f"{line}; the answer adds {added} to Σ Tr(H) = {float(self.held.trace.mean.sum()):.4g}"
+
+    @property
+    def quotient(self) -> tuple[float, float]:
+        """This index over that at images held fixed, and its error, as if theirs were independent."""
+        if self.held is None or not self.held.total > 0:
+            return math.nan, math.nan
+        errors = self.total_stderr, self.held.total_stderr * self.total / self.held.total
+        return self.total / self.held.total, math.hypot(*errors) / self.held.total
+
+    def notes(self) -> list[str]:
+        """Return how it was measured, beginning with the loss."""
+        notes = [self.loss, self.estimator] + [f"by {self.groups}"] * (self.groups != "layer")
+        return notes + ["prior at the weights before training"] * (self.prior != "origin")
+
+    @property
+    def _text(self) -> str:
+        return f"– {self.why_none}" if self.why_none else with_error(self.total, self.total_stderr)
+
+    def answer(self) -> dict[str, float]:
+        """Return what the attack's answer to the weights adds, by name; empty where the images were held."""
+        if self.held is None:
+            return {}
+        numbers = self.held.total, self.held.total_stderr, *self.quotient, *self.added
+        names = [name + end for name in ("held", "quotient", "added") for end in ("", "_stderr")]
+        return dict(zip(names, numbers, strict=True))
+
+    def shown(self, beta: float = 1.0) -> tuple[list[str], dict[str, Tensor]]:
+        """Return names and ``columns`` as people read them: filters of one tensor are added up, without σ_l*.
+
+        Errors add up too, an upper bound.
+        """
+        columns = self.columns(beta)
+        if self.groups != "filter":
+            return [*self.layers], columns
+        owners = [name.rpartition("[")[0] for name in self.layers]
+        names = list(dict.fromkeys(owners))
+        index = torch.tensor([names.index(owner) for owner in owners])
+        sums = {key: x.new_zeros(len(names)).index_add(0, index, x) for key, x in columns.items()}
+        return names, sums | {"sigma": torch.full_like(sums["wci"], torch.nan)}
 
     def table(self, beta: float = 1.0) -> str:
         """Return aligned text, a line a layer: a_l, t_l ± error, WCI_l ± error, share, σ_l* at ``beta``."""
-        rows = [["layer", "||W||_F²", "Tr(H)", "WCI", "share %", f"σ* (β={beta:.4g})"]]
-        columns = [column.tolist() for column in self.columns(beta).values()]
-        for name, a, t, dt, wci, dwci, share, sigma, *_ in zip(self.layers, *columns, strict=True):
+        norm = "||W||_F²" if self.prior == "origin" else "||W−W⁰||_F²"
+        head = "layer, by filter" if self.groups == "filter" else self.groups
+        rows = [[head, norm, "Tr(H)", "WCI", "share %", f"σ* (β={beta:.4g})"]]
+        names, columns = self.shown(beta)
+        for name, *numbers in zip(names, *(column.tolist() for column in columns.values()), strict=True):
+            a, t, dt, wci, dwci, share, sigma, *_ = numbers
             index = "–" if math.isnan(wci) else with_error(wci, dwci)
             part = "–" if math.isnan(share) else f"{100 * share:.1f}"
-            rows.append([name, f"{a:.4g}", with_error(t, dt), index, part, f"{sigma:.3g}"])
+            width = "–" if math.isnan(sigma) else f"{sigma:.3g}"
+            rows.append([name, f"{a:.4g}", with_error(t, dt), index, part, width])
         return aligned(rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; a number that is not finite becomes None."""
         columns = [(key, column.double().tolist()) for key, column in self.columns().items()]
-        own = "loss", "estimator", "num_examples", "num_probes", "num_negative", "negative_layers"
+        own = "loss", "estimator", "num_examples", "num_probes", "num_negative", "negative_layers", "prior"
         return {
             "wci": finite(self.total),
             "wci_stderr": finite(self.total_stderr),
             "relative_error": finite(self.relative_error),
             "mean_loss": finite(self.mean_loss),
+            **{key: finite(x) for key, x in self.answer().items()},
             "num_chunks": self.trace.num_probes,
-            **{name: getattr(self, name) for name in (*own, "target_relative_error", "reached")},
+            **{name: getattr(self, name) for name in (*own, "groups", "target_relative_error", "reached")},
             "layers": {
                 name: {key: finite(column[i]) for key, column in columns}
                 for i, name in enumerate(self.layers)

@@ -66,7 +66,7 @@ def layer_bars(measurement: WCIMeasurement, title: str) -> Figure:
 
     Beside the bars stands each layer's share of the sum, or that its trace is negative: then it has no bar.
     """
-    columns = measurement.columns()
+    names, columns = measurement.shown()
     values, errors = np.nan_to_num(columns["wci"].numpy()), columns["wci_stderr"].numpy()
     notes = [f"{100 * share:.1f} %" if math.isfinite(share) else "" for share in columns["share"].tolist()]
     notes = [note if x == x else "negative trace" for note, x in zip(notes, columns["wci"], strict=True)]
@@ -80,7 +80,7 @@ def layer_bars(measurement: WCIMeasurement, title: str) -> Figure:
     style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": SOFT}
     for place, end, note in zip(places, values + whiskers, notes, strict=True):
         ax.annotate(note, (end, place), (4, 0), **style)
-    ax.set_yticks(places, drawing.short_names(measurement.layers))
+    ax.set_yticks(places, drawing.short_names(names))
     ax.set_ylim(len(values) - 0.4, -0.6)
     ax.set_xlim(0, 1.12 * max(float((values + whiskers).max()), 1e-9))
     return figure

@@ -207,9 +207,11 @@ def how_to_read(rows: Sequence[Row]) -> list[str]:
     is_alike = len(bounds) > 1 and max(low for low, _ in bounds) <= min(high for _, high in bounds)
     attacks = {str(run.summary["attack"]) for row in rows for run in row.runs if run.summary.get("attack")}
     return [
-        *["Robust test accuracy does not tell these methods apart: their intervals overlap."] * is_alike,
+        *["Robust test accuracy does not tell these methods apart: their ranges overlap."] * is_alike,
         f"Accuracies in percent at the last epoch; attack: {' / '.join(sorted(attacks)) or 'unknown'}.",
-        f"Several seeds: mean (min to max); one run: value [95 % interval]; {MISSING}: not measured.",
+        "Several seeds: mean (min to max), no 95 % interval: of n seeds the range holds the median of all "
+        "with probability 1 − 2^(1−n), 75 % for three. One run: value [95 % interval over images], index ± "
+        f"standard error. {MISSING}: not measured.",
         "gap: robust train minus robust test accuracy, in points. best: robust test accuracy at the epoch "
         "that is best by robust validation accuracy.",
         "(val): an unfinished run, measured on validation data.",
