@@ -34,7 +34,7 @@ OBJECTIVE_CASES: dict[str, Case] = {
     "pgd_at, margin": Case(lambda: PGDAT(**FEW, attack_loss="margin"), (3, 3), (1, 1), True),
     "pgd_at, l1, train mode": Case(
         lambda: PGDAT(ThreatModel("l1", 2.0), 3, 1.0, attack_bn="train", attack_loss="dlr"),
-        (3, 3), (1, 1), True
+        (4, 3), (1, 1), True
     ),
     "trades": Case(lambda: TRADES(**FEW), (4, 3), (2, 2)),
     "trades, l2, ce": Case(lambda: TRADES(ThreatModel("l2", 0.5), 3, 0.2, attack_loss="ce"), (3, 3), (2, 2)),
@@ -44,8 +44,8 @@ OBJECTIVE_CASES: dict[str, Case] = {
     "grad_align": Case(lambda: GradAlign(LINF), (1, 1), (3, 4), is_gradient=False),
     "free": Case(lambda: FreeAT(LINF), (0, 0), (1, 1), True),
     "rotation": Case(lambda: RotationAT(**FEW), (6, 6), (2, 2), True),
-    "union, max": Case(lambda: UnionAT(BALLS, "max", 3), (12, 9), (1, 1), True),
-    "union, average": Case(lambda: UnionAT(BALLS, "average", 3), (9, 9), (3, 3), True),
+    "union, max": Case(lambda: UnionAT(BALLS, "max", 3), (13, 9), (1, 1), True),
+    "union, average": Case(lambda: UnionAT(BALLS, "average", 3), (10, 9), (3, 3), True),
     "union, msd": Case(lambda: UnionAT(BALLS, "msd", 3), (12, 3), (1, 1), True),
     "pgd_at with cure": Case(lambda: WithInputRegularizer(PGDAT(**FEW), CURE()), (3, 3), (3, 5)),
     "standard with input gradient": Case(

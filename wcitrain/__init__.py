@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {  # by the room it lives in
-    "attacks": "ATTACK_LOSSES Attack ThreatModel fgsm msd pgd project",
+    "attacks": "APGD ATTACK_LOSSES Attack ThreatModel fgsm msd pgd project",
     "curvature": "Loss Output TraceEstimate binary_cross_entropy cross_entropy mean_squared_error "
     "top_layer_trace",
     "data": "Augmentation Mixing",

@@ -7,10 +7,11 @@ from typing import ClassVar
 import pyautoattack
 import pytest
 import torch
+from pyautoattack import autopgd_base
 from sklearn.datasets import load_digits
 from torch import nn
 
-from wcitrain.attacks import ThreatModel
+from wcitrain.attacks import APGD, ThreatModel
 from wcitrain.evaluation import evaluate
 from wcitrain.evaluation.attacking import AttackState, Stage, Victim, run_stages
 from wcitrain.evaluation.plans import NORMS
@@ -224,3 +225,102 @@ def test_models_of_few_classes_are_attacked_by_what_can_run(num_classes, quick):
     if num_classes < 4:
         with pytest.raises(ValueError, match=f"got {num_classes} classes with .*apgd-t; expected 3"):
             ours(model, x, y, LINF, "autoattack", batch_size=24)
+
+
+def test_images_of_other_strides_are_attacked_in_l1_too(quick):
+    """The package's l1 projection stops on images in channels-last order, as decoders leave them."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)).eval(), torch.rand(8, 3, 4, 4)
+    y, threat = model(x).argmax(1), ThreatModel("l1", 0.5)
+    orders = [x, x.contiguous(memory_format=torch.channels_last)]
+    flags = [ours(model, z, y, threat, "autoattack:apgd-ce", batch_size=8).is_robust for z in orders]
+    assert torch.equal(*flags)
+    assert 0 < int(flags[0].sum()) < 8
+
+
+BALLS = {"linf": ThreatModel("linf", 0.08), "l2": ThreatModel("l2", 0.4), "l1": ThreatModel("l1", 1.2)}
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """The package's APGD on all images, its l1 without two accidents, as ``(x_adv)`` of a call.
+
+    Every l1 ball draws a start that is not used, which moves the random state for the next restart; and its
+    count of moved pixels has those that are off by a rounding.
+    """
+    run = autopgd_base.APGDAttack.attack_single_run
+
+    def without_draws(self, x, y, x_init=None):
+        with torch.random.fork_rng(enabled=x_init is not None):
+            return run(self, x, y, x_init=x_init)
+
+    monkeypatch.setattr(autopgd_base.APGDAttack, "attack_single_run", without_draws)
+    monkeypatch.setattr(autopgd_base, "L0_norm", lambda delta: (delta.abs() > 1e-6).flatten(1).sum(1))
+
+    def attack(model, x, y, threat, loss, num_steps, num_restarts, seed):
+        settings = {"n_iter": num_steps, "n_restarts": num_restarts, "eps": threat.eps, "seed": seed}
+        settings |= {"norm": NORMS[threat.norm], "use_largereps": threat.norm == "l1", "device": x.device}
+        if loss == "targeted-dlr":
+            made = autopgd_base.APGDAttack_targeted(model, n_target_classes=3, **settings)
+        else:
+            made = autopgd_base.APGDAttack(model, loss=loss, **settings)
+        return made.perturb(x, y)
+
+    return attack
+
+
+@pytest.mark.filterwarnings("ignore:.*zero gradient")
+@pytest.mark.parametrize("norm", BALLS)
+@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted-dlr"])
+@pytest.mark.parametrize(("num_steps", "num_restarts"), [(10, 3), (60, 1)])
+def test_native_apgd_is_the_packages_image_by_image(norm, loss, num_steps, num_restarts, digits, package):
+    """A missed checkpoint, momentum or restart makes a weaker attack under the published name."""
+    model, x, y = digits
+    theirs = package(model, x, y, BALLS[norm], loss, num_steps, num_restarts, seed=1)
+    attack = APGD(BALLS[norm], num_steps, num_restarts, loss, num_targets=3)
+    ours = attack(model, x, y, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        flags, fooled = (model(images).argmax(1) == y for images in (ours, theirs))
+        clean = model(x).argmax(1) == y
+    assert torch.equal(flags, fooled)
+    assert 0 < int(flags.sum()) < int(clean.sum())
+    # Where the package has an image it is the same; rounding, through 60 steps, moves a few by more.
+    same = (ours - theirs).flatten(1).abs().amax(1)[clean & ~fooled] < 1e-5
+    assert same.float().mean() > 0.8
+
+
+@pytest.mark.parametrize("norm", BALLS)
+def test_apgd_by_name_does_not_depend_on_the_batch_size(norm, digits):
+    """The package draws for a batch, so its flags depend on how a set is cut."""
+    model, x, y = digits
+    for name in ("apgd-ce-10x2", "apgd-t-10"):
+        results = [ours(model, x, y, BALLS[norm], name, batch_size=size) for size in (40, 7)]
+        assert torch.equal(results[0].is_robust, results[1].is_robust)
+        assert 0 < int(results[0].is_robust.sum()) < 36
+        assert results[0].furthest <= BALLS[norm].eps + 1e-5
+        restarts = (
+            ["restart 1", "restart 2"] if "ce" in name else [f"target {k}, restart 1" for k in range(1, 10)]
+        )
+        assert list(results[0].after) == restarts[: 5 if norm == "l1" and "-t" in name else None]
+
+
+@pytest.fixture(scope="module")
+def many_digits(digits):
+    """The same model on all images that it has right."""
+    model, (images, labels) = digits[0], load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(labels)
+    is_right = model(x).argmax(1) == y
+    return model, x[is_right][:600], y[is_right][:600]
+
+
+@pytest.mark.filterwarnings("ignore:.*zero gradient")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_l1_pgd_is_as_strong_as_the_packages_apgd_at_the_same_budget(seed, many_digits, package):
+    """With a fixed share of the pixels a step, 10 x 10 steps left 16 points more right."""
+    model, x, y = many_digits
+    theirs = package(model, x, y, BALLS["l1"], "ce", 10, 10, seed)
+    result = ours(model, x, y, BALLS["l1"], "pgd-10x10", batch_size=600, seed=seed)
+    with torch.no_grad():
+        expected = float((model(theirs).argmax(1) == y).float().mean())
+    assert 0.05 < expected < 0.8
+    assert float(result.is_robust.float().mean()) <= expected + 0.01

@@ -4,6 +4,7 @@ import copy
 import math
 import threading
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 from torch import nn
 
-from wcitrain import ATTACK_LOSSES, Attack, ThreatModel, fgsm, msd, pgd
+from wcitrain import APGD, ATTACK_LOSSES, Attack, ThreatModel, fgsm, msd, pgd
 from wcitrain.attacks import project, steepest_step, uniform_in_ball
 from wcitrain.preserve import is_undisturbed, undisturbed
 
@@ -98,24 +99,52 @@ def test_float32_images_are_projected_to_float32_precision(norm):
     assert torch.allclose(sizes, torch.full((8,), 12.0).double(), rtol=2**-8)  # one rounding each
 
 
-@pytest.mark.parametrize("norm", NORMS)
+def closest_by_brute_force(z: np.ndarray, x: np.ndarray, eps: float) -> np.ndarray:
+    """The closest point to z [D] in the l1 ball and the box around x: every set of active constraints.
+
+    Each coordinate of the solution is zero, at the border, or in between, where it is |z_i| - mu.
+    """
+    size, room = np.abs(z), np.where(z > 0, 1 - x, x)
+    best, least = np.zeros_like(z), np.inf
+    for kinds in product("0bm", repeat=len(z)):  # zero, border, moved
+        kind = np.array(kinds)
+        moved, fixed = kind == "m", np.where(kind == "b", room, 0.0)
+        spare = eps - fixed.sum()
+        on_sphere = (size[moved].sum() - spare) / max(moved.sum(), 1)
+        for mu in {0.0, max(on_sphere, 0.0)}:
+            p = np.where(moved, size - mu, fixed)
+            is_inside = (p >= -1e-12).all() and (p <= room + 1e-12).all() and p.sum() <= eps + 1e-12
+            if is_inside and ((p - size) ** 2).sum() < least:
+                best, least = np.sign(z) * p, ((p - size) ** 2).sum()
+    return best
+
+
+def test_the_l1_projection_is_the_brute_force_solution():
+    """Rescaling, or box and ball in turn, leaves budget unused: attacks look weak, models robust."""
+    generator = np.random.default_rng(0)
+    for case in range(40):
+        z, x = generator.normal(size=5) * 10 ** generator.uniform(-1, 1), generator.uniform(size=5)
+        x[:2] = x[:2].round() if case % 2 else x[:2]  # on the border
+        z[3] = z[4] if case % 3 else 0.0  # equal magnitudes, and none
+        eps = float(generator.uniform(0.05, 3))
+        found = project(torch.tensor(z)[None], ThreatModel("l1", eps), torch.tensor(x)[None])[0].numpy()
+        assert np.allclose(found, closest_by_brute_force(z, x, eps), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_steepest_step_reaches_the_dual_norm(norm):
-    """No direction of unit norm gains more; ties in l1 are shared, and a dead example stays put."""
+    """No direction of unit norm gains more, and a dead example stays put."""
     threat = ThreatModel(norm, 0.1)
     g = torch.randn(5, 3, 2, 2).double()
     g[1] = g[1].sign()  # every coordinate ties
-    # In the middle of the box, and one coordinate a step in l1.
-    settings = {"x": torch.full_like(g, 0.5), "step_size": 0.1, "l1_share": 1 / 12}
-    step = steepest_step(g, threat, **settings)
+    step = steepest_step(g, threat, x=g, x_adv=g)
     dual = torch.linalg.vector_norm(g.flatten(1), DUAL[norm], dim=1)
     assert torch.allclose((g * step).flatten(1).sum(1), dual, rtol=1e-14)
     assert torch.allclose(norms(step, norm), torch.ones(5).double(), rtol=1e-14)
     others = torch.randn(200, *g.shape).double()
     others = others / torch.linalg.vector_norm(others.flatten(2), ORDER[norm], dim=2).reshape(200, 5, 1, 1, 1)
     assert ((g * others).flatten(2).sum(2) <= dual * (1 + 1e-14)).all()
-    assert (steepest_step(torch.zeros_like(g), threat, **settings) == 0).all()
-    if norm == "l1":
-        assert torch.equal(step[1], g[1] / 12), "ties share"
+    assert (steepest_step(torch.zeros_like(g), threat, x=g, x_adv=g) == 0).all()
 
 
 @pytest.mark.parametrize(("threat", "step_size"), [(ThreatModel(), 2 / 255), (ThreatModel("l2", 0.5), 0.125)])
@@ -128,29 +157,33 @@ def test_steps_fit_the_radius_unless_they_are_given(threat, step_size):
     assert torch.allclose(delta.flatten(1).norm(order, dim=1), torch.full((4,), threat.eps), rtol=1e-4)
 
 
-def sparse(g: torch.Tensor, share: float, x: torch.Tensor, step_size: float) -> torch.Tensor:
-    """The l1 step."""
-    return steepest_step(g, ThreatModel("l1", 1.0), x=x, step_size=step_size, l1_share=share)
-
-
-def test_sparse_steps_move_the_coordinates_that_gain_most():
-    """Against a loop over coordinates; a step spent on pixels that cannot move is lost."""
+def test_sparse_steps_move_the_steepest_coordinates_and_fewer_as_the_perturbation_grows_sparse():
+    """Against a loop over coordinates: a fixed share of them left 24 % right where APGD left 16 %."""
     generator = torch.Generator().manual_seed(0)
-    g, x = torch.randn(6, 10, generator=generator).double(), torch.rand(6, 10, generator=generator).double()
-    x[:, :3] = torch.tensor([0.0, 1.0, 0.999])
-    for share, num in ((0.01, 1), (0.1, 1), (0.25, 3), (1.0, 10)):
-        steps = sparse(g, share, x, 0.2 * num)
-        for row, step in enumerate(steps):
-            room = [1 - p if v > 0 else p for v, p in zip(g[row].tolist(), x[row].tolist(), strict=True)]
-            gain = [abs(v) * min(r, 0.2) for v, r in zip(g[row].tolist(), room, strict=True)]
-            chosen = [i for i in sorted(range(10), key=lambda i: -gain[i])[:num] if gain[i] > 0]
-            expected = torch.zeros(10).double()
-            expected[chosen] = g[row, chosen].sign() / len(chosen)
-            assert torch.equal(step, expected)
-    outward, border = torch.tensor([[1.0, -2.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.5, 0.5]])
-    assert (sparse(outward, 0.5, border, 1.0) == 0).all(), "nothing can move"
-    ties = sparse(torch.ones(1, 4), 0.25, torch.zeros(1, 4), 1.0)
-    assert torch.equal(ties, torch.full((1, 4), 0.25)), "ties share"
+    g, x = (torch.randn(6, 30, generator=generator).double() for _ in "gx")
+    x = x.sigmoid()
+    x[:, :5] = torch.tensor([0.0, 1.0, 0.999, 0.0, 1.0])
+    counts = set()
+    for eps in (0.1, 2.0, 4.0, 100.0):
+        for moved in (0, 1, 9, 30):
+            x_adv = x.clone()
+            x_adv[:, :moved] += 0.01
+            steps = steepest_step(g, ThreatModel("l1", eps), x=x, x_adv=x_adv)
+            for row, step in enumerate(steps):
+                order = sorted(range(30), key=lambda i: -abs(float(g[row, i])))
+                room = [float(1 - x[row, i] if g[row, i] > 0 else x[row, i]) for i in order]
+                fill = next((k + 1 for k in range(30) if sum(room[: k + 1]) >= eps), 31)
+                left = [float(1 - z[i] if g[row, i] > 0 else z[i]) for z in [x_adv[row]] for i in order]
+                first = next(k + 1 for k in range(30) if left[k] > 1e-6)
+                num = min(30, max(first, min(2 * fill, math.ceil(moved / 1.5) if moved else 30)))
+                expected = torch.zeros(30).double()
+                expected[order[:num]] = g[row, order[:num]].sign() / num
+                assert torch.allclose(step, expected, rtol=1e-14, atol=0)
+                counts.add(num)
+    assert {1, 30} < counts, "the cases should differ"
+    threat, half = ThreatModel("l1", 0.1), torch.full((2, 4), 0.5)
+    ties = torch.tensor([[1.0, -1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    assert torch.equal(steepest_step(ties, threat, x=half, x_adv=half), ties / 4), "ties share, none stays"
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -255,18 +288,25 @@ def test_on_a_linear_model_the_attacks_are_the_closed_form(norm):
         assert torch.allclose(x_adv - x, worst.view(1, 3, 2, 2).expand_as(x), atol=1e-6)
 
 
-def test_the_l1_attack_fills_the_steepest_pixels_one_after_the_other():
-    """If full pixels go on taking steps, or too many share each, it ends far below the optimum."""
+@pytest.mark.parametrize("num_steps", [10, 100])
+def test_the_l1_attack_finds_all_that_a_linear_loss_can_gain(num_steps):
+    """If pixels at the border go on taking steps, or too many share each, it ends far below the optimum."""
     generator = torch.Generator().manual_seed(0)
     w, x = (torch.randn(16, 24, generator=generator).double() for _ in "wx")
     x = x.sigmoid()
     threat = ThreatModel("l1", 2.0)
-    settings = {"threat": threat, "num_steps": 400, "step_size": 0.02}
-    x_adv = pgd(lambda z: (z * w).sum(1), x, generator=generator, **settings)
+    x_adv = pgd(lambda z: (z * w).sum(1), x, threat=threat, num_steps=num_steps, generator=generator)
     gap = 1 - ((x_adv - x) * w).sum(1) / best_gain(w, x, threat)
-    assert (gap > -1e-12).all()
-    # Two of 24 pixels move a step, by 0.01 each; about ten (eps over the mean room, doubled) lack a step.
-    assert gap.max() < 10 * 0.01 / 2.0
+    assert (gap.abs() < 1e-12).all()
+
+
+def test_an_l1_attack_is_not_held_at_the_border_by_the_steepest_pixels():
+    """Two pixels at the border that would step outwards took every step, and the attack stood still."""
+    w, x = torch.tensor([[3.0, 2.0, 1.0, 1.0]]).double(), torch.tensor([[1.0, 1.0, 0.5, 0.2]]).double()
+    threat = ThreatModel("l1", 0.5)
+    x_adv = x + torch.tensor([[0.0, 0.0, -0.25, -0.1]])
+    step = steepest_step(w, threat, x=x, x_adv=x_adv)
+    assert torch.equal(step, torch.full((1, 4), 0.25).double()), "the third, and who ties with it"
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -283,7 +323,7 @@ def test_every_attack_stays_in_ball_and_box_and_raises_its_loss(norm, loss, star
     # all right at first: an example whose class is already last has no way up under dlr
     y = model(x).argmax(1)
     eps = {"linf": 0.2, "l2": 0.6, "l1": 2.0}[norm]
-    attack = Attack(ThreatModel(norm, eps), num_steps=6, step_size=eps / 4, start=start, loss=loss)
+    attack = Attack(ThreatModel(norm, eps), 6, eps if norm == "l1" else eps / 4, start=start, loss=loss)
     x_adv = attack(model, x, y, torch.Generator().manual_seed(0))
     assert not x_adv.requires_grad
     assert x_adv.clamp(0, 1).equal(x_adv)
@@ -324,7 +364,7 @@ def test_msd_takes_the_best_step_for_each_example():
     def loss(z):
         return torch.tanh(z.flatten(1) @ w).square().sum(1)
 
-    balls = {ThreatModel("linf", 0.1): 0.02, ThreatModel("l2", 0.5): 0.1, ThreatModel("l1", 1.0): 0.2}
+    balls = {ThreatModel("linf", 0.1): 0.02, ThreatModel("l2", 0.5): 0.1, ThreatModel("l1", 1.0): 1.0}
     expected, chosen = x, set()
     for _ in range(3):
         gradient = torch.autograd.grad(loss(leaf := expected.clone().requires_grad_()).sum(), leaf)[0]
@@ -332,7 +372,7 @@ def test_msd_takes_the_best_step_for_each_example():
         for n in range(8):
             candidates, one = [], slice(n, n + 1)
             for threat, size in balls.items():
-                unit = steepest_step(gradient[one], threat, x=expected[one], step_size=size, l1_share=0.05)
+                unit = steepest_step(gradient[one], threat, x=x[one], x_adv=expected[one])
                 delta = project(expected[one] + size * unit - x[one], threat, x[one])
                 candidates.append((x[one] + delta).clamp(0, 1))
             best = max(range(3), key=lambda t: float(loss(candidates[t])))
@@ -359,6 +399,39 @@ def test_restarts_keep_the_worst_per_example():
     singles = torch.stack([loss(pgd(loss, x, generator=generator, **settings)) for _ in range(4)])
     assert torch.equal(several, singles.max(0).values)
     assert len(singles.argmax(0).unique()) > 1, "the worst restart should differ between examples here"
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted-dlr"])
+def test_apgd_stays_in_ball_and_box_fools_what_it_can_and_costs_what_it_says(norm, loss):
+    """Larger balls come first in l1, and momentum leaves any ball: the last word is a projection's."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), torch.rand(20, 1, 4, 4)
+    x[:10] = x[:10].round()
+    y = model(x).argmax(1)
+    y[0] = (y[0] + 1) % 5  # wrong as it is: no attack is needed
+    eps, calls = {"linf": 0.1, "l2": 0.3, "l1": 0.8}[norm], []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    attack = APGD(ThreatModel(norm, eps), 10, 2, loss, num_targets=3)
+    x_adv = attack(model, x, y, torch.Generator().manual_seed(0))
+    assert x_adv.clamp(0, 1).equal(x_adv)
+    assert (norms(x_adv - x, norm) <= eps + 1e-6).all()
+    assert len(calls) <= attack.passes()[0]
+    assert torch.equal(x_adv[0], x[0])
+    is_fooled = model(x_adv).argmax(1) != y
+    assert 1 < is_fooled.sum() < 20
+    harmless = APGD(ThreatModel(norm, 1e-6), 10, 2, loss, num_targets=3)
+    calls.clear()
+    harmless(model, x[1:], y[1:], torch.Generator().manual_seed(0))
+    assert len(calls) == harmless.passes()[0], "nothing is fooled, so nothing is left out"
+    raised = APGD(ThreatModel(norm, eps), 10, 3).maximise(
+        ce_of(model, y), x, torch.Generator().manual_seed(1)
+    )
+    assert (ce_of(model, y)(raised) >= ce_of(model, y)(x_adv) - 1e-4).float().mean() > 0.8
+    with pytest.raises(ValueError, match=r"APGD: got labels \(20, 5\)"):
+        attack(model, x, F.one_hot(y, 5).float())
+    with pytest.raises(ValueError, match="got 2 classes; expected at least"):
+        APGD(ThreatModel(norm, eps), loss="dlr" if loss == "ce" else loss)(lambda z: model(z)[:, :2], x, y)
 
 
 def test_impossible_threats_and_losses_are_refused():
@@ -391,11 +464,17 @@ ATTACKS = {
     "fgsm": lambda model, x, y, **own: fgsm(model, x, y, threat=SHORT["threat"], start="uniform", **own),
     "msd": lambda model, x, y, **own: msd(model, x, y, PAIR, **own),
     "Attack": lambda model, x, y, **own: Attack(**SHORT)(model, x, y, **own),
+    "APGD": lambda model, x, y, **own: APGD(**SHORT)(model, x, y, **own),
+    "APGD, train mode": lambda model, x, y, **own: APGD(**AGAIN)(model, x, y, attack_bn="train", **own),
+    "APGD of a loss": lambda model, x, y, **own: APGD(**AGAIN).maximise(
+        ce_of(model, y), x, model=model, **own
+    ),
 }
 BARE = {
     "pgd": lambda loss, x: pgd(loss, x, generator=torch.Generator(), **SHORT),
     "fgsm": lambda loss, x: fgsm(loss, x, threat=SHORT["threat"]),
     "msd": lambda loss, x: msd(loss, x, attacks=PAIR, generator=torch.Generator()),
+    "APGD": lambda loss, x: APGD(**SHORT).maximise(loss, x, torch.Generator()),
 }
 
 

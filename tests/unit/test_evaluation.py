@@ -18,7 +18,7 @@ from wcitrain.evaluation import AttackResult, Corruptions, Evaluation, Preflight
 from wcitrain.evaluation.accuracy import measure_accuracy
 from wcitrain.evaluation.checks import check_results
 from wcitrain.evaluation.corruptions import COMMON
-from wcitrain.evaluation.plans import EnsemblePlan, GradientPlan, parse_attack
+from wcitrain.evaluation.plans import AdaptivePlan, EnsemblePlan, GradientPlan, parse_attack
 from wcitrain.evaluation.results import bootstrap_interval, mcnemar
 from wcitrain.objectives import CatastrophicOverfittingGuard
 from wcitrain.params import select_layers
@@ -54,11 +54,22 @@ def test_a_name_stands_for_one_attack_and_others_list_what_there_is():
         "pgd-50x10": GradientPlan("pgd-50x10", "ce", 50, 10),
         "cw-100x5": GradientPlan("margin-100x5", "margin", 100, 5),
         "dlr-20x1": GradientPlan("dlr-20", "dlr", 20),
+        "apgd-t": AdaptivePlan("apgd-t-100", "apgd-t"),
+        "apgd-ce-50x5": AdaptivePlan("apgd-ce-50x5", "apgd-ce", 50, 5),
         "autoattack-rand": EnsemblePlan("autoattack-rand", "rand"),
         "autoattack:square+fab": EnsemblePlan("autoattack:square+fab", components=("square", "fab")),
     }
     assert {name: parse_attack(name) for name in names} == names
-    for name in ("pgd", "pgd-0", "pgd-20x0", "autoattack:", "autoattack:fab+fab"):
+    for name in (
+        "pgd",
+        "pgd-0",
+        "pgd-20x0",
+        "apgd",
+        "apgd-t-0",
+        "apgd-tx2",
+        "autoattack:",
+        "autoattack:fab+fab",
+    ):
         with pytest.raises(ValueError, match=r"expected fgsm; pgd-STEPS.*apgd-ce\+apgd-dlr"):
             parse_attack(name)
 
@@ -68,7 +79,7 @@ def test_flags_are_those_of_the_attack_run_one_example_at_a_time():
     model = small_model()
     x, y = examples(model, 12)
     for threat in (LINF, ThreatModel("l2", 0.4), ThreatModel("l1", 3.0)):
-        attack = Attack(threat, 5, 2.5 * threat.eps / 5, loss="margin")
+        attack = Attack(threat, 5, loss="margin")
         survives, losses = [], []
         for k in range(12):
             x_adv = attack(model, x[k : k + 1], y[k : k + 1], generator_from("cpu", 7, "evaluation", 0, k))

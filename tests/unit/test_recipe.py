@@ -368,6 +368,7 @@ schedule: {name: cosine, warmup_epochs: 21} => schedule.warmup_epochs: got 21; e
 threat: {eps: 0} => threat.eps: got 0 with objective AT; expected a positive radius.
 objective: {step_size: 17/255} => objective.step_size: got 0.06667; expected at most twice the radius of linf 8/255
 threat: {norm: l2, eps: 0.5}, evaluation: {step_size: 2/255} => evaluation.step_size: got 0.007843; expected to reach the radius of l2 0.5
+threat: {norm: l1, eps: 2}, evaluation: {step_size: 0.5} => evaluation.step_size: got 0.5; expected to reach 5 times the radius of l1 2 within num_steps = 10
 objective: free, train: {accumulate: 2} => train.accumulate: got 2 with free AT m=8
 objective: free, penalty: wci => objective.name: got free AT m=8 with a rule whose passes would move its image
 train: {accumulate: 3} => train.accumulate: got 3; expected a divisor of train.batch_size = 128.

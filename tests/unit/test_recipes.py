@@ -24,7 +24,7 @@ SWEEPS = sorted((FOLDER / "sweeps").glob("*.yaml"))
 STACKS = ["trades wci", "mart wci", "awp wci_penalty"]
 SHAPES = {"digits": (1, 8), "cifar10": (3, 16)}
 # Sized for colour images, and refused on digits.
-FOR_COLOUR = {"eps_2": "step_size", "eps_4": "step_size", "l1": "step_size", "l2": "step_size"}
+FOR_COLOUR = {"eps_2": "step_size", "eps_4": "step_size", "l2": "step_size"}
 FOR_COLOUR |= {"cutout": "cutout_size"}
 STEPS = [("cifar10", one) for one in [*METHODS, *STACKS]]
 STEPS += [("digits", one) for one in [*METHODS, *STACKS] if one not in FOR_COLOUR]

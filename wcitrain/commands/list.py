@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from wcitrain.attacks import ATTACK_LOSSES, fgsm
+from wcitrain.attacks import APGD, ATTACK_LOSSES, fgsm
 from wcitrain.curvature import ESTIMATORS
 from wcitrain.evaluation.plans import EnsemblePlan
 from wcitrain.listing import describe, describe_recipes
@@ -14,7 +14,12 @@ from wcitrain.optim import PENALTIES, PERTURBATIONS
 
 LOSSES = {"pgd": "ce", "margin": "margin", "dlr": "dlr"}
 ATTACKS: dict[str, Any] = {f"{name}-STEPS[xRESTARTS]": ATTACK_LOSSES[loss] for name, loss in LOSSES.items()}
-ATTACKS = {"fgsm": fgsm, **ATTACKS, "autoattack": EnsemblePlan}  # as `evaluate --attacks` names them
+ATTACKS = {
+    "fgsm": fgsm,
+    **ATTACKS,
+    "apgd-{ce,dlr,t}": APGD,
+    "autoattack": EnsemblePlan,
+}  # as `evaluate --attacks` names them
 TABLES: dict[str, Mapping[Any, Any]] = {
     "objectives": OBJECTIVES | INPUT_REGULARIZERS,
     "perturbations": PERTURBATIONS,

@@ -46,7 +46,8 @@ def _sweep(add: Add) -> None:
 def _evaluate(add: Add) -> None:
     _add_target(add, "evaluations/", nargs="?", split="test")
     text = (
-        "fgsm, pgd-STEPS, margin-STEPS (cw-STEPS), dlr-STEPS, each with xRESTARTS such as pgd-50x10; "
+        "fgsm, pgd-STEPS, margin-STEPS (cw-STEPS), dlr-STEPS, apgd-ce, apgd-dlr, apgd-t, each with "
+        "[-STEPS]xRESTARTS such as pgd-50x10; "
         "autoattack, autoattack-plus, autoattack-rand, autoattack:apgd-ce+square; nothing for none "
         "(default: pgd-20 margin-20)"
     )

@@ -1,4 +1,4 @@
-"""The attacks of an evaluation by name: PGD with restarts on several losses, FGSM, and AutoAttack.
+"""The attacks of an evaluation by name: PGD with restarts on several losses, FGSM, APGD, and AutoAttack.
 
 AutoAttack (Croce & Hein 2020, arXiv 2003.01690) runs part by part, through the package ``pyautoattack``, in
 the order, with the settings, seeds and batches of ``AutoAttack.run_standard_evaluation``, so that every flag
@@ -14,6 +14,7 @@ Random numbers are drawn for a batch, so flags depend on the batch size a little
 import importlib
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,18 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wcitrain.attacks import ATTACK_LOSSES, Attack, ThreatModel
-from wcitrain.attacks.ascent import ascend, input_gradient, starting_point
+from wcitrain.attacks import APGD, ATTACK_LOSSES, ThreatModel
+from wcitrain.attacks.ascent import climb, starting_point
 from wcitrain.evaluation.attacking import Stage, Victim
 from wcitrain.seeding import generator_from
 
+APGDS = ("apgd-ce", "apgd-dlr", "apgd-t")
 COMPONENTS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # the DLR losses sort out the third and the fourth largest logit
 NAMES = (
-    "fgsm; pgd-STEPS, margin-STEPS (also cw-STEPS) or dlr-STEPS, each with xRESTARTS where there are "
-    "several, such as pgd-50x10; autoattack, autoattack-plus, autoattack-rand; autoattack:PARTS with parts "
-    f"of {'+'.join(COMPONENTS)}"
+    "fgsm; pgd-STEPS, margin-STEPS (also cw-STEPS) or dlr-STEPS, apgd-ce-STEPS, apgd-dlr-STEPS or "
+    "apgd-t-STEPS (without: 100), each with xRESTARTS where there are several, such as pgd-50x10; "
+    f"autoattack, autoattack-plus, autoattack-rand; autoattack:PARTS with parts of {'+'.join(COMPONENTS)}"
 )
 
 
@@ -63,15 +65,50 @@ class GradientPlan:
         if self.name == "fgsm":
             step_size = threat.eps
         else:
-            starts = []
-            for image, place in zip(x.cpu().split(1), places.tolist(), strict=True):
-                generator = generator_from("cpu", victim.seed, "evaluation", restart, place)
-                starts.append(starting_point(image, threat, "uniform", generator))
-            x_adv = torch.cat(starts).to(x.device)
-        for _ in range(self.num_steps):
-            gradient = input_gradient(lambda images: ATTACK_LOSSES[self.loss](victim.model(images), y), x_adv)
-            x_adv = ascend(x, x_adv, gradient, threat, step_size, Attack(threat).l1_share)
-        return x_adv
+            start = partial(starting_point, threat=threat, start="uniform")
+            x_adv = _starts(victim, ("evaluation", restart), x, places, start)
+        loss = ATTACK_LOSSES[self.loss]
+        return climb(lambda z: loss(victim.model(z), y), x, x_adv, threat, self.num_steps, step_size)
+
+
+@dataclass(frozen=True)
+class AdaptivePlan:
+    """``attacks.APGD``, native: no package, starts and flags that do not depend on the batch size."""
+
+    name: str
+    loss: str  # of COMPONENTS: apgd-ce, apgd-dlr, apgd-t
+    num_steps: int = 100
+    num_restarts: int = 1
+
+    def attack(self, threat: ThreatModel) -> APGD:
+        """Return the attack; the targeted one has AutoAttack's 9 targets, 5 in l1."""
+        loss: Any = {"apgd-t": "targeted-dlr"}.get(self.loss, self.loss.removeprefix("apgd-"))
+        num_targets = 5 if threat.norm == "l1" else 9
+        return APGD(threat, self.num_steps, self.num_restarts, loss, num_targets)
+
+    def stages(self, victim: Victim, threat: ThreatModel) -> list[Stage]:
+        """Return the restarts, for each target; raise ValueError where the loss needs more classes."""
+        apgd = self.attack(threat)
+        places = [(k, r) for k in apgd.targets(victim.clean.num_classes) for r in range(self.num_restarts)]
+        names = [f"target {k}, restart {r + 1}" if k else f"restart {r + 1}" for k, r in places]
+        attacks = [partial(self._attack, victim, apgd, *place) for place in places]
+        return [Stage(name, attack) for name, attack in zip(names, attacks, strict=True)]
+
+    def _attack(
+        self, victim: Victim, apgd: APGD, target: int, restart: int, x: Tensor, y: Tensor, places: Tensor
+    ) -> Tensor:
+        """Return x_adv of one restart; starts are functions of seed, target, restart and place alone."""
+        starts = _starts(victim, ("apgd", target, restart), x, places, apgd.start)
+        return apgd.climb(apgd.judge(victim.model, victim.model(x), y, target), x, starts)[0]
+
+
+def _starts(
+    victim: Victim, key: tuple[object, ...], x: Tensor, places: Tensor, start: Callable[..., Tensor]
+) -> Tensor:
+    """Return ``start(image, generator=...)`` of every image, drawn on the CPU for its place in the set."""
+    generators = (generator_from("cpu", victim.seed, *key, place) for place in places.tolist())
+    drawn = [start(z, generator=g) for z, g in zip(x.cpu().split(1), generators, strict=True)]
+    return torch.cat(drawn).to(x.device)
 
 
 @dataclass(frozen=True)
@@ -119,25 +156,29 @@ def _attack(
         part.targeted, part.n_restarts = name == "fab-t", fab_restarts
     if part is adversary.apgd:
         part.loss = name.removeprefix("apgd-")
-    x_adv: Tensor = part.perturb(x, y)
+    x_adv: Tensor = part.perturb(x.contiguous(), y)  # its l1 refuses other strides
     return x_adv
 
 
-Plan = GradientPlan | EnsemblePlan
+Plan = GradientPlan | AdaptivePlan | EnsemblePlan
 
 
 def parse_attack(name: str) -> Plan:
     """Return what an attack's name stands for; the plan carries its one spelling (cw-20x1 is margin-20).
 
     ``"pgd-20"`` is PGD with 20 steps on the cross-entropy, ``"pgd-50x10"`` has ten restarts, margin and dlr
-    are other losses (``attacks.ATTACK_LOSSES``), and ``"autoattack:apgd-ce+square"`` are these parts, with
-    the settings of the standard version. Raises ValueError for other names.
+    are other losses (``attacks.ATTACK_LOSSES``). ``"apgd-t"`` and ``"apgd-ce-50x5"`` are APGD, and
+    ``"autoattack:apgd-ce+square"`` are these parts of the package, with the settings of the standard version.
+    Raises ValueError for other names.
     """
     if name == "fgsm":
         return GradientPlan("fgsm", "ce", 1)
-    if match := re.fullmatch(r"(pgd|margin|cw|dlr)-([1-9]\d*)(?:x([1-9]\d*))?", name):
+    pattern = rf"(pgd|margin|cw|dlr|{'|'.join(APGDS)})-([1-9]\d*)(?:x([1-9]\d*))?"
+    if match := re.fullmatch(pattern, f"{name}-100" if name in APGDS else name):
         kind, steps, restarts = match[1].replace("cw", "margin"), int(match[2]), int(match[3] or 1)
         spelling = f"{kind}-{steps}" + (f"x{restarts}" if restarts > 1 else "")
+        if kind in APGDS:
+            return AdaptivePlan(spelling, kind, steps, restarts)
         return GradientPlan(spelling, kind.replace("pgd", "ce"), steps, restarts)
     if name in ("autoattack", "autoattack-plus", "autoattack-rand"):
         return EnsemblePlan(name, name.removeprefix("autoattack").strip("-") or "standard")

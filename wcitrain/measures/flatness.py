@@ -67,7 +67,8 @@ class Flatness(Measure):
         if problem.attack is None:
             return None
         threat = problem.attack.threat
-        return Attack(threat, self.num_steps, STEP_OVER_EPS * threat.eps, num_restarts=num_restarts)
+        size = threat.step_for(self.num_steps, None if threat.norm == "l1" else STEP_OVER_EPS * threat.eps)
+        return Attack(threat, self.num_steps, size, num_restarts=num_restarts)
 
     def losses(self, problem: Problem, k: int, num_restarts: int) -> Tensor:
         """Return each example's highest loss [n_k] over all iterates of an attack on chunk k and its starts.
@@ -87,8 +88,7 @@ class Flatness(Measure):
                 losses = example_losses(problem.model, x_adv, y)
                 worst = worst.maximum(losses.detach())  # NaN stays, and shows
                 gradient = torch.autograd.grad(losses.sum(), x_adv)[0]
-                sizes = attack.step_size, attack.l1_share
-                x_adv = ascend(x, x_adv.detach(), gradient, attack.threat, *sizes)
+                x_adv = ascend(x, x_adv.detach(), gradient, attack.threat, attack.step_size)
             with torch.no_grad():
                 worst = worst.maximum(example_losses(problem.model, x_adv, y))
         return worst.double().cpu()
@@ -184,8 +184,7 @@ class WorstFlatness(Flatness):
                 loss, inputs = example_losses(model, x_adv, y).mean(), [x_adv, *layers.tensors]
                 slope, *g = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
                 if attack is not None:
-                    sizes = attack.step_size, attack.l1_share
-                    x_adv = ascend(x, x_adv.detach(), slope, attack.threat, *sizes)
+                    x_adv = ascend(x, x_adv.detach(), slope, attack.threat, attack.step_size)
                 steps = by_layer(layers, [one.detach() for one in g], self.weight_lr * norms)
                 moved = [u + v for u, v in zip(ν, steps, strict=True)]
                 lengths, radii = layers.dots(moved, moved).sqrt(), self.xi * norms

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wcitrain.attacks import ascent
+from wcitrain.attacks import ascent, losses
 from wcitrain.attacks.threat import shaped
 from wcitrain.curvature.loss import Loss
 from wcitrain.method import Method, NonNegative, method, setting
@@ -100,7 +100,7 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool
     with differentiating(), full_precision(model), sdpa_kernel(SDPBackend.MATH):
         y, buffers = normal(y), {name: b.detach().clone() for name, b in model.named_buffers()}
         return ascent.input_gradient(
-            lambda images: ascent.ce(functional_call(model, buffers, (images,)), y),
+            lambda images: losses.ce(functional_call(model, buffers, (images,)), y),
             x,
             create_graph=create_graph,
         )

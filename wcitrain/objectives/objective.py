@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from wcitrain.attacks import Norm, ThreatModel, msd
-from wcitrain.attacks.ascent import Attack, L1Share, LabelLossName, LossName, Mode, Start, Threat, ce
+from wcitrain.attacks.ascent import Attack, Mode, Start, Threat
+from wcitrain.attacks.losses import LabelLossName, LossName, ce
 from wcitrain.curvature.loss import Loss, Output, cross_entropy
 from wcitrain.method import Method, Nested, PositiveCount, Radius, Share, StepSize, method, refuse, setting
 from wcitrain.preserve import differentiating, normal, undisturbed
@@ -84,7 +85,6 @@ class Attacked(Objective):
 
     attack_bn: AttackMode
     attack_loss: LossName
-    l1_share: float
     start: ClassVar[Start] = "uniform"
 
     @property
@@ -95,7 +95,7 @@ class Attacked(Objective):
     def attack_on(self, threat: ThreatModel, num_steps: int, step_size: float | None = None) -> Attack:
         """Return the adversary in a ball, with the settings that do not depend on it."""
         step, loss = threat.step_for(num_steps, step_size), self.attack_loss
-        return Attack(threat, num_steps, step, self.start, loss=loss, l1_share=self.l1_share)
+        return Attack(threat, num_steps, step, self.start, loss=loss)
 
     def search(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None) -> Tensor:
         """Return adversarial images against the model in the mode it is in."""
@@ -123,11 +123,12 @@ class PGDAT(Attacked):
 
     threat: Threat = ThreatModel()
     num_steps: NumSteps = 10
-    step_size: StepSize | None = setting(None, "Length of an attack step; null: 2.5 eps / num_steps.")
+    step_size: StepSize | None = setting(
+        None, "Length of an attack step; null: 2.5 eps / num_steps (l1: at least eps)."
+    )
     attack_bn: AttackMode = "eval"
     label_smoothing: LabelSmoothing = 0.0
     attack_loss: LossName = "ce"
-    l1_share: L1Share = 0.05
     label = "AT"
     source = "Madry et al., arXiv 1706.06083, eq. 2.1"
 
@@ -143,7 +144,7 @@ class PGDAT(Attacked):
 
 @method
 class UnionThreat(ThreatModel):
-    """One ball of a union; steps in it are 2.5 eps / num_steps long."""
+    """One ball of a union; steps in it are ``step_for`` long."""
 
     norm: Norm = Field(description="Norm of the image perturbation.")
     eps: Radius = Field(description="Radius of the ball in [0, 1] pixel units.")
@@ -171,7 +172,6 @@ class UnionAT(Attacked):
     attack_bn: AttackMode = "eval"
     label_smoothing: LabelSmoothing = 0.0
     attack_loss: LabelLossName = "ce"
-    l1_share: L1Share = 0.05
     label = "AT {strategy} of {norms}"
     source = "Tramèr & Boneh, arXiv 1904.13000; Maini et al., arXiv 1909.04068 (msd)"
     cost = "1 forward and 1 backward pass, for the average one for each ball; and the attacks'"
@@ -205,11 +205,12 @@ class UnionAT(Attacked):
         return super().loss(model, x, x_adv, y.repeat(times, *[1] * (y.ndim - 1)))
 
     def attack_passes(self) -> tuple[int, int]:
-        """K steps in each ball and T forward passes to choose the worst; "msd": K (1 + T) and K."""
+        """Those of the attacks, and T forward passes to choose the worst; "msd": K (1 + T) and K."""
         num, steps = len(self.threats), self.num_steps
-        compare = {"max": num, "average": 0, "msd": num * steps}[self.strategy]
-        backward = steps if self.strategy == "msd" else num * steps
-        return backward + compare, backward
+        if self.strategy == "msd":
+            return steps + num * steps, steps
+        forward, backward = (sum(passes) for passes in zip(*(a.passes() for a in self.attacks), strict=True))
+        return forward + (num if self.strategy == "max" else 0), backward
 
     def loss_passes(self) -> tuple[int, int]:
         """One forward and backward pass; for "average" over T batches."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from wcitrain.attacks.ascent import ATTACK_LOSSES, LabelLossName, LossName, ce, kl_divergence
+from wcitrain.attacks.losses import ATTACK_LOSSES, LabelLossName, LossName, ce, kl_divergence
 from wcitrain.curvature.loss import Loss, Output, cross_entropy
 from wcitrain.method import NonNegative, method, setting
 from wcitrain.objectives.objective import PGDAT, with_term

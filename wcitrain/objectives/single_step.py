@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from wcitrain.attacks.ascent import Attack, L1Share, LabelLossName, LossName, Threat
+from wcitrain.attacks.ascent import Attack, Threat
+from wcitrain.attacks.losses import LabelLossName, LossName
 from wcitrain.attacks.threat import ThreatModel, project, steepest_step, uniform_in_ball
 from wcitrain.curvature.loss import Loss, cross_entropy
 from wcitrain.method import NonNegative, PositiveCount, Share, StepSize, method, setting
@@ -37,7 +38,6 @@ class FGSMRS(Attacked):
     attack_bn: AttackMode = "eval"
     label_smoothing: LabelSmoothing = 0.0
     attack_loss: LossName = "ce"
-    l1_share: L1Share = 0.05
     label = "FGSM-RS"
     source = "Wong, Rice & Kolter, arXiv 2001.03994, algorithm 3"
     is_single_step = True
@@ -104,7 +104,6 @@ class FreeAT(Objective):
     num_replays: PositiveCount = setting(8, "Steps with each batch: 8 for CIFAR-10, 4 for ImageNet.")
     step_size: StepSize | None = setting(None, "Length of an attack step in pixel units; null: eps.")
     label_smoothing: Share = setting(0.0, "Share of the target spread over all classes.")
-    l1_share: L1Share = 0.05
     label = "free AT m={num_replays}"
     source = "Shafahi et al., arXiv 1904.12843, algorithm 1"
     cost = "1 forward and 1 backward pass, none of an attack"
@@ -130,7 +129,7 @@ class FreeAT(Objective):
         gradient = x_adv.grad * ((moved >= 0) & (moved <= 1))
         x_adv.grad = None
         step_size = self.threat.eps if self.step_size is None else self.step_size
-        step = steepest_step(gradient, self.threat, x=x_adv, step_size=step_size, l1_share=self.l1_share)
+        step = steepest_step(gradient, self.threat, x=x, x_adv=moved)
         self._state["delta"] = project(delta + step_size * step, self.threat)
 
     def scaled(self, factor: float, **lengths: object) -> Self:

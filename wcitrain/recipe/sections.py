@@ -74,7 +74,7 @@ class Evaluation(Section):
     train_size: PositiveCount = setting(1000, "Training images in the measurement of training accuracy.")
     num_steps: PositiveCount = setting(10, "Attack steps.")
     step_size: StepSize | None = setting(
-        None, "Length of an attack step in [0, 1] pixel units; null: 2.5 threat.eps / num_steps."
+        None, "Length of an attack step in [0, 1] pixel units; null: 2.5 eps / num_steps (l1: at least eps)."
     )
     num_restarts: PositiveCount = setting(1, "Attacks for each image; the worst counts.")
     wci: bool = setting(True, "Measure the layer-wise WCI of the robust loss.")
