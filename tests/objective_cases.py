@@ -38,6 +38,7 @@ OBJECTIVE_CASES: dict[str, Case] = {
     ),
     "trades": Case(lambda: TRADES(**FEW), (4, 3), (2, 2)),
     "trades, l2, ce": Case(lambda: TRADES(ThreatModel("l2", 0.5), 3, 0.2, attack_loss="ce"), (3, 3), (2, 2)),
+    "trades, 2 clean passes": Case(lambda: TRADES(**FEW, clean_passes=2), (4, 3), (3, 2)),
     "mart": Case(lambda: MART(**FEW), (3, 3), (2, 2)),
     "alp": Case(lambda: ALP(**FEW), (3, 3), (2, 2), True),
     "fgsm_rs": Case(lambda: FGSMRS(LINF), (1, 1), (1, 1), True),

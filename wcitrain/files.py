@@ -1,9 +1,13 @@
 """Files that are whole or not there: written through to the disk, then renamed into place."""
 
+import io
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def write(path: Path, content: bytes) -> None:
@@ -30,6 +34,14 @@ def replace(path: Path, content: bytes) -> None:
 def write_json(path: Path, document: Any) -> Path:
     """Replace the file at ``path`` by JSON and return the path; NaN and infinity become null."""
     replace(path, json.dumps(without_nan(document), indent=2).encode() + b"\n")
+    return path
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Any]) -> Path:
+    """Replace the file at ``path`` by an .npz of arrays and return the path."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    replace(path, content.getvalue())
     return path
 
 

@@ -1,5 +1,6 @@
 """``wcitrain evaluate`` on what training leaves behind: tables, files, curves, kills and comparisons."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_run import TINY as BASE
 
 from wcitrain.__main__ import main
@@ -71,6 +73,46 @@ def test_released_corruptions_are_read_at_the_places_of_the_chosen_images(run, t
     assert command(run, f"--corruptions fog --corruptions-root {tmp_path} --attacks fgsm --examples 20") == 0
     read = Evaluation.load(run / "evaluations" / "last-test-fgsm-n20-fog.npz")
     assert read.corrupted["fog", 3].float().mean() > 0.9 * read.clean_accuracy
+
+
+def test_saved_images_are_those_of_the_accuracy_and_attack_another_model(run, tmp_path, capsys):
+    """Somebody else must find the number in the file; other pixels, order or labels give another."""
+    options = (
+        "--save-images --attacks pgd-2 margin-2 --eps linf:0.02 l2:0.5 --minimal-eps 0.1 l2:1 --examples 12"
+    )
+    assert command(run, options) == 0
+    printed = capsys.readouterr().out
+    (path,) = (run / "evaluations").glob("*.json")
+    document, model = json.loads(path.read_text()), load_exported(run / "model" / "last")
+    index = Evaluation.load(path.with_suffix(".npz")).index
+    for row in document["attacks"]:
+        file = run / "evaluations" / row["images"]["file"]
+        assert row["images"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        saved = load_file(file)
+        assert float((model(saved["images"]).argmax(1) == saved["labels"]).double().mean()) == row["accuracy"]
+        assert torch.equal(saved["index"], index)
+        clean = splits().test.take(index)
+        assert torch.equal(saved["labels"], clean.y)
+        x = torch.cat([batch for batch, *_ in clean.batches(5)])
+        order = {"linf": torch.inf, "l2": 2}[row["threat"]["norm"]]
+        length = float((saved["images"] - x).flatten(1).norm(order, dim=1).max())
+        assert 0 < length <= row["threat"]["eps"] * (1 + 1e-5)
+        assert str(file) in printed
+    assert [one["largest"] for one in document["minimal_eps"]] == [
+        {"norm": "linf", "eps": 0.1},
+        {"norm": "l2", "eps": 1.0},
+    ]
+    assert "smallest radius" in printed
+    assert "broken  first  alone" in printed
+    assert (path.parent / f"{path.stem}-minimal.png").stat().st_size > 10_000
+    state = load_checkpoint(run / "checkpoints")[0]["model"]
+    torch.save({k: v + 0.3 if k.endswith("fc.bias") else v for k, v in state.items()}, tmp_path / "other.pt")
+    saved = run / "evaluations" / document["attacks"][0]["images"]["file"]
+    options = f"--attacks fgsm --eps 0.02 --transfer-images {saved} --recipe {run}/recipe.yaml"
+    assert command(tmp_path / "other.pt", f"{options} --examples 12") == 0
+    assert "transfer pgd-2 of tiny-s0" in capsys.readouterr().out
+    assert command(tmp_path / "other.pt", options) == 2
+    assert "transfer pgd-2 of tiny-s0: got 12 images made of other ones" in capsys.readouterr().err
 
 
 def test_fewer_images_are_a_fixed_random_choice(run):
@@ -183,8 +225,19 @@ def test_options_reach_the_evaluation_and_name_the_files(run):
         ("{run} --attacks pgd", "attacks: got 'pgd'; expected fgsm; pgd-STEPS"),
         ("{run} --eps eight", "eps: got 'eight'; expected a finite number"),
         ("{run} --eps l3:0.5", "ThreatModel.norm: got 'l3'"),
-        ("{run} --eps 8/255 --attacks", "--attacks: got none, with --eps or --norm"),
+        ("{run} --eps 8/255 --attacks", "--attacks: got none, with --eps; expected an attack"),
         ("{run} --corruptions fog", "--corruptions: got fog with --corruptions-root None"),
+        ("{run} --corruptions-root .", "--corruptions-root: got it with no --corruptions; expected some"),
+        ("{run} --norm l2 --eps linf:1/255", "--norm: got it with radii with norms of their own"),
+        ("{run} --save-images --attacks", "--save-images: got it with no attack; expected one"),
+        ("{run} --minimal-eps 0.1 --attacks", "--attacks: got none, with --minimal-eps"),
+        ("{run} --minimal-eps 0.1 linf:0.2", "--minimal-eps: got 0.1 linf:0.2; expected one radius"),
+        ("{run} --minimal-eps 0", "--minimal-eps: got 0; expected one radius above 0"),
+        ("{run} --transfer-images {run}/recipe.yaml", "expected adversarial images that --save-images wrote"),
+        (
+            "--compare a.npz b.npz --seed 3 --split val",
+            "--compare: got --split, --seed as well; expected two",
+        ),
         ("--attacks pgd-2 {run}", "Give a model as the first word"),
         ("{run} --norm l2", "--norm: got l2 without --eps"),
         ("{run} --corruptions rain --corruptions-root .", "corruptions: got rain; expected"),

@@ -335,6 +335,7 @@ def test_hyper_parameters_are_what_differs_between_recipes(trained, tmp_path):
         ("margins --at first", "at: got 'first'; expected last, best, all"),
         ("margins --correlate", "expected at least three"),
         ("margins --gap-examples 0", "gap_examples: got 0; expected"),
+        ("margins", "gap_examples: got 20 without effect; expected robust_gap among the measures"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_measured(trained, capsys, arguments, message):

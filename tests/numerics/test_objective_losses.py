@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import image_batch
+from cases import BatchNormNet, image_batch
 from objective_cases import FEW, LINF, OBJECTIVE_CASES, SmallNet
 from oracles import exact_gauss_newton_trace, exact_trace
 from torch import nn
@@ -181,3 +181,58 @@ def test_marts_margin_is_bounded():
     assert all(bool(torch.isfinite(o.logits).all()) for o in loss.outputs)
     certain = MART().loss(model, x.float().double(), x, torch.tensor([1]))  # p_y rounds to one
     assert all(bool((torch.as_tensor(o.weight) >= 0).all()) for o in certain.outputs)
+
+
+@pytest.mark.parametrize(
+    ("objective", "order"),
+    [
+        (TRADES(beta=4.0, clean_passes=2), ["clean", "adversarial", "clean"]),  # yaodongyu/TRADES, trades.py
+        (MART(beta=5.0), ["clean", "adversarial"]),  # YisenWang/MART, mart.py
+        (TRADES(beta=4.0), ["clean", "adversarial"]),
+    ],
+)
+def test_gradient_and_running_statistics_are_those_of_the_authors_passes(objective, order):
+    """The loss from separate train-mode passes in the authors' order; r <- (1 - m) r + m s for every pass.
+
+    A network is tested with these statistics: one clean pass less moves them towards adversarial images.
+    """
+    torch.manual_seed(0)
+    model, (x, x_adv, y, _) = BatchNormNet().double().train(), batch()
+    model.drop.p = 0.0
+    torch.nn.init.normal_(model.bn.weight)
+    features = {"clean": model.conv(x).detach(), "adversarial": model.conv(x_adv).detach()}
+    mean, var = model.bn.running_mean.clone(), model.bn.running_var.clone()
+    for name in order:
+        h = features[name].transpose(0, 1).flatten(1)  # [channels, B H W]
+        mean, var = 0.9 * mean + 0.1 * h.mean(1), 0.9 * var + 0.1 * h.var(1, correction=1)
+
+    def logits(name):  # batch statistics by hand
+        h = model.conv(x if name == "clean" else x_adv)
+        centre, spread = h.mean((0, 2, 3), keepdim=True), h.var((0, 2, 3), correction=0, keepdim=True)
+        h = (h - centre) / (spread + model.bn.eps).sqrt() * model.bn.weight[:, None, None]
+        return model.fc(torch.relu(h + model.bn.bias[:, None, None]).flatten(1))
+
+    z, *others = [logits(name) for name in order]
+    p, q = others[-1].softmax(1) if len(others) > 1 else z.softmax(1), others[0].softmax(1)
+    kl, rows = (p * (p / q).log()).sum(1), torch.arange(len(y))
+    if isinstance(objective, TRADES):
+        expected = F.cross_entropy(z, y) + 4 * kl.mean()
+    else:
+        others_first = torch.where(F.one_hot(y, 3).bool(), 0.0, q).amax(1)
+        bce = -q[rows, y].log() - (1.0001 - others_first).log()
+        expected = (bce + 5 * kl * (1 - p[rows, y])).mean()
+    weights = list(model.parameters())
+    found = objective.loss(model, x, x_adv, y).total
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    pairs = zip(*(torch.autograd.grad(total, weights) for total in (found, expected)), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in pairs)
+    torch.testing.assert_close(model.bn.running_mean, mean, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(model.bn.running_var, var, rtol=1e-12, atol=1e-14)
+    assert model.bn.num_batches_tracked == len(order)
+    clean, adversarial = (0.181, 0.09) if len(order) == 3 else (0.09, 0.1)  # the docstring's, m = 0.1
+    means = {name: h.mean((0, 2, 3)) for name, h in features.items()}
+    mean = clean * means["clean"] + adversarial * means["adversarial"]
+    torch.testing.assert_close(model.bn.running_mean, mean, rtol=1e-12, atol=1e-14)
+    before = model.eval().bn.running_mean.clone()
+    objective.loss(model, x, x_adv, y)
+    assert torch.equal(model.bn.running_mean, before)

@@ -18,8 +18,8 @@ from wcitrain.evaluation import AttackResult, Corruptions, Evaluation, Preflight
 from wcitrain.evaluation.accuracy import measure_accuracy
 from wcitrain.evaluation.checks import check_results
 from wcitrain.evaluation.corruptions import COMMON
+from wcitrain.evaluation.intervals import bootstrap_interval, mcnemar
 from wcitrain.evaluation.plans import AdaptivePlan, EnsemblePlan, GradientPlan, parse_attack
-from wcitrain.evaluation.results import bootstrap_interval, mcnemar
 from wcitrain.objectives import CatastrophicOverfittingGuard
 from wcitrain.params import select_layers
 from wcitrain.seeding import generator_from

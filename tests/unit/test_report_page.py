@@ -241,6 +241,37 @@ def test_measures_are_shown_with_their_errors_one_line_each(three, page_of):
     ]
 
 
+def test_who_fell_to_which_attack_and_the_smallest_radii_are_shown(tmp_path, page_of):
+    """A row that is not there, or a median of zero where it is beyond the largest radius, is misread."""
+    run, other = write_run(tmp_path / "a"), write_run(tmp_path / "b", "b", method="B")
+    document = evaluation(0.8, 0.5)
+    counts = {"num_broken": 30, "num_broken_first": 30, "num_broken_alone": 4}
+    fewer = {"num_broken": 28, "num_broken_first": 2, "num_broken_alone": 2}
+    (one,) = document["attacks"]
+    document["attacks"] = [one | counts, one | {"attack": "margin-20"} | fewer]
+    curve = {
+        "eps": [0.0, 0.05, 0.1],
+        "accuracy": [0.8, 0.6, 0.3],
+        "low": [0.7, 0.5, 0.2],
+        "high": [0.9, 0.7, 0.4],
+    }
+    numbers = {"median": 0.0125, "median_interval": [0.01, None], "num_wrong_at_once": 20, "num_never": 30}
+    entry = {"largest": {"norm": "linf", "eps": 0.1}, "attacks": "pgd-20", "curve": curve} | numbers
+    add_json(run, "evaluations/e.json", document | {"minimal_eps": [entry]})
+    add_json(other, "evaluations/e.json", evaluation(0.8, 0.5))  # of an earlier version
+    page, text = page_of(run, other)
+    where = "a: last test, 100 examples, images aaaaaa"
+    assert page.table("Attacks in turn")[1:] == [
+        [where, "linf 1/255", "pgd-20", "30", "30", "4"],
+        [where, "linf 1/255", "margin-20", "28", "2", "2"],
+    ]
+    row = [where, "linf up to 0.1", "pgd-20", "0.0125", "0.01 to > 0.1", "20", "30"]
+    assert page.table("Smallest radii")[1:] == [row]
+    assert "linf radius (images in [0, 1])" in text
+    assert (tmp_path / "out" / "smallest_radii.png").is_file()
+    assert "Smallest radii" not in page_of(other)[1]
+
+
 def test_measures_taken_otherwise_stand_apart(tmp_path, page_of):
     """A measure of 100 images under the heading of one of 1000 is another number."""
     run, fewer = write_run(tmp_path / "a"), ENTRY | {"num_examples": 100}

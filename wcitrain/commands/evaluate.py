@@ -11,11 +11,20 @@ import torch
 from wcitrain import files
 from wcitrain.attacks import ThreatModel
 from wcitrain.commands.common import file_name, number_parts, opened, recipe_part
-from wcitrain.commands.options import recipe_and_settings
+from wcitrain.commands.options import parser, recipe_and_settings
 from wcitrain.data import Images, ImageSet
 from wcitrain.data.sets import class_order
 from wcitrain.data.splits import is_count
-from wcitrain.evaluation import Corruptions, Evaluation, PreflightWarning, compare, evaluate, parse_attack
+from wcitrain.evaluation import (
+    Corruptions,
+    Evaluation,
+    PreflightWarning,
+    Transfer,
+    compare,
+    evaluate,
+    parse_attack,
+    save_images,
+)
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import seed_from
 from wcitrain.targets import Target
@@ -27,12 +36,14 @@ def run(options: argparse.Namespace) -> int:
         got = "neither" if options.target is None else "both"
         advice = "Give a model as the first word, before options with several values, or two .npz files."
         raise ValueError(f"got {got} of TARGET and --compare; expected one. {advice}")
+    _refuse_without_effect(options)
     if options.compare:
         a, b = options.compare
         result = compare(Evaluation.load(a), Evaluation.load(b))
         print(f"A = {a}\nB = {b}\n{result.num_examples} images\n\n{result.table()}")
         return 0
     options.attacks = [parse_attack(name).name for name in options.attacks]
+    options.transfer_images = [Transfer.load(path) for path in options.transfer_images]
     target = opened(options, options.target, options.at)
     evaluation = _evaluated(target, options)
     num_images = f"{evaluation.num_examples} of {len(target.images(options.split))} images"
@@ -51,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluated(target: Target, options: argparse.Namespace) -> Evaluation:
     """Attack the images that were asked for; a killed command goes on from ``state/`` beside the results."""
-    threats = _threats(target.recipe, options)
+    threats, minimal = _threats(target.recipe, options)
     root, corrupted = options.corruptions_root, None
     if options.corruptions and (root is None or options.split != "test"):
         got = f"{' '.join(options.corruptions)} with --corruptions-root {root} and --split {options.split}"
@@ -84,6 +95,9 @@ def _evaluated(target: Target, options: argparse.Namespace) -> Evaluation:
             seed=options.seed,
             folder=folder / "state",
             preflight=options.preflight,
+            minimal=minimal,
+            transfer_images=options.transfer_images,
+            keep_images=options.save_images,
         )
     return replace(evaluation, index=index)
 
@@ -110,6 +124,10 @@ def _write(evaluation: Evaluation, target: Target, title: str, options: argparse
         "" if options.attacks == ["pgd-20", "margin-20"] else "+".join(options.attacks) or "clean",
         "-".join(map(str, evaluation.threats)) if options.norm or options.eps else "",
         number,
+        "-".join(
+            ["minimal", *(str(one.largest) for one in evaluation.minimal)] if evaluation.minimal else ()
+        ),
+        "+".join(one.name for one in options.transfer_images),
         "corruptions" if options.corruptions == ["all"] else "+".join(options.corruptions),
         "" if options.batch_size == 200 else f"b{options.batch_size}",
         seed,
@@ -127,7 +145,20 @@ def _write(evaluation: Evaluation, target: Target, title: str, options: argparse
         **evaluation.as_dict(),
     }
     folder = target.folder("evaluations", options.out)
+    images = []
+    for result, row in zip(evaluation.attacks, document["attacks"], strict=True):
+        if options.save_images:
+            images.append(folder / f"{file_name(name, result.attack, str(result.threat))}.safetensors")
+            sha256 = save_images(images[-1], evaluation, result, target.name)
+            row["images"] = {"file": images[-1].name, "sha256": sha256}
     written = [evaluation.save(folder / f"{name}.npz"), files.write_json(folder / f"{name}.json", document)]
+    written += images
+    if evaluation.minimal:
+        from wcitrain.report.figures import minimal_curves  # matplotlib takes a second to import
+
+        written.append(folder / f"{name}-minimal.png")
+        curves: Any = {one.largest.norm: {one.attacks: one.curve(256)} for one in evaluation.minimal}
+        minimal_curves(curves, title).savefig(written[-1])
     norms = [threat.norm for threat in evaluation.threats]
     for norm in dict.fromkeys(norms):
         if norms.count(norm) > 1:
@@ -138,14 +169,48 @@ def _write(evaluation: Evaluation, target: Target, title: str, options: argparse
     return written
 
 
-def _threats(recipe: Recipe, options: argparse.Namespace) -> list[ThreatModel]:
-    """Return the balls that were asked for, each once, or the recipe's."""
+def _threats(recipe: Recipe, options: argparse.Namespace) -> tuple[list[ThreatModel], list[ThreatModel]]:
+    """Return the balls that were asked for, each once, or the recipe's; and those to bisect in."""
     own, norm = recipe.threat, options.norm
-    if (options.eps or norm) and not options.attacks:
-        raise ValueError("--attacks: got none, with --eps or --norm; expected an attack to use them in.")
-    if not options.eps and norm not in (None, own.norm):
+    if not options.eps and norm not in (None, own.norm) and not options.minimal_eps:
         text = f"got {norm} without --eps, and a recipe whose radius {own.eps:g} is for {own.norm}"
         raise ValueError(f"--norm: {text}; expected a radius for it. Give --eps.")
-    pairs = [text.rpartition(":") for text in options.eps]
-    threats = [ThreatModel(cast(Any, first or norm or own.norm), cast(Any, last)) for first, _, last in pairs]
-    return list(dict.fromkeys(threats)) or [own]
+    balls: list[list[ThreatModel]] = []
+    for texts in (options.eps, options.minimal_eps):
+        pairs = [text.rpartition(":") for text in texts]
+        made = [ThreatModel(cast(Any, name or norm or own.norm), cast(Any, eps)) for name, _, eps in pairs]
+        balls.append(list(dict.fromkeys(made)))
+    threats, minimal = balls
+    if len({ball.norm for ball in minimal}) < len(minimal) or not all(ball.eps for ball in minimal):
+        got = " ".join(options.minimal_eps)
+        raise ValueError(f"--minimal-eps: got {got}; expected one radius above 0 a norm. Give the largest.")
+    return threats or [own], minimal
+
+
+def _refuse_without_effect(options: argparse.Namespace) -> None:
+    """Refuse options that change nothing beside the others, each by name."""
+    defaults = vars(parser().parse_args(["evaluate"]))
+    given = [f"--{key.replace('_', '-')}" for key, value in vars(options).items() if value != defaults[key]]
+    if options.compare and (others := [name for name in given if name != "--compare"]):
+        raise ValueError(
+            f"--compare: got {', '.join(others)} as well; expected two files alone. Leave it out."
+        )
+    for name in ("--eps", "--norm", "--minimal-eps"):
+        if name in given and not options.attacks:
+            rule = "expected an attack to use it in"
+            raise ValueError(f"--attacks: got none, with {name}; {rule}. Name one, or leave {name} out.")
+    radii = [*options.eps, *options.minimal_eps]
+    idle = {
+        "--corruptions-root": (not options.corruptions, "no --corruptions; expected some to read there"),
+        "--norm": (
+            radii and all(":" in text for text in radii),
+            "radii with norms of their own; expected one without",
+        ),
+        "--save-images": (
+            not (options.attacks or options.transfer_images),
+            "no attack; expected one to make them",
+        ),
+    }
+    for name, (is_idle, rule) in idle.items():
+        if name in given and is_idle:
+            raise ValueError(f"{name}: got it with {rule}. It has no effect here: leave it out.")

@@ -55,6 +55,14 @@ def _evaluate(add: Add) -> None:
     add("--norm", choices=("linf", "l2", "l1"), help="of radii without their own (default: the recipe's)")
     text = "radii (default: the recipe's): 4/255 8/255 are a curve; linf:8/255 l2:0.5, with norms, a union"
     add("--eps", **SEVERAL, default=[], help=text)
+    text = "largest radii (as for --eps): bisect for every image the smallest at which --attacks break it"
+    add("--minimal-eps", **SEVERAL, default=[], metavar="MAX", help=text)
+    text = "images that --save-images wrote for another model, as an attack on this one"
+    add("--transfer-images", **SEVERAL, default=[], metavar="FILE", help=text)
+    text = (
+        "write the adversarial images of every attack (.safetensors, float32), and their SHA-256 to the JSON"
+    )
+    add("--save-images", action="store_true", help=text)
     text = "N images at random, the same for every model and seed (default: all, in the split's own order)"
     add("--examples", type=int, metavar="N", help=text)
     text = "all, or some of the common corruptions such as fog; five severities each (default: none)"

@@ -26,6 +26,7 @@ from wcitrain.targets import Target, kept_epochs
 
 GAP = "robust_gap"
 NUM_EXAMPLES = 500  # by default
+NUM_GAP_EXAMPLES = 1000  # of each split, by default
 
 
 def _every(names: Any) -> Any:
@@ -49,7 +50,9 @@ class Study:
     at: Annotated[str | None, BeforeValidator(_epoch)] = None
     split: Literal["train", "val", "test"] = "train"
     examples: PositiveCount | None = Field(default=None, description="Images, at least one.")
-    gap_examples: PositiveCount = Field(default=1000, description="Images of each split in robust_gap.")
+    gap_examples: PositiveCount = Field(
+        default=NUM_GAP_EXAMPLES, description="Images of each split in robust_gap."
+    )
     clean: bool = False
     norm: Norm | None = None
     eps: str | float | None = None
@@ -69,6 +72,9 @@ class Study:
             self.made()
         except ValueError as error:
             refuse("settings", str(error))
+        if self.gap_examples != NUM_GAP_EXAMPLES and GAP not in self.given():
+            rule = f"{GAP} among the measures, or correlations with it. Add it, or leave this out"
+            refuse("gap_examples", f"got {self.gap_examples} without effect; expected {rule}.")
 
     def given(self) -> dict[str, dict[str, Any]]:
         """Return the measures, with the gap where they are correlated with it, and what is set of each.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wcitrain.attacks import Attack
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
-from wcitrain.evaluation.results import wilson_interval
+from wcitrain.evaluation.intervals import wilson_interval
 from wcitrain.measures import WCIMeasurement
 from wcitrain.params import Layers
 from wcitrain.preserve import differentiating, full_precision, normal, undisturbed

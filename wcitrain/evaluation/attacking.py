@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from wcitrain import files
 from wcitrain.attacks import ThreatModel
 from wcitrain.digest import digest
-from wcitrain.evaluation.results import save_arrays
 from wcitrain.params import unwrapped
 from wcitrain.preserve import full_precision, undisturbed
 from wcitrain.seeding import seed_from
@@ -117,27 +117,48 @@ class Stage:
 
 
 class AttackState:
-    """How far an attack on N examples is, kept in the file ``path``, if any, to go on from after a kill."""
+    """How far an attack on N examples is, kept in the file ``path``, if any, to go on from after a kill.
 
-    def __init__(self, is_clean: Tensor, path: Path | None) -> None:
+    With ``x`` [N, *dims] adversarial images are kept too: of an example that fell the first that fooled the
+    model (of one that was wrong at once and is right under attack, the clean one), else the last tried. With
+    ``path`` they are in a file beside it, written before the state says so.
+    """
+
+    SAVED = ("is_robust", "fell_in", "todo", "losses", "after", "batch", "furthest")
+
+    def __init__(self, is_clean: Tensor, path: Path | None, x: Tensor | None = None) -> None:
         self._path = path
         self.is_robust = is_clean.clone()  # [N] right without an attack and after all that was tried
+        self.fell_in = is_clean.short().neg()  # [N] 0: wrong at once, k: broken in stage k, -1: neither
         self.todo = is_clean.clone()  # [N] what the stage under way attacks
         self.losses = torch.full(is_clean.shape, torch.nan)  # [N] cross-entropies after the first restart
         self.after: list[float] = []  # robust accuracy after each finished stage
         self.batch = 0  # finished batches of the stage under way
         self.furthest = 0.0  # longest perturbation that fooled the model, in the threat's norm
-        if path is not None and path.is_file():
+        self.images = None if x is None else x.clone()
+        if path is None:
+            return
+        file = path.with_suffix(".npy")
+        is_known = path.is_file() and (x is None or file.is_file())
+        if x is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            settings: Any = {"mode": "r+" if is_known else "w+", "dtype": np.float32, "shape": tuple(x.shape)}
+            self._file = np.lib.format.open_memmap(file, **settings)
+            if not is_known:
+                self._file[:] = x.numpy()
+            self.images = torch.from_numpy(self._file)
+        if is_known:
             with np.load(path, allow_pickle=False) as saved:
-                for name in ("is_robust", "todo", "losses"):
-                    setattr(self, name, torch.from_numpy(saved[name]))
-                for name in ("after", "batch", "furthest"):
-                    setattr(self, name, saved[name].tolist())
+                for name in self.SAVED:
+                    is_tensor = isinstance(getattr(self, name), Tensor)
+                    setattr(self, name, torch.from_numpy(saved[name]) if is_tensor else saved[name].tolist())
 
     def save(self) -> None:
         """Write the file, if there is one."""
         if self._path is not None:
-            save_arrays(self._path, {name: value for name, value in vars(self).items() if name != "_path"})
+            if self.images is not None:
+                self._file.flush()
+            files.save_arrays(self._path, {name: getattr(self, name) for name in self.SAVED})
 
 
 @torch.no_grad()
@@ -168,6 +189,10 @@ def run_stages(
                 lengths = torch.linalg.vector_norm((x_adv - images).double().flatten(1), order, dim=1).cpu()
                 broken = lengths[is_fooled & state.is_robust[chosen]]
                 state.furthest = max([state.furthest, *broken.tolist()])
+                if state.images is not None:
+                    kept = is_fooled | state.is_robust[chosen]
+                    state.images[chosen[kept]] = x_adv.cpu()[kept]
+                state.fell_in[chosen[is_fooled & state.is_robust[chosen]]] = len(state.after) + 1
                 state.is_robust[chosen[is_fooled]] = False
                 state.batch = batch + 1
                 state.save()

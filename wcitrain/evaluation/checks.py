@@ -13,8 +13,10 @@ from torch import Tensor
 
 from wcitrain.attacks import ATTACK_LOSSES, Attack, ThreatModel
 from wcitrain.evaluation.attacking import Victim, is_right
+from wcitrain.evaluation.images import TRANSFER
+from wcitrain.evaluation.intervals import mcnemar, wilson_interval
 from wcitrain.evaluation.plans import EnsemblePlan, Plan, parse_attack
-from wcitrain.evaluation.results import AttackResult, Evaluation, Finding, mcnemar, percent, wilson_interval
+from wcitrain.evaluation.results import AttackResult, Evaluation, Finding, percent
 from wcitrain.seeding import generator_from
 
 SAME = 1e-4  # relative difference of two outputs below which they are the same: float32 on a GPU reaches 1e-5
@@ -121,6 +123,8 @@ def check_results(evaluation: Evaluation, num_classes: int) -> Iterator[Finding]
 
 def _is_stronger(strong: AttackResult, weak: AttackResult) -> bool:
     """Tell whether the first should leave no more examples right: by its radius, steps, restarts or parts."""
+    if strong.attack.startswith(TRANSFER) or weak.attack.startswith(TRANSFER):  # made without this model
+        return strong.threat == weak.threat and not strong.attack.startswith(TRANSFER)
     a, b = parse_attack(strong.attack), parse_attack(weak.attack)
     if strong.threat != weak.threat:
         return a == b and strong.threat.norm == weak.threat.norm and strong.threat.eps > weak.threat.eps

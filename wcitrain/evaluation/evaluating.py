@@ -12,13 +12,17 @@ from torch import nn
 
 from wcitrain.attacks import ThreatModel
 from wcitrain.digest import digest
-from wcitrain.evaluation.attacking import AttackState, Victim, attackable, run_stages
+from wcitrain.evaluation.attacking import AttackState, Stage, Victim, attackable, run_stages
 from wcitrain.evaluation.checks import PreflightWarning, check_model, check_results
 from wcitrain.evaluation.corruptions import Corruptions
-from wcitrain.evaluation.plans import EnsemblePlan, parse_attack
+from wcitrain.evaluation.images import Transfer, check_images
+from wcitrain.evaluation.minimal import minimal_eps
+from wcitrain.evaluation.plans import EnsemblePlan, Plan, parse_attack
 from wcitrain.evaluation.results import AttackResult, Evaluation, Finding
 from wcitrain.measures.means import in_chunks, read_pairs
 from wcitrain.preserve import normal
+
+STATE = 2  # the form of the files of states: those of another are left alone
 
 
 def evaluate(
@@ -33,6 +37,9 @@ def evaluate(
     seed: int = 0,
     folder: str | Path | None = None,
     preflight: Literal["raise", "warn", "off"] = "raise",
+    minimal: Sequence[ThreatModel] = (),
+    transfer_images: Sequence[Transfer] = (),
+    keep_images: bool = False,
 ) -> Evaluation:
     """Measure a model's accuracy: clean, corrupted, and under every attack within every threat model.
 
@@ -49,16 +56,28 @@ def evaluate(
         folder: Where the state of every attack is kept: the same call goes on from there after a kill.
         preflight: ``"raise"``: findings that make the numbers meaningless raise ValueError before any attack,
             the others warn. ``"warn"``: all warn. ``"off"``: no checks. All findings are in the result.
+        minimal: Balls up to which the smallest radius that all ``attacks`` together need is bisected.
+        transfer_images: Adversarial images of other models, each an attack within its own threat model.
+        keep_images: Whether the results have the adversarial images, see ``AttackState``.
 
     >>> model, x, y = nn.Flatten(), torch.rand(20, 1, 2, 2), torch.zeros(20).long()
     >>> result = evaluate(model, [(x, y)], ThreatModel("linf", 0.1), attacks="pgd-5", preflight="off")
     >>> result.robust_accuracy() <= result.clean_accuracy
     True
     """
-    plans = list(dict.fromkeys(map(parse_attack, (attacks,) if isinstance(attacks, str) else attacks)))
+    plans: list[Plan] = list(
+        dict.fromkeys(map(parse_attack, (attacks,) if isinstance(attacks, str) else attacks))
+    )
     balls = (threats,) if isinstance(threats, ThreatModel) else tuple(dict.fromkeys(threats))
     if plans and not balls:
         raise ValueError("threats: got none; expected at least one. Give one, or attacks=() for none.")
+    if minimal and not plans:
+        raise ValueError("minimal: got no attacks; expected one to find the smallest radius with. Name one.")
+    if len({(one.name, one.threat) for one in transfer_images}) < len(transfer_images):
+        got = ", ".join(one.name for one in transfer_images)
+        raise ValueError(
+            f"transfer_images: got {got}; expected names that differ. Give images of other runs."
+        )
     settings: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
     settings |= {"torch": torch.__version__, "wcitrain": version("wcitrain")}
     if batch_size < 1 or (num_examples is not None and num_examples < 1):
@@ -77,25 +96,40 @@ def evaluate(
         x, y = normal(x).float(), normal(y).long()
         victim = Victim(module, x, y, batch_size, seed)
         clean = victim.clean
-        runs = [(threat, plan, plan.stages(victim, threat)) for threat in balls for plan in plans]
+        runs: list[tuple[ThreatModel, Plan | Transfer, list[Stage]]] = []
+        for threat in dict.fromkeys([*balls, *(one.threat for one in transfer_images)]):
+            here: list[Plan | Transfer] = [*plans] if threat in balls else []
+            here += [one for one in transfer_images if one.threat == threat]
+            runs += [(threat, plan, plan.stages(victim, threat)) for plan in here]
         if any(isinstance(plan, EnsemblePlan) for plan in plans):
             settings["pyautoattack"] = version("pyautoattack")
         findings = _told(check_model(victim, plans), preflight)
         corrupted = {} if corruptions is None else corruptions.evaluate(victim)
-        key = [victim.digest(), images := digest([x, y]), clean.losses, settings]
+        key = [STATE, victim.digest(), images := digest([x, y]), clean.losses, settings]
+
+        def state_path(name: str, *parts: object) -> Path | None:
+            """Return where a state is kept; another model, other images or settings have another file."""
+            name = name.replace("/", "_").replace(" ", "-").replace(":", "-")
+            return None if folder is None else Path(folder, f"{name}-{digest([*key, *parts])}.npz")
+
         results = []
         for threat, plan, stages in runs:
-            path = None
-            if folder is not None:  # another model, other images or settings have another file
-                name = f"{plan.name}-{threat}".replace("/", "_").replace(" ", "-").replace(":", "-")
-                path = Path(folder, f"{name}-{digest([*key, repr(plan), repr(threat)])}.npz")
-            state = AttackState(clean.is_right, path)
+            of_plan = [plan.name, plan.images] if isinstance(plan, Transfer) else [repr(plan)]
+            path = state_path(f"{plan.name}-{threat}", *of_plan, repr(threat), *["images"] * keep_images)
+            state = AttackState(clean.is_right, path, x if keep_images else None)
             run_stages(stages, victim, threat, state, f"{plan.name} {threat}")
             # Not strict: stages stop when no robust example is left.
             after = dict(zip((stage.name for stage in stages), state.after, strict=False))
-            flags, losses = state.is_robust, state.losses
-            results.append(AttackResult(threat, plan.name, flags, losses, after, state.furthest))
-    evaluation = Evaluation(y, clean.is_right, clean.losses, tuple(results), corrupted, images, settings)
+            parts = after, state.furthest, state.fell_in, state.images
+            results.append(AttackResult(threat, plan.name, state.is_robust, state.losses, *parts))
+        findings += _told(check_images(victim, results), preflight)
+        smallest = []
+        for largest in minimal:
+            path = state_path(f"minimal-{largest.norm}", repr(plans), repr(largest))
+            known = [(r.threat.eps, ~r.is_robust) for r in results if r.threat.norm == largest.norm]
+            smallest.append(minimal_eps(victim, plans, largest, path, known))
+    examples = y, clean.is_right, clean.losses, tuple(results), corrupted
+    evaluation = Evaluation(*examples, images, settings, minimal=tuple(smallest))
     findings += _told(check_results(evaluation, clean.num_classes), preflight)
     return replace(evaluation, findings=tuple(findings))
 

@@ -12,6 +12,8 @@ x_adv = x, as the Hessian of the term itself does:
     KL(p ‖ q)    as for 2 ‖√q − √p‖², equal to second order: ``kl_output``                                 (2)
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -34,10 +36,17 @@ class TRADES(PGDAT):
     As in the authors' code the KL is summed over classes and averaged over the batch; the attack starts from
     x + 0.001 N(0, I), since at x itself the KL has no gradient. Their CIFAR-10 settings: eps 0.031, 10 steps
     of 0.007. Gauss–Newton: the cross-entropy exactly, the KL by (2).
+
+    Their code runs the clean images, x_adv, and the clean images again for the KL, all in train mode: of the
+    running statistics after a step, m + m (1 − m)² is of clean images and m (1 − m) of x_adv, with m the
+    momentum of BatchNorm. ``clean_passes=2`` has these statistics; the second pass is without a gradient,
+    which is theirs wherever both clean passes give the same logits (no dropout). With one it is m (1 − m) and
+    m, more of x_adv than of clean images. (TRADES-AWP runs x_adv first, then the clean images twice.)
     """
 
     attack_loss: LossName = "kl"
     beta: NonNegative = setting(6.0, "Weight of the divergence, the paper's 1/lambda.")
+    clean_passes: Literal[1, 2] = setting(1, "Clean passes a step that move running statistics; authors: 2.")
     label = "TRADES β={beta:g}"
     source = "Zhang et al., arXiv 1901.08573, eq. 5"
     cost = TWICE
@@ -49,7 +58,14 @@ class TRADES(PGDAT):
         z, z_adv = precise(model(x)), precise(model(x_adv))
         clean = cross_entropy(z, y, label_smoothing=self.label_smoothing)
         kl = kl_divergence(z, z_adv).mean()
+        if self.clean_passes == 2 and model.training:
+            with torch.no_grad():
+                model(x)
         return with_term(clean, self.beta, "kl", kl, kl_output(z, z_adv, self.beta))
+
+    def loss_passes(self) -> tuple[int, int]:
+        """One forward pass more for the second of clean images."""
+        return 1 + self.clean_passes, 2
 
 
 @method
@@ -64,7 +80,7 @@ class MART(PGDAT):
     term by 9.2. Their code adds 1e-12 inside the logarithms; here the KL comes from logits. Soft targets: the
     mean of (4) over classes drawn from y; label smoothing applies to −log q_y only. Gauss–Newton: −log q_y
     exactly, the KL at a given weight by (2); the margin term and what the weight does through f(x) are left
-    out, as their Hessians are indefinite.
+    out, as their Hessians are indefinite. Running statistics are the authors': clean images, then x_adv.
     """
 
     beta: NonNegative = setting(5.0, "Weight of the divergence, the paper's lambda.")

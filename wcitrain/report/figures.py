@@ -13,7 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from wcitrain.attacks import Attack, Norm
-from wcitrain.evaluation.results import WORST, Evaluation, wilson_interval
+from wcitrain.evaluation.intervals import wilson_interval
+from wcitrain.evaluation.results import WORST, Evaluation
 from wcitrain.measures.landscape import Landscape
 from wcitrain.measures.wci import WCIMeasurement
 from wcitrain.preserve import full_precision, undisturbed
@@ -44,11 +45,14 @@ def accuracy_curve(evaluation: Evaluation, norm: Norm, title: str) -> Figure:
     lines = []
     for k, name in enumerate(names):
         is_worst = name == WORST
-        robust = [evaluation.worst(t) if is_worst else evaluation.result(t, name).is_robust for t in threats]
-        shares = [float(flags.double().mean()) for flags in (evaluation.is_clean, *robust)]
+        found = {
+            r.threat.eps: r.is_robust for r in evaluation.attacks if r.threat in threats and r.attack == name
+        }
+        robust = {t.eps: evaluation.worst(t) for t in threats} if is_worst else dict(sorted(found.items()))
+        shares = [float(flags.double().mean()) for flags in (evaluation.is_clean, *robust.values())]
         ends = [wilson_interval(share, evaluation.num_examples) for share in shares]
         y, low, high = (100 * np.array([shares, *zip(*ends, strict=True)])).tolist()
-        x = (radii + (k - (len(names) - 1) / 2) * apart).tolist()
+        x = (np.array([0.0, *robust]) + (k - (len(names) - 1) / 2) * apart).tolist()
         lines.append(Line(name, 6 if is_worst else k, x, y, low, high, DASHES[k % len(DASHES)]))
     panel = Panel("", f"{norm} radius (images in [0, 1])", "accuracy in % ± 95 % interval", lines)
     figure = panels_figure(title, [panel], size=WIDE, has_whiskers=True)
@@ -58,6 +62,21 @@ def accuracy_curve(evaluation: Evaluation, norm: Norm, title: str) -> Figure:
             shown[threat.eps] = str(threat).removeprefix(f"{norm} ")
     figure.axes[0].set_xticks(list(shown), list(shown.values()))
     figure.axes[0].set_ylim(0, 100)
+    return figure
+
+
+def minimal_curves(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], title: str) -> Figure:
+    """Return a figure of accuracies against the radius, see ``MinimalEps.curve``, by norm and name."""
+    panels = []
+    for norm, by_name in curves.items():
+        lines = []
+        for k, (name, curve) in enumerate(by_name.items()):
+            y, low, high = ([100 * share for share in curve[key]] for key in ("accuracy", "low", "high"))
+            lines.append(Line(name, k, curve["eps"], y, low, high))
+        panels.append(Panel("", f"{norm} radius (images in [0, 1])", "accuracy in %, 95 % interval", lines))
+    figure = panels_figure(title, panels, columns=2, size=WIDE)
+    for ax in figure.axes:
+        ax.set_ylim(0, 100)
     return figure
 
 

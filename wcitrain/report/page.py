@@ -16,9 +16,11 @@ from matplotlib.figure import Figure
 
 from wcitrain import files
 from wcitrain.attacks import ThreatModel
+from wcitrain.evaluation.minimal import MINIMAL, minimal_cells
 from wcitrain.evaluation.results import percent
 from wcitrain.report import charts
 from wcitrain.report.drawing import DARK, LIGHT, svg
+from wcitrain.report.figures import minimal_curves
 from wcitrain.report.runs import MISSING, Row, Run, cell, differing_settings, how_to_read, number, table_lines
 from wcitrain.text import with_error
 
@@ -66,6 +68,8 @@ def page_and_figures(
         Section("Measures during training", figures={"measures": charts.training_measures(rows)}),
         _images(rows, images),
         _evaluations(rows),
+        _falls(runs),
+        _minimal(runs),
         _measures(runs),
         _landscapes(runs),
         _every_run(runs),
@@ -181,16 +185,56 @@ def _evaluations(rows: Sequence[Row]) -> Section:
     return Section("Evaluations", caption, lines, list(dict.fromkeys(notes)))
 
 
+def _falls(runs: Sequence[Run]) -> Section:
+    """Return how many images each attack broke, it first, and it alone, where a threat met several."""
+    lines = [["evaluation", "threat", "attack", "broken", "it first", "it alone"]]
+
+    def read(document: Mapping[str, Any]) -> Iterator[list[str]]:
+        threats = [one["threat"] for one in document["attacks"]]
+        for one in document["attacks"]:
+            if threats.count(one["threat"]) > 1 and "num_broken" in one:
+                counts = (str(one[f"num_broken{which}"]) for which in ("", "_first", "_alone"))
+                yield [_protocol(document), str(ThreatModel(**one["threat"])), one["attack"], *counts]
+
+    for run in runs:
+        rows = read_all(run.folder / "evaluations", read)
+        lines += [[f"{run.name}: {name}", *cells] for name, *cells in rows]
+    caption = "Who fell to which attack: images right at first, in the order of the attacks"
+    return Section("Attacks in turn", caption, lines)
+
+
+def _minimal(runs: Sequence[Run]) -> Section:
+    """Return the median of the smallest radii that broke images, and the accuracy curves they make."""
+    lines, curves = [["evaluation", *MINIMAL]], dict[str, dict[str, Any]]()
+
+    def read(document: Mapping[str, Any]) -> Iterator[tuple[list[str], Any]]:
+        for one in document.get("minimal_eps", ()):
+            yield [_protocol(document), *minimal_cells(one)], (one["largest"]["norm"], one["curve"])
+
+    for run in runs:
+        for (name, *cells), (norm, curve) in read_all(run.folder / "evaluations", read):
+            lines.append([f"{run.name}: {name}", *cells])
+            curves.setdefault(norm, {})[f"{run.name}: {name}, {cells[1]}"] = curve
+    figures = {"smallest_radii": minimal_curves(curves, "")} if curves else {}
+    caption = "The smallest radius at which attacks break an image, by bisection; 0 where it is wrong at once"
+    return Section("Smallest radii", caption, lines, figures=figures)
+
+
 def _findings(document: Mapping[str, Any]) -> list[str]:
     return [f"{one['severity']}, {one['name']}: {one['text']}" for one in document["findings"]]
 
 
+def _protocol(document: Mapping[str, Any]) -> str:
+    """Return what tells evaluations of one model apart."""
+    seed, where = document["settings"].get("seed"), f"{document['at']} {document['split']}"
+    where += f", {document['num_examples']} examples" + f", seed {seed}" * bool(seed)
+    return f"{where}, images {document['digest'][:6]}"
+
+
 def _accuracies(document: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[float, ...]]]:
     """Give protocol, name, and accuracy with its interval (NaN: unknown) of all that an evaluation holds."""
-    where = f"{document['at']} {document['split']}, {document['num_examples']} examples"
-    seed, attacked = document["settings"].get("seed"), document["attacks"]
+    where, attacked = _protocol(document), document["attacks"]
     entries = {"clean": document["clean"]}
-    where += f", seed {seed}" * bool(seed) + f", images {document['digest'][:6]}"
     for one in attacked:
         entries[f"{ThreatModel(**one['threat'])}, {one['attack']}"] = one
     for one in document["worst_case"]:
