@@ -95,7 +95,7 @@ def steepest_step(gradient: Tensor, threat: ThreatModel, *, x: Tensor, x_adv: Te
     most = 2 + 2 * (room.cumsum(1) < threat.eps).sum(1)
     least = 1 + (room_left > 1e-6).int().argmax(1)  # the first that is off the border by more than a rounding
     moved = (x_adv != x).flatten(1).sum(1)
-    sparser = (moved / 1.5).ceil().long().clamp(max=most)
+    sparser = (moved / 1.5).long().clamp(max=most)
     return sparse_sign(gradient, torch.where(moved > 0, sparser, most).maximum(least))
 
 
