@@ -4,12 +4,10 @@ Importing this module registers PreActResNet-18 in its CIFAR form with timm, as 
 """
 
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -17,7 +15,9 @@ from timm.models import register_model
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from wcitrain.params import logits_of
 from wcitrain.preserve import kept_random_state, undisturbed
+from wcitrain.weights import load_into, read_weights
 
 
 class Classifier(nn.Module):
@@ -90,14 +90,20 @@ def create_model(
             _use_cifar_stem(backbone, name, in_chans)
         elif stem != "default":
             raise ValueError(f"model.stem: got {stem!r}; expected default or cifar. Choose one of them.")
-        if checkpoint_path:
+        if checkpoint_path and checkpoint_path.endswith(".npz"):  # of JAX: the model's own names are others
             timm.models.load_checkpoint(backbone, checkpoint_path)
     except (TypeError, ValueError, RuntimeError, OSError, KeyError, AssertionError) as error:
         settings = f"pretrained={pretrained}, checkpoint_path={checkpoint_path!r}, kwargs={kwargs}"
-        raise ValueError(f"model: timm could not build {name!r} with {settings}: {error}") from error
+        local = "a file of weights (--checkpoint FILE, model.checkpoint_path) or local-dir:FOLDER of timm's"
+        advice = f". Where no hub answers, give {local}." if pretrained else ""
+        text = f"could not build {name!r} with {settings}: {str(error).rstrip('. ')}{advice}"
+        raise ValueError(f"model: timm {text}") from error
     config = getattr(backbone, "pretrained_cfg", None) or {}
     constants = [_channels(k, given, config, in_chans) for k, given in (("mean", mean), ("std", std))]
-    return Classifier(backbone, *constants, rotation_head=rotation_head)
+    model = Classifier(backbone, *constants, rotation_head=rotation_head)
+    if checkpoint_path and not checkpoint_path.endswith(".npz"):
+        load_weights(model, read_weights(checkpoint_path), checkpoint_path)
+    return model
 
 
 def _channels(key: str, given: Sequence[float] | None, config: dict[str, Any], in_chans: int) -> list[float]:
@@ -137,48 +143,11 @@ def load_exported(folder: str | Path) -> Classifier:
         return create_model(checkpoint_path=str(folder / "model.safetensors"), **settings).eval()
 
 
-def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """Return the state dict in a file: bare, or under ``model`` or ``state_dict``, without ``module.``.
-
-    Nothing in the file is executed (``weights_only=True``). ValueError for files of something else.
-    """
-    rule = "a state dict, bare or under 'model' or 'state_dict'. Save one with torch.save(model.state_dict())"
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        got = f"a file that torch cannot read as weights alone ({str(error).splitlines()[0]})"
-        raise ValueError(f"{path}: got {got}; expected {rule}.") from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    weights = content if isinstance(content, Mapping) else {}
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        got = f"keys {[*weights][:5]}" if weights else f"a {type(content).__name__}"
-        raise ValueError(f"{path}: got {got}; expected {rule}.")
-    return {name.removeprefix("module."): value for name, value in weights.items()}
-
-
 def load_weights(model: Classifier, weights: Mapping[str, Tensor], source: str) -> None:
     """Load weights of the classifier or its backbone, and refuse any that do not fit, normalisation too."""
-    is_whole = any(name.startswith("backbone.") for name in weights)
-    normalisation = ("mean", "std") if is_whole else ()
-    for name in normalisation:
-        own = cast(Tensor, getattr(model, name)).flatten()
-        other = weights.get(name, own).flatten().to(own)
-        if len(other) not in (1, len(own)) or not torch.allclose(other, own, rtol=1e-4, atol=0):
-            text = f"got weights for images normalised with {name} {other.tolist()}"
-            rule = f"{own.tolist()}, as the recipe's model has. Set model.{name} in the recipe."
-            raise ValueError(f"{source}: {text}; expected {rule}")
-    given = {name: value for name, value in weights.items() if name not in normalisation}
-    try:
-        (model if is_whole else model.backbone).load_state_dict(given)
-    except RuntimeError as error:
-        advice = "Correct the recipe's model section (name, stem, kwargs) or its data (number of classes)"
-        raise ValueError(f"{source}: got weights that do not fit the model. {advice}: {error}") from error
+    is_whole = model.rotation_head is not None and any("rotation_head." in name for name in weights)
+    constants = {"mean": model.mean, "std": model.std}
+    load_into(model if is_whole else model.backbone, weights, source, constants)
 
 
 def try_forward(model: Classifier, in_chans: int, image_size: int | tuple[int, int]) -> None:
@@ -186,7 +155,7 @@ def try_forward(model: Classifier, in_chans: int, image_size: int | tuple[int, i
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     try:
         with torch.no_grad(), undisturbed(model, training=False):
-            model(torch.zeros(1, in_chans, height, width))
+            logits_of(model(torch.zeros(1, in_chans, height, width)))
     except Exception as error:
         advice = "Set data.image_size, or the model's own size such as model.kwargs.img_size."
         text = f"model.name: the model fails on images of {height}x{width} pixels: {error}"

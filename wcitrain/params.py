@@ -5,9 +5,9 @@ them. Biases, normalisation scales and shifts, embeddings, class and position to
 Zhang speak of "weight matrices" only). Weight-standardised convolutions count by the tensor they store.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,12 +154,12 @@ def select_layers(model: nn.Module, layers: str = "weights", *, split_qkv: bool 
         pattern = "*" if layers == "all" else layers
         selected = {name: p for name, p in trainable.items() if fnmatchcase(name, pattern)}
     if not selected:
-        some = ", ".join(list(trainable)[:6]) or "none at all: is everything frozen?"
-        rule = f"weights, weights+biases, all or a glob over names. Trainable ones begin with {some}."
+        first = ", ".join(list(trainable)[:6]) or "none at all: is everything frozen?"
+        rule = f"weights, weights+biases, all or a glob over names. Trainable ones begin with {first}."
         raise ValueError(f"layers: got {layers!r}, which selects no trainable tensor; expected {rule}")
     if odd := [name for name, p in selected.items() if p.is_complex()]:
         rule = "real ones. Freeze them, or choose others by a glob over names."
-        raise ValueError(f"layers: got the complex tensors {_some(odd)}; expected {rule}")
+        raise ValueError(f"layers: got the complex tensors {some(odd)}; expected {rule}")
     return Layers(selected, _qkv_parts(model, selected) if split_qkv else None)
 
 
@@ -180,7 +180,7 @@ def _matrices(model: nn.Module, *, with_biases: bool) -> set[int]:
         rule = "stored tensors, not ones computed at each call. Undo it (parametrize.remove_parametrizations,"
         rule += " remove_weight_norm, remove_spectral_norm, prune.remove), freeze them, or choose the stored"
         rule += " tensors by 'all' or a glob such as '*original1'."
-        raise ValueError(f"layers: got {_some(computed)}; expected {rule}")
+        raise ValueError(f"layers: got {some(computed)}; expected {rule}")
     biases = [p for m in owners.values() for name, p in m.named_parameters(recurse=False) if _is_bias(name)]
     return {*owners, *map(id, biases)} if with_biases else set(owners)
 
@@ -212,9 +212,10 @@ def _computed(owner: nn.Module) -> Iterator[tuple[str, str, list[nn.Parameter]]]
             yield name, type(hook).__name__, stored
 
 
-def _some(names: Sequence[str]) -> str:
-    """Return the first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" (+{len(names) - 3})" if len(names) > 3 else "")
+def some(names: Iterable[str], num: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    shown = list(names)
+    return ", ".join(shown[:num]) + (f" (+{len(shown) - num})" if len(shown) > num else "")
 
 
 def _qkv_parts(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
@@ -233,8 +234,19 @@ def _qkv_parts(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, tu
     return {name: ("q", "k", "v") for name in fused}
 
 
+def logits_of(outputs: Any) -> Tensor:
+    """Return what a model returned; ValueError unless it is one tensor: which of several would be a guess."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    parts = f" ({', '.join(map(str, outputs))})" if isinstance(outputs, Mapping) else ""
+    parts = f" of {len(outputs)}" if isinstance(outputs, tuple | list) else parts
+    rule = "logits, one tensor [B, C]. Wrap it in a module whose forward returns those alone"
+    raise ValueError(f"model: got a {type(outputs).__name__}{parts} as outputs; expected {rule}.")
+
+
 def precise(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 at least."""
+    """Return ``x`` in float32 at least; ValueError for outputs that are no tensor."""
+    x = logits_of(x)
     return x if x.dtype == torch.float64 else x.float()
 
 

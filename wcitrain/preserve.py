@@ -210,6 +210,18 @@ def refusing_traces(where: str) -> Iterator[None]:
 
 
 @contextmanager
+def naming_reentrant() -> Iterator[None]:
+    """Turn torch's error about reentrant activation checkpoints under ``autograd.grad`` into a ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        got = "got activation checkpoints with use_reentrant=True, which hide gradients from this pass"
+        raise ValueError(f"model: {got}; expected use_reentrant=False. Change the model.") from error
+
+
+@contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
     """Run forward passes in float32 although the model was prepared for mixed precision; TF32 is off too.
 

@@ -11,8 +11,11 @@ from typing import Any
 from wcitrain.recipe import Recipe
 from wcitrain.recipe.reading import read_yaml
 
-# Settings that say where and how often, not what is computed: a run may go on with others.
-FREE: Any = {"train": {"num_threads", "device"}, "checkpoint": {"every"}, "tracking": True}
+# Settings that say where, how fast and how often, not what is computed: a run may go on with others. Another
+# evaluation batch draws other random starts of the evaluation's attack, as another seed of it would.
+FREE = {"data.root", "data.num_workers", "data.in_memory", "data.download", "evaluation.batch_size"}
+FREE |= {"train.num_threads", "train.device", "checkpoint.every"}
+PLACES = ("extra.path",)  # free where both have one: with none there is something else
 
 
 @dataclass
@@ -56,16 +59,33 @@ def refuse_another_run(saved: Recipe, asked: Recipe, folder: Path) -> None:
     `FREE` settings may differ. A run that went on with others would not be the one its recipe describes, nor
     would one whose recipe lacks a setting that has come since: its default need not be what was trained.
     """
-    own, other = (dict(flat(recipe.model_dump(mode="json", exclude=FREE))) for recipe in (saved, asked))
-    for key in own | other:
-        if (here := own.get(key)) != (there := other.get(key)):
-            advice = "Start another run with another name= or output=, or move the folder away."
-            raise ValueError(f"{folder}: got {key}={there!r}; expected {here!r}, as this run has. {advice}")
+    own, other = (_fixed(recipe) for recipe in (saved, asked))
+    if keys := [key for key in _changed(own, other) if key not in PLACES or "None" in (own[key], other[key])]:
+        more = f", and other {', '.join(keys[1:])}" if keys[1:] else ""
+        got = f"got {keys[0]}={other.get(keys[0])!r}; expected {own.get(keys[0])!r}, as this run has{more}"
+        advice = "Start another run with another name= or output=, or move the folder away."
+        raise ValueError(f"{folder}: {got}. {advice}")
     path = folder / "recipe.yaml"
     written = dict(flat(read_yaml(path.read_text("utf-8")))) if path.exists() else own
     if lacking := [key for key in own if key not in written]:
         got = f"got no {', '.join(lacking[:4])}, of an older version; expected every setting"
         raise ValueError(f"{path}: {got}. Train anew, or go on with that version.")
+
+
+def changed_settings(saved: Recipe, asked: Recipe) -> list[str]:
+    """Return what a run that goes on with other settings has now: ``["data.root='/data' (was 'data')"]``."""
+    own, other = (dict(flat(recipe.model_dump(mode="json"))) for recipe in (saved, asked))
+    return [f"{key}={other.get(key)!r} (was {own.get(key)!r})" for key in _changed(own, other)]
+
+
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings by key that may not change."""
+    settings = flat(recipe.model_dump(mode="json"))
+    return {key: value for key, value in settings if key not in FREE and not key.startswith("tracking.")}
+
+
+def _changed(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [key for key in {**own, **other} if own.get(key) != other.get(key)]
 
 
 def epoch_line(metrics: Mapping[str, Any], epochs: int) -> str:

@@ -23,7 +23,14 @@ from wcitrain.data.folders import name_some
 from wcitrain.models import Classifier, try_forward
 from wcitrain.objectives import CatastrophicOverfittingGuard, Objective
 from wcitrain.optim import RegularizedOptimizer
-from wcitrain.progress import Progress, StopRequest, has_started, refuse_another_run, run_folder
+from wcitrain.progress import (
+    Progress,
+    StopRequest,
+    changed_settings,
+    has_started,
+    refuse_another_run,
+    run_folder,
+)
 from wcitrain.recipe import Recipe, recipe_from_dict
 from wcitrain.recipe.reading import read_yaml
 
@@ -221,7 +228,8 @@ def load(run: Run) -> None:
         ValueError: It was another run, on other images, or one of another number of processes.
     """
     state, source = checkpoint.load_checkpoint(run.folder / "checkpoints")
-    refuse_another_run(recipe_from_dict(read_yaml(state["recipe"])), run.recipe, run.folder)
+    saved = recipe_from_dict(read_yaml(state["recipe"]))
+    refuse_another_run(saved, run.recipe, run.folder)
     refuse_other_images(state.get("data"), run)
     if state["world"] != run.world:
         rule = f"the {state['world']} it began with: batches and random numbers are shared out by process."
@@ -240,3 +248,8 @@ def load(run: Run) -> None:
     if run.log is not None:
         tracking.truncate(run.log, run.progress.step)
         print(f"resuming {run.folder} from {source.name}: step {run.progress.step}")
+        if changed := changed_settings(
+            saved, run.recipe
+        ):  # those that may: later commands read the data there
+            print(f"with {', '.join(changed)}")
+            (run.folder / "recipe.yaml").write_text(run.recipe.to_yaml(), "utf-8")

@@ -4,15 +4,17 @@ target = open_run("runs/wci-s0")
 model, images = target.load_model(), target.images("test")
 """
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from wcitrain import files
@@ -20,14 +22,29 @@ from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.build import initial_model, step_size
 from wcitrain.checkpoint import class_names_in, load_checkpoint
 from wcitrain.data import Images, Splits, identity, load_splits, match_classes
-from wcitrain.models import Classifier, load_exported, load_weights, read_weights
+from wcitrain.foreign import (
+    HUBS,
+    call_function,
+    check_outputs,
+    check_scale,
+    is_function,
+    is_timm_name,
+    load_program,
+    program_kind,
+)
+from wcitrain.method import nearest
+from wcitrain.models import Classifier, load_exported, load_weights
 from wcitrain.preserve import kept_random_state
 from wcitrain.recipe import Recipe, load_recipe
+from wcitrain.seeding import seed_from
+from wcitrain.weights import SUFFIXES, read_weights, split_part
 
-FILES = (".pt", ".pth", ".safetensors")
 RECIPES = (".yaml", ".yml")
 KINDS = "a run folder, a checkpoint of one (RUN/checkpoints/last), an exported model folder, a file of "
-KINDS += f"weights ({', '.join(FILES)}) or a recipe ({', '.join(RECIPES)}) whose model is pretrained"
+KINDS += f"weights ({', '.join(SUFFIXES)}), a TorchScript or torch.export file, a recipe "
+KINDS += f"({', '.join(RECIPES)}) whose model is pretrained, a name of timm's ({', '.join(HUBS)} too), or "
+KINDS += "module:function that returns an nn.Module"
+SCALE_BATCHES = 3  # of validation images, on which the normalisation of other people's models is measured
 BATCH_SIZE = 100
 
 
@@ -35,12 +52,14 @@ BATCH_SIZE = 100
 class Target:
     """A trained model: where it lies, its recipe, and the device to compute on."""
 
-    path: Path  # a run folder, an export, or a file of weights or a recipe
+    path: Path  # a run folder, an export, or a file of weights or a recipe; for others what was typed
     run: Path | None  # the run folder that it belongs to
     at: str  # "last", "best", or the name of the export or file
     export: Path | None  # what the model is loaded from, if it was exported: it says what the model is
     recipe: Recipe
     device: str
+    kind: str = ""  # "timm", "function", "TorchScript" or "torch.export", for what is none of ours
+    checkpoint: str | None = None  # weights for the first two
     notes: list[str] = field(default_factory=list, compare=False)  # what readers of its numbers have to know
 
     @property
@@ -50,7 +69,9 @@ class Target:
 
     @property
     def name(self) -> str:
-        """The name of its home."""
+        """The name of its home, or of the model."""
+        if self.kind in ("timm", "function"):
+            return re.sub(r"[^\w.+-]+", "-", self.at).strip("-")
         return self.home.resolve().name
 
     @property
@@ -62,6 +83,8 @@ class Target:
     @property
     def title(self) -> str:
         """The name with the epoch as far as it is known: "wci-s0 (last, epoch 30)"."""
+        if self.kind:
+            return self.at
         is_known = self.epoch is not None and self.at != f"epoch-{self.epoch}"
         return f"{self.name} ({self.at}{f', epoch {self.epoch}' * is_known})"
 
@@ -130,7 +153,8 @@ class Target:
 
     def folder(self, kind: str, out: str | Path | None = None) -> Path:
         """Return ``out``, or the folder ``kind`` of the run, or of that name beside the file or export."""
-        return Path(out) if out else (self.run or self.path.parent) / kind
+        beside = Path(self.checkpoint or "") if self.kind in ("timm", "function") else self.path
+        return Path(out) if out else (self.run or beside.parent) / kind
 
     def load_model(self) -> Classifier:
         """Return the model with its weights, in eval mode, on the device.
@@ -140,19 +164,17 @@ class Target:
             CheckpointError: The run's checkpoint is missing or damaged.
         """
         num_classes, in_chans = self.splits.num_classes, self.splits.in_chans
-        if self.export:
-            try:
-                model = load_exported(self.export)
-            except (SafetensorError, RuntimeError) as error:
-                text = f"{self.export}: got weights that cannot be read ({str(error).splitlines()[0]})"
-                raise ValueError(f"{text}; expected a whole export. Write it anew.") from error
+        if self.kind and self.kind != "timm":
+            model = self._wrapped(in_chans)
+        elif self.export:
+            model = load_exported(self.export)
             own = (model.mean.numel(), cast(int, model.backbone.num_classes))
             if own != (in_chans, num_classes):
                 data = f"{in_chans} and {num_classes}"
                 text = f"got a model for {own[0]} channels and {own[1]} classes, and data of {data}; expected"
                 advice = "Set data.channels, or give the recipe it was trained by."
                 raise ValueError(f"{self.path}: {text} the same. {advice}")
-        elif self.path.suffix in RECIPES:
+        elif self.kind or self.path.suffix in RECIPES:
             model = self._built(self.recipe)
             pretrained = getattr(model.backbone, "pretrained_cfg", None) or {}
             classes = pretrained.get("num_classes", num_classes)  # for others timm replaces the head
@@ -168,10 +190,37 @@ class Target:
             else:
                 weights, source = read_weights(self.path), self.path
             load_weights(model, weights, str(source))
-        return model.eval().to(self.device)
+        model = model.eval().to(self.device)
+        if self.run is None and self.export is None:
+            self._check(model)
+        return model
+
+    def _wrapped(self, in_chans: int) -> Classifier:
+        """Return a program or the module of a function behind the recipe's normalisation, by default none."""
+        is_function, settings = self.kind == "function", self.recipe.model
+        with kept_random_state(torch.device("cpu")):
+            torch.manual_seed(seed_from(self.recipe.seed, "model"))
+            module = call_function(str(self.path)) if is_function else load_program(self.path)
+        pair = [values or [one] for values, one in ((settings.mean, 0.0), (settings.std, 1.0))]
+        model = Classifier(module, *(v if len(v) == in_chans else v * in_chans for v in pair))
+        if self.checkpoint:
+            load_weights(model, read_weights(self.checkpoint), self.checkpoint)
+        return model
+
+    def _check(self, model: Classifier) -> None:
+        """Compare other people's model with the data: outputs and, measured and printed, normalisation."""
+        batches = self.batches("val", 0)
+        x, y = (torch.cat(parts) for parts in zip(*islice(batches, SCALE_BATCHES), strict=True))
+        check_outputs(model, x, self.splits.num_classes, str(self.path))
+        is_given = self.recipe.model.mean is not None
+        print(f"{self.path}: {check_scale(model, x, y, str(self.path), is_given=is_given)}", flush=True)
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """Return the state dict before the first step."""
+        """Return the state dict before the first step; ValueError for a model that was not trained here."""
+        if self.kind:
+            got = "got a model whose weights before training are unknown, and a measure that needs them"
+            rule = "a run, or weights with the recipe that trained them. Leave the measure out."
+            raise ValueError(f"{self.path}: {got}; expected {rule}")
         return self._built(self.recipe).state_dict()
 
     def _built(self, recipe: Recipe) -> Classifier:
@@ -197,6 +246,7 @@ def open_run(
     recipe: str | Path | Sequence[str | Path] | None = None,
     settings: Sequence[str] = (),
     device: str = "auto",
+    checkpoint: str | None = None,
 ) -> Target:
     """Find a trained model and check what is asked of it; images and weights are read when they are used.
 
@@ -207,24 +257,44 @@ def open_run(
         settings: Settings such as ``"data.root=/data"`` that override the recipe's.
         device: ``"auto"``, or a device of torch.
     """
-    path, run, at, export = _find(Path(target), at)
-    changed = [text for text in settings if text.partition("=")[0].strip().partition(".")[0] == "model"]
-    if export and changed:
-        text = f"got {', '.join(changed)} with the export {export}, which says what its model is"
+    path, run, at, export, kind = _find(str(target), at)
+    if checkpoint and kind not in ("timm", "function"):
+        rule = "a name of timm's or module:function, which say the model. Leave it out."
+        raise ValueError(f"--checkpoint: got {checkpoint} with {path}; expected {rule}")
+    keys = [text.partition("=")[0].strip() for text in settings]
+    changed = [text for text, key in zip(settings, keys, strict=True) if key.partition(".")[0] == "model"]
+    others = [text for text in settings if text not in changed]
+    has_data = any(key.partition(".")[0] == "data" for key in keys)
+    taken = ("model.mean", "model.std") if kind else ()
+    is_whole = export or kind not in ("", "timm")
+    if is_whole and (unused := [text for text in changed if text.partition("=")[0].strip() not in taken]):
+        what = f"the export {export}" if export else f"{path} ({kind})"
+        text = f"got {', '.join(unused)} with {what}, which says what its model is"
         raise ValueError(f"--recipe: {text}; expected settings of other sections. Leave them out.")
-    if path.suffix in RECIPES:
+    if path.suffix in RECIPES and not kind:
         if recipe:
             raise ValueError(f"--recipe: got {recipe} with the recipe {path}; expected one. Leave it out.")
         settled = load_recipe(path, settings)
         if not (settled.model.pretrained or settled.model.checkpoint_path):
             rule = "model.pretrained or model.checkpoint_path. Set one, or give the run it trained."
             raise ValueError(f"{path}: got a recipe whose model is untrained; expected {rule}")
-    elif not recipe and run is None:
-        needs = "data" if export else "data and model"
-        raise ValueError(f"{path}: got no recipe; expected its {needs}. Give --recipe RECIPE.")
+    elif not recipe and run is None and not (has_data and (kind or export or changed)):
+        needs = "data" if export or kind else "data and model"
+        advice = "Give --recipe RECIPE" + (", or --data." if export or kind else ".")
+        if not export and not kind:
+            advice += f" Or, with --data, name the model: NAME or module:function --checkpoint {path}."
+        raise ValueError(f"{path}: got no recipe; expected its {needs}. {advice}")
     else:
-        settled = load_recipe(recipe or cast(Path, run) / "recipe.yaml", settings)
-    return Target(path, run, at, export, settled, _device_of(device, settled))
+        own = [] if run is None else [run / "recipe.yaml"]
+        settled = load_recipe(recipe or own, others if kind else settings)
+    if checkpoint:
+        file, part = split_part(checkpoint)
+        at += f"-{file.stem}" + f"-{part}" * bool(part)
+    if kind:
+        say = {"name": str(target), "pretrained": not checkpoint, "checkpoint_path": checkpoint}
+        model = load_recipe([], changed).model.model_copy(update=say)
+        settled = settled.model_copy(update={"model": model})
+    return Target(path, run, at, export, settled, _device_of(device, settled), kind, checkpoint)
 
 
 def kept_epochs(run: Path) -> list[int]:
@@ -233,11 +303,12 @@ def kept_epochs(run: Path) -> list[int]:
     return sorted(int(file.parent.name.removeprefix("epoch-")) for file in folders)
 
 
-def _find(path: Path, at: str | None) -> tuple[Path, Path | None, str, Path | None]:
-    """Return path, run, epoch and export of a target, as ``Target`` has them."""
-    run = path.parent.parent
+def _find(text: str, at: str | None) -> tuple[Path, Path | None, str, Path | None, str]:
+    """Return path, run, epoch, export and kind of a target, as ``Target`` has them."""
+    path = Path(text)
+    run, (file, part) = path.parent.parent, split_part(text)
     is_run = path.is_dir() and (path / "recipe.yaml").is_file()
-    found: tuple[Path, Path | None, str, Path | None]
+    found: tuple[Path, Path | None, str, Path | None, str]
     is_checkpoint = path in (run / "checkpoints" / "last", run / "checkpoints" / "best")
     if is_run and at not in (None, "last", "best"):
         kept = path / "model" / f"epoch-{at}"
@@ -245,20 +316,26 @@ def _find(path: Path, at: str | None) -> tuple[Path, Path | None, str, Path | No
             there = ", ".join(map(str, kept_epochs(path))) or "none: set checkpoint.keep_every in its recipe"
             rule = f"last, best, or an epoch that {path} kept ({there})"
             raise ValueError(f"--at: got {at!r}; expected {rule}.")
-        return kept, path, kept.name, kept
+        return kept, path, kept.name, kept, ""
     if is_run or (is_checkpoint and (run / "recipe.yaml").is_file()):
         run, name = (path, at or "last") if is_run else (run, path.name)
         export = run / "model" / name
-        found = run, run, name, export if (export / "metadata.json").is_file() else None
+        found = run, run, name, export if (export / "metadata.json").is_file() else None, ""
     elif path.is_dir() and (path / "metadata.json").is_file():
         above = path.resolve().parent.parent
-        found = path, above if (above / "recipe.yaml").is_file() else None, path.resolve().name, path
-    elif path.is_file() and path.suffix in (*FILES, *RECIPES):
-        found = path, None, path.stem, None
+        found = path, above if (above / "recipe.yaml").is_file() else None, path.resolve().name, path, ""
+    elif path.is_file() and (kind := program_kind(path)):
+        found = path, None, path.stem, None, kind
+    elif file.is_file() and file.suffix in (*SUFFIXES, *RECIPES):
+        found = path, None, "-".join(filter(None, (file.stem, part))), None, ""
+    elif not path.exists() and (is_timm_name(text) or is_function(text)):
+        found = path, None, text, None, "timm" if is_timm_name(text) else "function"
     else:
         got = "another folder" if path.is_dir() else f"a {path.suffix or 'plain'} file"
-        got = got if path.exists() else "nothing"
-        raise ValueError(f"{path}: got {got}; expected {KINDS}. Check the path.")
+        near = nearest(text, timm.list_models(), 0.8)
+        advice = f"Did you mean {near}?" if near else "Check the path."
+        got, advice = (got, "Check the path.") if path.exists() else ("nothing", advice)
+        raise ValueError(f"{path}: got {got}; expected {KINDS}. {advice}")
     if at is not None and not is_run:
         text = f"got {at!r} with {path}, one epoch already; expected a run folder. Leave it out."
         raise ValueError(f"--at: {text}")

@@ -124,10 +124,10 @@ def test_test_images_are_not_opened_where_nothing_asks_for_them(trained, monkeyp
     [
         ("{tmp}/nowhere", "got nothing; expected a run folder"),
         ("{tmp}/other.pt", "got no recipe; expected its data and model"),
-        ("{tmp}/other.pt --recipe {run}/recipe.yaml", 'Unexpected key(s) in state_dict: "conv.weight"'),
-        ("{tmp}/wide.pt --recipe {run}/recipe.yaml", "size mismatch for backbone.fc.weight: "),
+        ("{tmp}/other.pt --recipe {run}/recipe.yaml", "got names such as model/conv.weight, and a model"),
+        ("{tmp}/wide.pt --recipe {run}/recipe.yaml", "of another shape fc.weight ["),
         ("{tmp}/list.pt --recipe {run}/recipe.yaml", "got a list; expected a state dict"),
-        ("{tmp}/text.pt --recipe {run}/recipe.yaml", "cannot read as weights alone"),
+        ("{tmp}/text.pt --recipe {run}/recipe.yaml", "cannot be read as weights alone"),
         ("{run} --eps 8", "Did you mean 8/255?"),
         ("{run} --clean --eps 8/255", "--clean: got --eps as well"),
         ("{run} --target-error 5", "target_relative_error: got 5.0"),

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 from tiny_run import TINY as BASE
 
 from wcitrain import files
@@ -405,3 +407,36 @@ def test_a_diverged_epoch_is_not_saved_over_a_good_one(tmp_path, monkeypatch):
         fit(recipe)
     assert final_state(recipe)["epoch"] == 1
     assert len(metrics(recipe)) == 1
+
+
+def write_digits(root: Path, num: int = 12) -> Path:
+    """Write digits 0 to 3 as folders of PNGs, ``num`` of each for training and a third for testing."""
+    digits = load_digits()
+    for label in range(4):
+        images = digits.images[digits.target == label][: num + num // 3]
+        for place, pixels in enumerate(images):
+            folder = root / ("train" if place < num else "test") / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((pixels * 15).astype("uint8")).save(folder / f"{place:02d}.png")
+    return root
+
+
+def test_a_run_goes_on_with_moved_data_other_workers_and_another_evaluation_batch(tmp_path, capsys):
+    """'Start a new one' for a path costs a week; with these the weights are the same, bit for bit."""
+    root = write_digits(tmp_path / "here")
+    data = (
+        f"data={{source: folder, root: {root}, val_size: 8, num_workers: 0, max_train: null, max_test: null}}"
+    )
+    size = ["train.batch_size=10", "train.epochs=2", "evaluation.train_size=20", "evaluation.batch_size=20"]
+    settings = [data, *size, "evaluation.every=2", "perturbation.name=wci", "data.flip=true"]
+    whole, broken = (tiny(tmp_path, *settings, name=name) for name in ("whole", "broken"))
+    fit(whole)
+    interrupt(broken, 6)
+    there = (tmp_path / "here").rename(tmp_path / "there")
+    other = [f"data.root={there}", "data.num_workers=1", "data.in_memory=false", "evaluation.batch_size=7"]
+    assert main(["train", "--resume", str(run_folder(broken)), *other]) == 0
+    assert f"with data.root='{there}' (was '{root}'), data." in capsys.readouterr().out
+    assert saved_bits(broken)[0] == saved_bits(whole)[0]
+    assert load_recipe(run_folder(broken) / "recipe.yaml").data.root == str(there)  # for later commands
+    assert main(["train", "--resume", str(run_folder(broken)), "data.max_train=30"]) == 2
+    assert "got data.max_train=30" in capsys.readouterr().err

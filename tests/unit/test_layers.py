@@ -20,7 +20,7 @@ ROWS = [
     {"train"},
     {"monitoring"},
     {"run", "targets"},
-    {"build"},
+    {"build", "foreign"},
     {"report"},
     {"evaluation", "checkpoint", "tracking", "progress"},
     {"recipe"},
@@ -30,6 +30,7 @@ ROWS = [
     {"optim"},
     {"curvature"},
     {"data", "models", "averaging", "learning_rate"},
+    {"weights"},
     {"params", "listing"},
     {"seeding", "preserve", "digest", "method", "text", "files"},
 ]

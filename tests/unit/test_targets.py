@@ -127,7 +127,7 @@ def test_a_damaged_export_is_named(tmp_path):
     target = open_run(path, recipe=write_recipe(tmp_path / "recipe.yaml"))
     whole = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"export: got weights that cannot be read"):
+    with pytest.raises(ValueError, match=r"export/model\.safetensors: got weights that cannot be read"):
         target.load_model()
     (path / "metadata.json").write_text("[]")
     with pytest.raises(ValueError, match=r"metadata\.json: got \[\]; expected a JSON object"):

@@ -20,7 +20,7 @@ from wcitrain.attacks.losses import ATTACK_LOSSES, LossName
 from wcitrain.attacks.threat import ThreatModel, project, shaped, steepest_step, uniform_in_ball
 from wcitrain.digest import digest
 from wcitrain.method import Count, Nested, NonNegative, PositiveCount, method, refuse, setting
-from wcitrain.preserve import differentiating, is_undisturbed, normal, undisturbed, watched
+from wcitrain.preserve import differentiating, is_undisturbed, naming_reentrant, normal, undisturbed, watched
 from wcitrain.seeding import generator_from
 
 T = TypeVar("T")
@@ -256,15 +256,25 @@ def loss_and_gradient(
     with differentiating():
         x = normal(x).detach().requires_grad_()
         losses, rest = judge(x)
-        if losses.shape != x.shape[:1]:
+        if getattr(losses, "shape", None) != x.shape[:1]:
+            shape = getattr(losses, "shape", None)
+            got = type(losses).__name__ if shape is None else f"loss of shape {tuple(shape)}"
             rule = f"one loss per example, ({len(x)},). Use reduction='none'."
-            raise ValueError(f"pgd: got a loss of shape {tuple(losses.shape)}; expected {rule}")
-        gradient = torch.autograd.grad(losses.sum(), x, create_graph=create_graph)[0]
+            raise ValueError(f"pgd: got a {got}; expected {rule}")
+        with naming_reentrant():
+            gradient = torch.autograd.grad(losses.sum(), x, create_graph=create_graph)[0]
         return (losses.detach(), rest), gradient
 
 
 def check_images(x: Tensor, where: str) -> None:
     """Refuse images outside [0, 1]; the rounding of a resized image is fine."""
     if x.numel() and (x.min() < -1e-6 or x.max() > 1 + 1e-6):
-        got = f"got images from {float(x.min()):.3g} to {float(x.max()):.3g}"
-        raise ValueError(f"{where}: {got}; expected [0, 1]. Put the normalisation inside the model.")
+        low, high = float(x.min()), float(x.max())
+        raise ValueError(f"{where}: got images from {low:.3g} to {high:.3g}; {outside_box(low, high)}")
+
+
+def outside_box(low: float, high: float) -> str:
+    """Return the rule and what to do about images of another range: 8-bit levels, or standardised ones."""
+    if low >= 0 and high > 16:
+        return "expected [0, 1]. Divide levels by 255."
+    return "expected [0, 1]. Normalise inside the model: wcitrain.models.Classifier(model, mean, std)."

@@ -67,7 +67,7 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 def kl(logits: Tensor, y: Tensor, reference_logits: Tensor) -> Tensor:
     """Return the divergence KL(p_clean ‖ p) from the clean prediction, which is fixed; flat at the image."""
-    return kl_divergence(precise(reference_logits.detach()), precise(logits))
+    return kl_divergence(precise(reference_logits).detach(), precise(logits))
 
 
 # (logits [B, C], y, reference_logits [B, C] or None) -> losses [B]

@@ -8,7 +8,9 @@ from typing import Any
 
 from wcitrain.attacks import Attack
 from wcitrain.commands.options import recipe_and_settings
+from wcitrain.data.sources import SOURCES
 from wcitrain.digest import digest
+from wcitrain.listing import recipe_file
 from wcitrain.recipe import Recipe
 from wcitrain.targets import Target, attack_of, changes_of_attack, open_run
 
@@ -20,7 +22,13 @@ def opened(options: argparse.Namespace, target: str, at: str | None) -> Target:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         rule = "one. Start it without a launcher."
         raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; expected {rule}")
-    return open_run(target, at, *recipe_and_settings(options.recipe), options.device)
+    if options.data:  # the shorthand for settings
+        source, *root = options.data if options.data[0] in SOURCES else ("folder", *options.data)
+        given = [f"data.source={source}", *(f"data.root={place}" for place in root)]
+        options.recipe, options.data = [*given, *options.recipe], None
+    files, settings = recipe_and_settings(options.recipe)
+    files = [recipe_file(name, ["bases", "methods"]) for name in files]
+    return open_run(target, at, files, settings, options.device, options.checkpoint)
 
 
 def writable(folder: str | Path) -> Path:

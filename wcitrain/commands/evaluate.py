@@ -135,6 +135,7 @@ def _write(evaluation: Evaluation, target: Target, title: str, options: argparse
     )
     document: dict[str, Any] = {
         "target": str(target.path),
+        "checkpoint": target.checkpoint,
         "at": target.at,
         "split": options.split,
         "recipe": " ".join(recipe) or None,

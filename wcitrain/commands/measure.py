@@ -92,7 +92,7 @@ def _in_detail(target: Target, study: Study, options: argparse.Namespace) -> tup
     problem = Problem(model, batches, attack, study.seed, num, initial=initial)
     result = measure.by_layer(problem, progress=True)
     bound = None
-    if study.split == "train" and result.total >= 0:
+    if study.split == "train" and result.total >= 0 and not target.kind:  # N is not known of others' models
         stderr = result.total_stderr if math.isfinite(result.total_stderr) else None
         num_train = len(target.splits.train)
         bound = pac_bayes_bound(result.mean_loss, result.total, num_train, wci_stderr=stderr)

@@ -12,8 +12,10 @@ import wcitrain
 Add = Callable[..., Any]  # ``add_argument`` of a command
 TARGET = (
     "a run folder; a checkpoint (runs/NAME-s0/checkpoints/last); an exported model folder "
-    "(runs/NAME-s0/model/last); a file .pt, .pth or .safetensors with a state dict of the model or of its "
-    "timm backbone, with --recipe; or a recipe whose model is pretrained"
+    "(runs/NAME-s0/model/last); a recipe whose model is pretrained; with --data or --recipe a name of timm's "
+    "(resnet18, hf-hub:OWNER/NAME, local-dir:FOLDER), module:function or file.py:function that returns an "
+    "nn.Module, or a TorchScript or torch.export file (programs: open only what you trust); with --recipe a "
+    "file .pt, .pth, .ckpt or .safetensors with a state dict of its model or backbone (FILE:ema: that part)"
 )
 SEVERAL: Any = {"nargs": "+", "action": "extend"}  # given again, they add up
 EPOCH = "last (default), best, or a number of an epoch that the run kept"
@@ -119,6 +121,10 @@ def _add_target(add: Add, folder: str, nargs: str | None, split: str, at: str = 
     add("--at", metavar="EPOCH", help=at)
     text = "recipe files that say data, model and threat (default: the run's own), and settings that win"
     add("--recipe", **SEVERAL, default=[], help=text)
+    text = "weights for a name of timm's (default: pretrained ones) or for the module of a function"
+    add("--checkpoint", metavar="FILE", help=text)
+    text = "digits, or cifar10, cifar100, svhn and their folder, or a folder DATA/{train,test}/CLASS/IMAGE"
+    add("--data", nargs="+", metavar="DATA", help=f"{text}: short for --recipe data.source=... data.root=...")
     text = f"images, without augmentation (default: {split})"
     add("--split", choices=("train", "val", "test"), default=split, help=text)
     add("--seed", type=int, default=0, help="of everything random (default: 0)")

@@ -217,6 +217,7 @@ def header(
     data = target.recipe.model_dump(mode="json")["data"]
     document = {
         "target": str(target.path),
+        "checkpoint": target.checkpoint,
         "at": target.at,
         "epoch": target.epoch,
         "split": study.split,
@@ -242,7 +243,7 @@ def _measure(target: Target, study: Study, attack: Attack | None, folder: Path) 
     document = header(target, study, attack, num, model)
     path = folder / f"{file_of('measures', target, study, attack, NUM_EXAMPLES)}.json"
     before = files.read_json(path) if path.is_file() else {}
-    same = {key: value for key, value in document.items() if key != "target"}
+    same = {key: value for key, value in document.items() if key not in ("target", "checkpoint")}
     if before and {key: before.get(key) for key in same} != same:
         path = path.with_name(f"{path.stem}-{digest([same])[:8]}.json")  # that file stays
         before = files.read_json(path) if path.is_file() else {}

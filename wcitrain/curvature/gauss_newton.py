@@ -28,6 +28,7 @@ from wcitrain.curvature.loss import Output, Outputs, outputs_of, refuse_wrong_de
 from wcitrain.curvature.passes import Passes, Step
 from wcitrain.method import PositiveCount, method, setting
 from wcitrain.params import Layers, precise
+from wcitrain.preserve import naming_reentrant
 
 
 @method
@@ -85,9 +86,10 @@ def gauss_newton_samples(
     for probe in range(num_probes):
         cotangents = [_square_root_times_signs(term, generator, create_graph) for term in terms]
         keep = create_graph or retain_graph or probe + 1 < num_probes
-        gradients = torch.autograd.grad(
-            logits, sized.tensors, cotangents, keep, create_graph=create_graph, allow_unused=True
-        )
+        with naming_reentrant():
+            gradients = torch.autograd.grad(
+                logits, sized.tensors, cotangents, keep, create_graph=create_graph, allow_unused=True
+            )
         samples.append(sized.squares(gradients))
     return torch.stack(samples)
 

@@ -18,6 +18,7 @@ trained too, as in TRADES, see ``objectives.pairing.kl_output``.
     H v = ∂⟨g, v⟩/∂W,   v constant: one backward through the graph of g, 3 to 4 plain ones in time         (1)
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -25,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wcitrain.params import precise
+from wcitrain.params import logits_of, precise
+from wcitrain.preserve import naming_reentrant, perturbed
 
 Kind = Literal["cross_entropy", "bce", "mse"]
 
@@ -50,6 +52,7 @@ LossFn = Callable[[], Tensor | Loss]
 Outputs = Tensor | Output | Loss | Sequence[Output]
 # PyTorch's second derivative of the fused weight norm is wrong without a word, as the tests measure.
 _WRONG = "WeightNormInterfaceBackward0"
+HIDING = "None of the inputs have requires_grad=True"  # torch's warning about such checkpoints
 
 
 def cross_entropy(logits: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> Loss:
@@ -75,6 +78,7 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Loss:
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Loss:
     """Return the mean over all N·C elements of (z − y)²."""
+    outputs = logits_of(outputs)
     total = F.mse_loss(outputs, targets)
     return Loss(total, {"mse": total.detach()}, (Output(outputs, "mse", 1 / outputs.shape[1]),))
 
@@ -89,14 +93,15 @@ def outputs_of(value: Outputs, where: str) -> tuple[Output, ...]:
 
     ValueError, which begins with ``where``, for none and for outputs of another shape or kind.
     """
-    if isinstance(value, Tensor):
-        value = Output(value)
+    is_several = isinstance(value, tuple | list) and all(isinstance(one, Output) for one in value)
+    if not is_several and not isinstance(value, Output | Loss):
+        value = Output(logits_of(value))
     outputs = (value,) if isinstance(value, Output) else tuple(getattr(value, "outputs", value))
     if not outputs:
         got = "got a loss that does not say which outputs it was computed from; expected one with `outputs`"
         raise ValueError(f"{where}: {got}. Return wcitrain.cross_entropy(model(x_adv), y).")
     for logits, kind, _ in outputs:
-        if logits.ndim != 2 or kind not in get_args(Kind):
+        if logits_of(logits).ndim != 2 or kind not in get_args(Kind):
             got = f"got an output {tuple(logits.shape)} of kind {kind!r}"
             raise ValueError(f"{where}: {got}; expected [N, C] and one of {', '.join(get_args(Kind))}.")
     return outputs
@@ -106,7 +111,49 @@ def gradients_with_graph(loss: Tensor | Loss, tensors: Sequence[Tensor]) -> list
     """Return g with its graph, for many products; None where the loss does not depend on a tensor."""
     total = as_loss(loss).total
     refuse_wrong_derivatives(total)
-    return list(torch.autograd.grad(total, tensors, create_graph=True, allow_unused=True))
+    with naming_reentrant():
+        return list(torch.autograd.grad(total, tensors, create_graph=True, allow_unused=True))
+
+
+def gradients_of(
+    total: Tensor, tensors: Sequence[Tensor], loss_fn: Callable[[], Tensor]
+) -> list[Tensor | None]:
+    """Return the gradients of ``total``, None where the loss does not depend on a tensor: `refuse_hidden`."""
+    with naming_reentrant():
+        found = torch.autograd.grad(total, tensors, allow_unused=True) if total.requires_grad else ()
+    gradients: list[Tensor | None] = [*found] if found else [None] * len(tensors)
+    refuse_hidden(loss_fn, tensors, gradients)
+    return gradients
+
+
+def refuse_hidden(
+    loss_fn: Callable[[], Tensor], tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> None:
+    """Raise ValueError where the loss depends on a tensor in which it has no gradient.
+
+    "None" is not taken for "unused": the tensors without a gradient are moved, by twice their own size, and
+    where the loss moves too, its gradient was hidden. Activation checkpoints of the reentrant kind whose
+    inputs ask for no gradient do that, ``detach`` and ``no_grad`` too. Costs nothing where there are all
+    gradients, else 3 evaluations of ``loss_fn``.
+    """
+    silent = [t for t, g in zip(tensors, gradients, strict=True) if g is None]
+    if not silent:
+        return
+    with warnings.catch_warnings(record=True) as seen, torch.enable_grad():
+        warnings.simplefilter("always")
+        first = float(loss_fn().detach())
+    is_reentrant = any(HIDING in str(warning.message) for warning in seen)
+    with torch.no_grad():
+        again = float(loss_fn())
+        moves = [torch.where(t == 0, t.abs().mean().clamp_min(0.1), -2 * t) for t in silent]
+        with perturbed(silent, moves) as move:
+            move(+1)
+            moved = float(loss_fn())
+    if abs(moved - again) <= 10 * abs(again - first) + 1e-6 * abs(first):
+        return
+    advice = "Give its activation checkpoints use_reentrant=False" if is_reentrant else "Look for detach"
+    got = f"got a loss that depends on some of {len(silent)} layers (of {len(tensors)}) without a gradient"
+    raise ValueError(f"layers: {got}; expected one in each that it uses. {advice}.")
 
 
 def refuse_wrong_derivatives(total: Tensor) -> None:

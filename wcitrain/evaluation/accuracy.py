@@ -17,7 +17,7 @@ from wcitrain.attacks import Attack
 from wcitrain.curvature.gauss_newton import gauss_newton_samples
 from wcitrain.evaluation.intervals import wilson_interval
 from wcitrain.measures import WCIMeasurement
-from wcitrain.params import Layers
+from wcitrain.params import Layers, precise
 from wcitrain.preserve import differentiating, full_precision, normal, undisturbed
 from wcitrain.seeding import generator_from
 
@@ -87,17 +87,17 @@ def _measure_batch(
     model: nn.Module, x: Tensor, y: Tensor, attack: Attack, generator: torch.Generator, layers: Any
 ) -> tuple[Tensor, Tensor]:
     """Return number, clean correct and loss, robust ones [5]; examples and traces of the draws [K, 1 + L]."""
-    x_adv = attack.maximise(lambda z: F.cross_entropy(model(z).float(), y, reduction="none"), x, generator)
+    x_adv = attack.maximise(lambda z: F.cross_entropy(precise(model(z)), y, reduction="none"), x, generator)
     samples, parts = [torch.zeros(0)] if not layers else [], []
     with torch.set_grad_enabled(bool(layers)):
         for part in x_adv.split(TRACE_EXAMPLES) if layers else [x_adv]:
-            logits = model(part).float()
+            logits = precise(model(part))
             parts.append(logits.detach())
             if layers:
                 trace = gauss_newton_samples(logits, layers, generator=generator)[0]
                 samples.append(torch.cat([trace.new_tensor([len(part)]), trace]))
     with torch.no_grad():
         sums = [torch.tensor(float(len(y)))]
-        for logits in (model(x).float(), torch.cat(parts)):
+        for logits in (precise(model(x)), torch.cat(parts)):
             sums += [(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")]
     return torch.stack([value.double().cpu() for value in sums]), torch.stack(samples).double().cpu()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from wcitrain import files
 from wcitrain.attacks import ThreatModel
 from wcitrain.digest import digest
-from wcitrain.params import unwrapped
+from wcitrain.params import logits_of, unwrapped
 from wcitrain.preserve import full_precision, undisturbed
 from wcitrain.seeding import seed_from
 
@@ -61,8 +61,8 @@ class Victim:
         for places in torch.arange(len(self.x)).split(self.batch_size):
             images, labels = self.batch(places)
             with torch.no_grad():
-                logits: Any = self.model(images)
-            shape, num = tuple(getattr(logits, "shape", ())), len(images)
+                logits = logits_of(self.model(images))
+            shape, num = tuple(logits.shape), len(images)
             if len(shape) != 2 or shape[0] != num or not 0 <= low <= high < shape[1] or shape[1] < 2:
                 got = f"got outputs {shape} for {num} images with labels {low} to {high}"
                 raise ValueError(f"model: {got}; expected logits [{num}, C > {high}]. Is it their model?")

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from wcitrain.attacks import ATTACK_LOSSES, Attack, ThreatModel
+from wcitrain.attacks.ascent import outside_box
 from wcitrain.evaluation.attacking import Victim, is_right
 from wcitrain.evaluation.images import TRANSFER
 from wcitrain.evaluation.intervals import mcnemar, wilson_interval
 from wcitrain.evaluation.plans import EnsemblePlan, Plan, parse_attack
 from wcitrain.evaluation.results import AttackResult, Evaluation, Finding, percent
+from wcitrain.preserve import naming_reentrant
 from wcitrain.seeding import generator_from
 
 SAME = 1e-4  # relative difference of two outputs below which they are the same: float32 on a GPU reaches 1e-5
@@ -31,7 +33,7 @@ def check_model(victim: Victim, plans: Sequence[Plan]) -> Iterator[Finding]:
     """All images, in whose box eps is measured, and their logits; on one batch, what misleads attacks."""
     low, high = float(victim.x.min()), float(victim.x.max())
     if not (low >= -1e-6 and high <= 1 + 1e-6):
-        text = f"got images from {low:.3g} to {high:.3g}; expected [0, 1]. Normalise inside the model."
+        text = f"got images from {low:.3g} to {high:.3g}; {outside_box(low, high)}"
         yield Finding("images_outside_box", "error", text)
         return
     if num := int((~victim.clean.is_finite).sum()):
@@ -64,7 +66,10 @@ def _gradients(victim: Victim, x: Tensor, y: Tensor) -> Iterator[Finding]:
         with torch.enable_grad():
             images = x.detach().requires_grad_()
             total = ATTACK_LOSSES[loss](victim.model(images), y).sum()
-            grad = torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
+            grad = None
+            with naming_reentrant():
+                if total.requires_grad:
+                    grad = torch.autograd.grad(total, images, allow_unused=True)[0]
         if grad is None:
             text = "no differentiable path leads from the images to the outputs. Look for detach or rounding."
             yield Finding("no_gradient", "error", text)

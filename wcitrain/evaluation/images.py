@@ -81,7 +81,7 @@ def check_images(victim: Victim, results: list[AttackResult]) -> Iterator[Findin
             continue
         flags = []
         for places in torch.arange(len(victim.y)).split(victim.batch_size):
-            logits = victim.model(result.images[places].to(victim.device))
+            logits = logits_of(victim.model(result.images[places].to(victim.device)))
             flags.append(is_right(logits, victim.y[places].to(victim.device)).cpu())
         if num := int((torch.cat(flags) != result.is_robust).sum()):
             who = f"{result.attack} ({result.threat})"

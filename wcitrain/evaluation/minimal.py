@@ -23,6 +23,7 @@ from wcitrain.attacks import ThreatModel
 from wcitrain.evaluation.attacking import Stage, Victim, is_right
 from wcitrain.evaluation.intervals import median_interval, wilson_interval
 from wcitrain.evaluation.plans import Plan
+from wcitrain.params import logits_of
 from wcitrain.seeding import seed_from
 
 NUM_ROUNDS = 8
@@ -138,5 +139,5 @@ def _survives(stages: Sequence[Stage], victim: Victim, places: Tensor, level: in
             )
             images, labels = victim.batch(chosen)
             x_adv = stage.attack(images, labels, chosen)
-            is_left[is_left.clone()] = is_right(victim.model(x_adv), labels).cpu()
+            is_left[is_left.clone()] = is_right(logits_of(victim.model(x_adv)), labels).cpu()
     return is_left

@@ -44,7 +44,7 @@ from wcitrain.measures import means
 from wcitrain.measures.means import Chunks, chunk_mean_and_error, count_examples, example_losses
 from wcitrain.measures.problem import Measure, Problem, Taken, attack_text
 from wcitrain.method import InnerShare, Positive, PositiveCount, Text, method, setting
-from wcitrain.params import select_layers, wide
+from wcitrain.params import logits_of, select_layers, wide
 from wcitrain.seeding import generator_from
 
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
@@ -158,6 +158,7 @@ class LambdaMax(Measure):
     def take(self, problem: Problem) -> Taken:
         """Return λ."""
         tensors, chunks = select_layers(problem.model, self.layers).tensors, problem.adversarial()
+        means.mean_gradient(problem.model, chunks[:1], tensors)  # refuses layers whose gradient is hidden
         generator = generator_from("cpu", problem.seed, "hessian_spectrum")
         first = torch.randn(sum(t.numel() for t in tensors), generator=generator, dtype=torch.float64).numpy()
         product = partial(_product, problem.model, chunks, tensors)
@@ -227,7 +228,7 @@ class RelativeFlatness(Measure):
         W = wide(head.weight.detach())
         for x, _ in problem.adversarial(self.chunk_size):
             with torch.no_grad(), head_calls(problem.model) as calls:
-                logits = problem.model(x)
+                logits = logits_of(problem.model(x))
             f = features_of(Output(logits), calls)
             p = wide(logits).softmax(1)
             spread = p @ W.square().sum(1) - (p @ W).square().sum(1)

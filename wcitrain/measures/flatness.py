@@ -29,21 +29,23 @@ biases are layers of their own; parameters of normalisation stay.
 """
 
 import math
+from functools import partial
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from wcitrain.attacks import Attack
 from wcitrain.attacks.ascent import ascend, check_images, starting_point
+from wcitrain.curvature.loss import gradients_of
 from wcitrain.curvature.passes import TINY
 from wcitrain.measures.means import example_losses, losses_of, mean_and_error
 from wcitrain.measures.problem import Measure, Problem, Taken, attack_text
 from wcitrain.method import Positive, PositiveCount, Text, method, setting
 from wcitrain.optim.ascent import by_layer
 from wcitrain.params import Layers, select_layers
-from wcitrain.preserve import perturbed
+from wcitrain.preserve import naming_reentrant, perturbed
 from wcitrain.seeding import generator_from
 
 STEP_OVER_EPS = 0.007 / (8 / 255)  # 0.223: the step 0.007 of Stutz et al. as a share of their radius 8/255
@@ -87,7 +89,8 @@ class Flatness(Measure):
                 x_adv = x_adv.detach().requires_grad_()
                 losses = example_losses(problem.model, x_adv, y)
                 worst = worst.maximum(losses.detach())  # NaN stays, and shows
-                gradient = torch.autograd.grad(losses.sum(), x_adv)[0]
+                with naming_reentrant():
+                    gradient = torch.autograd.grad(losses.sum(), x_adv)[0]
                 x_adv = ascend(x, x_adv.detach(), gradient, attack.threat, attack.step_size)
             with torch.no_grad():
                 worst = worst.maximum(example_losses(problem.model, x_adv, y))
@@ -97,6 +100,10 @@ class Flatness(Measure):
         """Return the losses [N] at W."""
         numbers = range(len(problem.clean(self.chunk_size)))
         return torch.cat([self.losses(problem, k, self.reference_restarts) for k in numbers])
+
+
+def _mean(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return example_losses(model, x, y).mean()
 
 
 @method
@@ -182,7 +189,8 @@ class WorstFlatness(Flatness):
             for _ in range(self.num_steps):
                 x_adv = x_adv.detach().requires_grad_()
                 loss, inputs = example_losses(model, x_adv, y).mean(), [x_adv, *layers.tensors]
-                slope, *g = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+                found = zip(inputs, gradients_of(loss, inputs, partial(_mean, model, x_adv, y)), strict=True)
+                slope, *g = (torch.zeros_like(t) if v is None else v for t, v in found)
                 if attack is not None:
                     x_adv = ascend(x, x_adv.detach(), slope, attack.threat, attack.step_size)
                 steps = by_layer(layers, [one.detach() for one in g], self.weight_lr * norms)

@@ -19,6 +19,7 @@ from wcitrain.measures.means import Chunks, losses_of, mean_and_error
 from wcitrain.measures.norms import SpectralNorms
 from wcitrain.measures.problem import Measure, Measurement, Problem, Taken, attack_text
 from wcitrain.method import InnerShare, method, setting
+from wcitrain.params import precise
 
 
 @method
@@ -56,7 +57,7 @@ class CleanLoss(Measure):
 def _losses(problem: Problem, chunks: Chunks, settings: str) -> Taken:
     """Return losses [N] and accuracy at images."""
     losses = losses_of(problem.model, chunks)
-    correct = sum(int((problem.model(x).argmax(1) == y).sum()) for x, y in chunks)
+    correct = sum(int((precise(problem.model(x)).argmax(1) == y).sum()) for x, y in chunks)
     return losses, settings, {"accuracy": correct / len(losses)}
 
 
@@ -151,7 +152,7 @@ def output_margins(model: nn.Module, chunks: Chunks) -> Tensor:
     values = []
     with torch.no_grad():
         for x, y in chunks:
-            z = model(x).double()
+            z = precise(model(x)).double()
             if z.shape[1] < 2:
                 raise ValueError("margins: got a single output; expected at least two. Use two classes.")
             right = z.gather(1, y[:, None]).squeeze(1)

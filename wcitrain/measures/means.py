@@ -7,12 +7,15 @@ Legend: N examples, B examples a chunk, K chunks, n_k examples of chunk k.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wcitrain.curvature.loss import gradients_of
+from wcitrain.params import precise
 from wcitrain.preserve import normal
 
 Pair = tuple[Tensor, Tensor]  # images [B, *dims] in [0, 1] and classes [B]
@@ -49,7 +52,7 @@ def in_chunks(pairs: Iterable[Pair], size: int) -> Iterator[Pair]:
 
 def example_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Return the cross-entropy of every example [B]."""
-    return F.cross_entropy(model(x), y, reduction="none")
+    return F.cross_entropy(precise(model(x)), y, reduction="none")
 
 
 def losses_of(model: nn.Module, chunks: Chunks) -> Tensor:
@@ -64,10 +67,16 @@ def mean_gradient(model: nn.Module, chunks: Chunks, tensors: Sequence[Tensor]) -
     value, gradient = 0.0, [torch.zeros_like(t) for t in tensors]
     for x, y in chunks:
         loss = example_losses(model, x, y).sum() / total
-        part = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
-        torch._foreach_add_(gradient, [g.detach() for g in part])  # torch 2.6: zeros with a graph
+        part = gradients_of(loss, tensors, partial(_total, model, x, y))
+        used = [(sum_, g.detach()) for sum_, g in zip(gradient, part, strict=True) if g is not None]
+        if used:
+            torch._foreach_add_(*map(list, zip(*used, strict=True)))
         value += float(loss.detach())
     return value, gradient
+
+
+def _total(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return example_losses(model, x, y).sum()
 
 
 def count_examples(chunks: Chunks) -> int:

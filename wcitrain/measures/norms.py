@@ -74,6 +74,7 @@ class SpectralNorms(Measure):
 
     def take(self, problem: Problem) -> Taken:
         """Return (2). A convolution that no image reaches is refused."""
+        refuse_program(problem.model, self.name)
         modules, norms = dict(problem.model.named_modules()), {}
         maps = {f"{name}.weight".lstrip("."): m for name, m in modules.items() if isinstance(m, _ConvNd)}
         shapes = _input_shapes(problem, maps) if maps else {}
@@ -86,6 +87,13 @@ class SpectralNorms(Measure):
             if isinstance(module, _BatchNorm) and module.running_var is not None:
                 norms[name] = float(_affine(module)[0].abs().max())
         return (2 * _log_sum(norms.values()), math.nan, 0), f"{len(norms)} layers, sum of ln σ²", norms
+
+
+def refuse_program(model: nn.Module, where: str) -> None:
+    """Refuse TorchScript and exported programs: convolution and BatchNorm would count as plain matrices."""
+    if any(isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule) for module in model.modules()):
+        rule = "Python code, which says what each layer is. Give module:function with --checkpoint"
+        raise ValueError(f"{where}: got a compiled program; expected {rule}.")
 
 
 def _input_shapes(problem: Problem, maps: Mapping[str, nn.Module]) -> dict[str, set[torch.Size]]:
@@ -138,6 +146,7 @@ class PathNorm(Measure):
 
     def take(self, problem: Problem) -> Taken:
         """Return (3). A normalisation other than BatchNorm, whose paths have no weights, is refused."""
+        refuse_program(problem.model, self.name)
         model = problem.model.backbone if isinstance(problem.model, Classifier) else problem.model
         others = [m for m in model.modules() if not isinstance(m, _BatchNorm)]
         named = [m for m in others if "norm" in type(m).__name__.lower() and not list(m.children())]

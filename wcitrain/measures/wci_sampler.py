@@ -8,14 +8,14 @@ from torch import Tensor
 
 from wcitrain.curvature.estimator import Estimator, TraceEstimate
 from wcitrain.curvature.estimators import choose, name_of
-from wcitrain.curvature.loss import Loss, cross_entropy
+from wcitrain.curvature.loss import Loss, cross_entropy, gradients_of
 from wcitrain.curvature.passes import Passes
 from wcitrain.measures.means import Pair
 from wcitrain.measures.norms import initial_weights
 from wcitrain.measures.problem import Problem
 from wcitrain.measures.response import answers
 from wcitrain.measures.wci_measurement import WCIMeasurement
-from wcitrain.params import Layers
+from wcitrain.params import Layers, logits_of
 from wcitrain.seeding import generator_from
 
 Prior = Literal["origin", "initial"]
@@ -61,7 +61,7 @@ class Sampler:
 
     def loss_at(self, x: Tensor, y: Tensor) -> Loss:
         """Return the mean loss at images."""
-        logits = self.problem.model(x)
+        logits = logits_of(self.problem.model(x))
         if y.ndim == 1 and (int(y.min()) < 0 or int(y.max()) >= logits.shape[1]):
             rule = f"0 to {logits.shape[1] - 1}, the model's outputs. Are model and data of the same classes?"
             raise ValueError(f"wci: got labels from {int(y.min())} to {int(y.max())}; expected {rule}")
@@ -71,6 +71,7 @@ class Sampler:
         """Try the derivatives on the first example."""
         with torch.no_grad():
             self.loss_at(x, y)  # wrong outputs and labels are refused as such, not as a derivative
+        gradients_of(self.loss_at(x, y).total, self.layers.tensors, lambda: self.loss_at(x, y).total)
         passes = Passes(self.problem.model, self.layers, lambda: self.loss_at(x, y))
         self.estimator = choose(estimator, passes, needs_gradient=False).estimator
 

@@ -22,7 +22,7 @@ from wcitrain.attacks.losses import ATTACK_LOSSES, LabelLossName, LossName, ce, 
 from wcitrain.curvature.loss import Loss, Output, cross_entropy
 from wcitrain.method import NonNegative, method, setting
 from wcitrain.objectives.objective import PGDAT, with_term
-from wcitrain.params import precise
+from wcitrain.params import logits_of, precise
 
 TWICE = "2 forward and 2 backward passes, and the attack's"
 
@@ -197,7 +197,7 @@ def rotation_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     turned = x.clone()
     for turns in (1, 2, 3):
         turned[turns::4] = torch.rot90(x[turns::4], turns, (-2, -1))
-    logits = model(turned, head="rotation")
+    logits = logits_of(model(turned, head="rotation"))
     if logits.shape != (len(x), 4):
         rule = f"({len(x)}, 4). Use create_model(..., rotation_head=True)."
         raise ValueError(f"RotationAT: got rotation logits of shape {tuple(logits.shape)}; expected {rule}")

@@ -1,7 +1,9 @@
 """What the wrapper refuses to work with, by name."""
 
 import inspect
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
@@ -9,6 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wcitrain.curvature.loss import HIDING
 from wcitrain.optim.penalty import Penalty
 from wcitrain.optim.perturbation import WeightPerturbation
 from wcitrain.params import is_compiled
@@ -61,6 +64,26 @@ def refuse_accelerator(
     for is_fine, got, rule in rules:
         if not is_fine:
             raise ValueError(f"attach: got {got}; expected {rule}.")
+
+
+@contextmanager
+def refusing_hidden(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Raise ValueError where activation checkpoints hid gradients of layers: torch only warns.
+
+    Those of the reentrant kind do, where no input of theirs asks for one. Other warnings come through.
+    """
+    told: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.filterwarnings("always", HIDING)
+            yield
+        if any(HIDING in str(one.message) for one in told) and any(t.grad is None for t in tensors):
+            got = "got activation checkpoints that hide the gradients of their layers"
+            raise ValueError(f"model: {got}; expected none. Give them use_reentrant=False.")
+    finally:
+        for one in told:
+            if HIDING not in str(one.message):
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def refuse_unseen(parameters: Iterable[Tensor], rule: object, where: str) -> None:

@@ -30,7 +30,13 @@ from wcitrain.optim.closures import clearing, watched
 from wcitrain.optim.delegating import DelegatingOptimizer
 from wcitrain.optim.penalty import Penalty, layers_for
 from wcitrain.optim.perturbation import Displacement, WeightPerturbation
-from wcitrain.optim.refusals import refuse_accelerator, refuse_base, refuse_scaler, refuse_unseen
+from wcitrain.optim.refusals import (
+    refuse_accelerator,
+    refuse_base,
+    refuse_scaler,
+    refuse_unseen,
+    refusing_hidden,
+)
 from wcitrain.optim.window import Mark, Versions, Window, are_changed, gradient_versions
 from wcitrain.params import Layers, precise
 from wcitrain.preserve import perturbed
@@ -59,6 +65,8 @@ class _State:
     last_gradient: Mark | None = None  # one that the last step left
     is_inside: bool = False  # a call of the user's function
     has_warned: bool = False
+    listens: bool = True  # to torch, which only warns of gradients that are hidden
+    silent: set[int] = field(default_factory=set)  # ids of layers that were without a gradient
 
 
 class RegularizedOptimizer(DelegatingOptimizer):
@@ -208,6 +216,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
             raise RuntimeError(f"RegularizedOptimizer.perturbed: {got}. Call step() and zero_grad() first.")
         passes, factor = self._begin(_no_loss), self._factors()[0]
         stack, drawn, sums = ExitStack(), None, list[Tensor | None]()
+        stack.enter_context(self._listening(bool(rule and factor)))
         if rule and factor:
             with torch.no_grad():
                 drawn = rule.displace(passes, factor)
@@ -396,7 +405,8 @@ class RegularizedOptimizer(DelegatingOptimizer):
                 known = chosen.estimator, penalty_factor, self.layers.squared_norms()
                 penalized = partial(penalty.add_gradient, passes, *known)
             acts = perturbation and factor
-            with passes.undone() if acts or penalized else nullcontext():
+            is_active = bool(acts or penalized)
+            with passes.undone() if is_active else nullcontext(), self._listening(is_active):
                 if perturbation and acts:
                     step = perturbation.gradient(passes, factor, penalized)
                 else:
@@ -408,6 +418,15 @@ class RegularizedOptimizer(DelegatingOptimizer):
             passes.add_norm_gradients(coefficients, penalty_factor)
         self._state.window.count(step, passes.share)
         return step.loss
+
+    @contextmanager
+    def _listening(self, is_active: bool) -> Iterator[None]:
+        """Refuse hidden gradients, at first and after a step that left layers without a gradient anew."""
+        with refusing_hidden(self.layers.tensors) if is_active and self._state.listens else nullcontext():
+            yield
+        silent = {id(t) for t in self.layers.tensors if t.grad is None}
+        self._state.listens = not is_active or bool(silent - self._state.silent)
+        self._state.silent |= silent
 
     def _step_with(self, closure: Any) -> Any:
         """Make all passes with a closure, and step; see ``step``."""

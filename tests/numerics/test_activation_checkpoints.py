@@ -1,0 +1,155 @@
+"""Activation checkpoints: the other kind gives the very numbers, the reentrant kind is refused or right."""
+
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from wcitrain import cross_entropy
+from wcitrain.attacks import ThreatModel, pgd
+from wcitrain.evaluation import evaluate
+from wcitrain.measures import MEASURES, Problem
+from wcitrain.optim import AWP, SAM, RegularizedOptimizer, WCIPenalty, WCIPosterior
+
+NAMED = "use_reentrant=False"
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+
+
+class Net(nn.Module):
+    """Two tanh layers, recomputed in the backward pass, between a stem (or nothing) and a head."""
+
+    def __init__(self, reentrant: bool | None, has_stem: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(12, 12) if has_stem else nn.Identity()
+        self.body = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.head, self.reentrant = nn.Linear(8, 3), reentrant
+        self.double()
+
+    def forward(self, x):
+        x = self.stem(x.flatten(1))
+        if self.reentrant is None:
+            return self.head(self.body(x))
+        return self.head(checkpoint(self.body, x, use_reentrant=self.reentrant))
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(8, 3, 2, 2, generator=generator, dtype=torch.float64), torch.arange(8) % 3
+
+
+IN_WEIGHTS = ("wci", "hessian_trace", "gradient_norm", "lambda_max", "sam_sharpness", "worst_sharpness")
+
+
+@pytest.mark.parametrize("has_stem", [False, True])
+@pytest.mark.parametrize("name", IN_WEIGHTS)
+def test_measures_are_exact_or_refused(name, has_stem):
+    """The layers of a reentrant checkpoint on the images got no gradient and counted as flat."""
+    measure, data = MEASURES[name](), [batch()]
+    values = [measure.measure(Problem(Net(kind, has_stem), data)).value for kind in (None, False)]
+    assert values[0] == values[1] > 0
+    with pytest.raises(ValueError, match=NAMED):
+        measure.measure(Problem(Net(True, has_stem), data))
+
+
+def test_a_gradient_hidden_by_detach_is_not_that_of_an_unused_layer():
+    """The loss depends on the layer; a spare head, on which it does not, changes nothing."""
+
+    class Detached(Net):
+        def forward(self, x):
+            return self.head(self.body(x.flatten(1)).detach())
+
+    measure, data = MEASURES["gradient_norm"](), [batch()]
+    with pytest.raises(ValueError, match=r"depends on some of 4 layers \(of 6\) without a gradient.*detach"):
+        measure.measure(Problem(Detached(None), data))
+    spare = Net(None)
+    spare.other = nn.Linear(5, 5).double()
+    before = spare.other.weight.clone()
+    value = measure.measure(Problem(Net(None), data)).value
+    assert measure.measure(Problem(spare, data)).value == pytest.approx(value, rel=1e-12)  # float64 sums
+    assert torch.equal(before, spare.other.weight)
+
+
+RULES = {
+    "sam": {"perturbation": SAM(0.05)},
+    "awp": {"perturbation": AWP(0.02)},
+    "wci": {"perturbation": WCIPosterior(0.5)},
+    "penalty": {"penalty": WCIPenalty(1e-3, estimator="gauss_newton")},
+}
+
+
+def trained(model: nn.Module, rule: str, is_closure: bool) -> torch.Tensor:
+    """Make two steps; return all weights."""
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, **RULES[rule])
+    x, y = batch()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y).total
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.zero_grad()
+        if is_closure:
+            optimizer.step(closure)
+        else:
+            optimizer.backward(lambda: cross_entropy(model(x), y))
+            optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("is_closure", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_training_is_exact_or_refused(rule, is_closure):
+    """Torch only warns, once: SAM would train the head alone and leave the body where it was."""
+    if is_closure and rule == "penalty":
+        is_closure = False  # it needs the graph of the loss
+    plain = trained(Net(None), rule, is_closure)
+    assert torch.equal(plain, trained(Net(False), rule, is_closure))
+    refused = Net(True)
+    before = [p.clone() for p in refused.parameters()]
+    with pytest.raises(ValueError, match=NAMED):
+        trained(refused, rule, is_closure)
+    assert all(torch.equal(a, b) for a, b in zip(before, refused.parameters(), strict=True))
+    with_stem = trained(Net(None, True), rule, is_closure)
+    assert torch.equal(with_stem, trained(Net(False, True), rule, is_closure))
+    if rule == "penalty":  # it differentiates gradients, which such a checkpoint cannot
+        with pytest.raises(ValueError, match=NAMED):
+            trained(Net(True, True), rule, is_closure)
+    else:
+        assert torch.equal(with_stem, trained(Net(True, True), rule, is_closure))
+
+
+def test_a_loop_of_ones_own_is_refused_too_and_other_warnings_come_through():
+    """Inside ``perturbed`` forward and backward are the user's: the layers' noise would be for nothing."""
+    (x, y), weights = batch(), []
+    for kind in (None, False, True):
+        model = Net(kind)
+        base = torch.optim.SGD(model.parameters(), 0.1)
+        optimizer = RegularizedOptimizer(base, model, perturbation=WCIPosterior(0.5, passes=1))
+        before = [p.clone() for p in model.parameters()]
+        said, told = pytest.warns(UserWarning, match="mine"), nullcontext()
+        with said, pytest.raises(ValueError, match=NAMED) if kind else told, optimizer.perturbed():
+            warnings.warn("mine", UserWarning, stacklevel=1)
+            cross_entropy(model(x), y).total.backward()
+        if not kind:
+            optimizer.step()
+        assert not kind or all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights[:2])
+
+
+def test_attacks_and_evaluations_name_the_checkpoints():
+    """They differentiate in the images, which reentrant checkpoints refuse in torch's words, as a crash."""
+    (x, y), exact = batch(), []
+    for kind in (None, False):
+        exact.append(pgd(Net(kind), x, y, threat=ThreatModel("linf", 0.1), num_steps=3, start="none"))
+    assert torch.equal(*exact)
+    with pytest.raises(ValueError, match=NAMED):
+        pgd(Net(True), x, y, threat=ThreatModel("linf", 0.1), num_steps=3)
+    with pytest.raises(ValueError, match=NAMED):
+        evaluate(Net(True).float(), [(x, y)], ThreatModel("linf", 0.1))

@@ -1,0 +1,164 @@
+"""Weights in a file: read without executing anything, fitted to a model whatever was around it when saved.
+
+Names in files carry what held the model: ``module.`` (data-parallel, averaged), ``_orig_mod.`` (compiled),
+``model.`` (Lightning), ``1.`` (behind a normalisation layer), in any order and depth, below keys such as
+``state_dict`` or ``ema``. None of them is listed here: the prefix is the one under which most of the model's
+own names lie. What was taken off and left out is printed; what does not match is an error, by name.
+"""
+
+import argparse
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from wcitrain.params import some
+
+SUFFIXES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar")
+INSIDE = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # at any depth
+CONSTANTS = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}  # of a normalisation, by last part
+ADVICE = "Correct the recipe's model section (name, stem, kwargs) or its data (number of classes), or "
+ADVICE += "give the model's own code as module:function with --checkpoint"
+MOST_CHANNELS = 4  # a longer mean is no normalisation of images
+RULE = "a state dict, bare or below keys such as 'model', 'state_dict' or 'ema'"
+
+
+def split_part(text: str | Path) -> tuple[Path, str]:
+    """Return the file and the part in "FILE:PART"; no part for the path of a file that is there."""
+    head, _, part = str(text).rpartition(":")
+    return (Path(head), part) if head and not Path(text).exists() else (Path(text), "")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return all tensors in a file by their place, ``"state_dict/model.conv1.weight"``; see `load_into`.
+
+    ``"FILE:PART"`` means those below the key PART, such as ``ema``. Nothing in the file is executed
+    (``weights_only=True``). ValueError for files of something else.
+    """
+    file, part = split_part(path)
+    try:
+        if file.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(file)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # plain settings, as timm saves them
+                content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: got no file; expected weights. Check the path.") from error
+    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        classes = re.findall(r"GLOBAL ([\w.]+)", str(error))
+        cause = f"it holds {classes[0]}" if classes else str(error).splitlines()[0]
+        got = f"got weights that cannot be read as weights alone ({cause})"
+        raise ValueError(f"{file}: {got}; expected {RULE}. Save model.state_dict().") from error
+    weights = dict(_tensors(content)) if isinstance(content, Mapping) else {}
+    if not weights:
+        got = f"keys {[*content][:5]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise ValueError(f"{file}: got {got}; expected {RULE}. Save one with torch.save(model.state_dict()).")
+    chosen = {name: t for name, t in weights.items() if name.startswith((f"{part}/", f"{part}."))}
+    if part and not chosen:
+        there = some(dict.fromkeys(re.split("[./]", name)[0] for name in weights))
+        raise ValueError(f"{file}: got no part {part!r}; expected one of {there}. Correct it.")
+    return chosen if part else weights
+
+
+def _tensors(content: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            yield f"{place}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value, f"{place}{key}/")
+
+
+def load_into(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    constants: Mapping[str, Tensor],
+) -> None:
+    """Load weights into a model and print what was taken off their names and what was left out.
+
+    ``constants`` are the ``mean`` and ``std`` that the model normalises images with, beside its weights:
+    those in the file must be the same. What is in the file but not below the model's prefix (the model's
+    holder, a loss, an optimizer) is left out.
+
+    Raises:
+        ValueError: Two sets of weights in one file; tensors that are missing, too many or of another shape,
+            listed by name; another normalisation. The model is as it was.
+    """
+    own = model.state_dict()
+    found = _by_prefix(weights, own)
+    if not found:
+        got = f"got names such as {some(weights)}, and a model with {some(own)}"
+        raise ValueError(f"{source}: {got}; expected the same. {ADVICE}.")
+    most = max(map(len, found.values()))
+    best, *others = (prefix for prefix, names in found.items() if len(names) == most)
+    used = found[best]
+    for other in others:
+        same = found[other]
+        if used.keys() != same.keys() or any(
+            not torch.equal(weights[a], weights[same[k]]) for k, a in used.items()
+        ):
+            which = " or ".join(f"{source}:{re.split('[./]', prefix)[0]}" for prefix in (best, other))
+            rule = f"one. Name it: {which}" if best and other else "one. Save the one that is meant"
+            raise ValueError(f"{source}: got two sets of weights, {best!r} and {other!r}; expected {rule}.")
+    home, taken = best.rpartition("/")[0], set(used.values())
+    beside = [name for name in weights if name.rpartition("/")[0] == home and name not in taken]
+    notes = [f"without the prefix {best}"] if best not in ("", "backbone.") else []  # the latter is ours
+    smaller = [prefix for prefix, names in found.items() if most > len(names) > most / 2]
+    notes += [f"not {prefix}, which is there too" for prefix in smaller]
+    unknown = []
+    for name in beside:
+        constant = CONSTANTS.get(re.split("[./]", name)[-1], "")
+        value = constants.get(constant)
+        if value is not None and weights[name].numel() <= MOST_CHANNELS:
+            _refuse_other(constant, weights[name], value, source)
+        elif name.startswith(best) and name != "n_averaged":
+            unknown.append(name)
+        else:
+            notes.append(f"without {name}")
+    _refuse_unfit(own, {key: weights[name] for key, name in used.items()}, unknown, source)
+    model.load_state_dict({key: weights[name] for key, name in used.items()})
+    if notes:
+        print(f"{source}: read {some(notes, 6)}", flush=True)
+
+
+def _by_prefix(names: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """Return, by what stands before them, the model's names and theirs in the file."""
+    found: dict[str, dict[str, str]] = {}
+    wrappers = INSIDE - {part for name in own for part in name.split(".")}
+    for name in names:
+        for start in [0, *(match.end() for match in re.finditer("[./]", name))]:
+            parts = name[start:].split(".")
+            key = ".".join(part for part in parts if part not in wrappers)
+            if key in own and parts[0] not in wrappers:
+                found.setdefault(name[:start], {}).setdefault(key, name)
+    return found
+
+
+def _refuse_other(constant: str, value: Tensor, own: Tensor, source: str) -> None:
+    """Weights behind another normalisation are another network."""
+    own, value = own.flatten(), value.flatten().to(own)
+    if len(value) not in (1, len(own)) or not torch.allclose(value, own, rtol=1e-4, atol=0):
+        text = f"got weights for images normalised with {constant} {value.tolist()}"
+        rule = f"{own.tolist()}, as the recipe's model has. Set model.{constant} in the recipe."
+        raise ValueError(f"{source}: {text}; expected {rule}")
+
+
+def _refuse_unfit(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], unknown: Sequence[str], source: str
+) -> None:
+    """List what is missing, too many, or of another shape."""
+    lacking = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
+    shapes = [
+        f"{key} {list(value.shape)} for {list(own[key].shape)}"
+        for key, value in given.items()
+        if value.shape != own[key].shape
+    ]
+    kinds = {"nothing for": lacking, "of no layer": unknown, "of another shape": shapes}
+    if wrong := [f"{kind} {some(names, 4)}" for kind, names in kinds.items() if names]:
+        got = f"got weights that do not fit the model: {'; '.join(wrong)}"
+        raise ValueError(f"{source}: {got}; expected those of its {len(own)} tensors. {ADVICE}.")
