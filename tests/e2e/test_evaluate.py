@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,30 @@ def test_options_reach_the_evaluation_and_name_the_files(run):
     assert (read.settings["seed"], read.settings["batch_size"], read.num_examples) == (3, 9, 20)
 
 
+def test_eot_bpda_and_transfer_reach_the_attacks_and_the_files(run, tmp_path, capsys):
+    """Settings of the attack that are parsed and dropped would stand in the name of other numbers."""
+    other = shutil.copytree(run, tmp_path / "other")
+    options = f"{QUICK} --eot 2 --bpda backbone.bn1 --transfer {other} --preflight warn"
+    assert command(run, options) == 0
+    printed = capsys.readouterr().out
+    assert "linf 0.1  pgd-2 eot-2 bpda" in printed
+    assert "linf 0.1  transfer pgd-2 " in printed
+    assert "warning: eot_without_noise: four passes agree" in printed
+    (file,) = (run / "evaluations").glob("*.npz")
+    name = r"last-test-pgd-2-n20-eot2-bpda-backbone\.bn1-transfer-[0-9a-f]{8}\.npz"
+    assert re.fullmatch(name, file.name)
+    document = json.loads(file.with_suffix(".json").read_text())
+    assert document["transfer"] == str(other)
+    assert (document["settings"]["eot"], document["settings"]["bpda"]) == (2, ["backbone.bn1"])
+    assert "eot_without_noise" in {finding["name"] for finding in document["findings"]}
+    read = Evaluation.load(file)
+    assert main(["evaluate", "--compare", str(file), str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert all(
+        f"{one}: {finding.severity}: {finding}" in printed for one in "AB" for finding in read.findings
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -241,7 +266,8 @@ def test_options_reach_the_evaluation_and_name_the_files(run):
         ("--attacks pgd-2 {run}", "Give a model as the first word"),
         ("{run} --norm l2", "--norm: got l2 without --eps"),
         ("{run} --corruptions rain --corruptions-root .", "corruptions: got rain; expected"),
-        ("{run} --examples 0", "--examples 0 and"),
+        ("{run} --examples 0", "--examples 0, --eot 1 and"),
+        ("{run} --eot 0", "--eot 0 and --batch-size 200; expected at least 1"),
         ("{run} --compare a.npz b.npz", "got both of TARGET and --compare"),
         ("--compare {run}/recipe.yaml {run}/recipe.yaml", "got another file"),
     ],

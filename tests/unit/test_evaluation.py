@@ -4,6 +4,7 @@ import sys
 import warnings
 from dataclasses import replace
 
+import cheats
 import numpy as np
 import pytest
 import scipy.stats
@@ -16,7 +17,8 @@ from wcitrain.attacks import Attack, ThreatModel
 from wcitrain.digest import digest
 from wcitrain.evaluation import AttackResult, Corruptions, Evaluation, PreflightWarning, compare, evaluate
 from wcitrain.evaluation.accuracy import measure_accuracy
-from wcitrain.evaluation.checks import check_results
+from wcitrain.evaluation.attacking import Victim, stand_ins
+from wcitrain.evaluation.checks import check_results, random_squares
 from wcitrain.evaluation.corruptions import COMMON
 from wcitrain.evaluation.intervals import bootstrap_interval, mcnemar
 from wcitrain.evaluation.plans import AdaptivePlan, EnsemblePlan, GradientPlan, parse_attack
@@ -456,6 +458,207 @@ def test_attacks_that_do_nothing_are_noticed():
     x = 0.5 + 0.2 * torch.stack([halves, ~halves])[y].float().reshape(20, 3, 8, 8)
     findings = found(shattered, x, y)
     assert findings["huge_radius"] == findings["no_effect"] == "warning"
+
+
+def cheated(name: str, **settings) -> Evaluation:
+    """A cheat's evaluation, taken anyway."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PreflightWarning)
+        model = cheats.honest() if name == "honest" else cheats.cheat(name)
+        ball = ThreatModel("linf", cheats.EPS)
+        return run(model, *cheats.digits(), ball, **{"attacks": "pgd-20", "preflight": "warn"} | settings)
+
+
+@pytest.mark.parametrize("name", cheats.NAMED)
+def test_every_cheat_is_named_and_its_number_carries_the_name(name, tmp_path):
+    """Each prints too high a robust accuracy, or one that depends on the batch; none may stay silent."""
+    finding, severity = cheats.NAMED[name]
+    if severity == "error":
+        with pytest.raises(ValueError, match=f"preflight: .*{finding}"):
+            cheated(name, preflight="raise")
+    if name == "detached":  # no attack can follow a gradient that is not there: none is taken anyway
+        with pytest.raises(ValueError, match=r"preflight: no_gradient.*--bpda MODULE\.$"):
+            cheated(name)
+        return
+    result = cheated(name)
+    assert (finding, severity) in {(one.name, one.severity) for one in result.findings}
+    assert f"{severity}: {finding}: " in result.table()
+    assert finding in {one["name"] for one in result.as_dict()["findings"]}
+    assert Evaluation.load(result.save(tmp_path / "x.npz")).findings == result.findings
+
+
+def test_what_the_cheats_print():
+    """The values behind the names: the honest model's 76 %, and what hides it."""
+    shares = {name: cheated(name).robust_accuracy() for name in ("honest", "flipped", "partial", "wavy")}
+    assert shares["honest"] < 0.8
+    assert min(shares[name] for name in ("flipped", "partial", "wavy")) > 0.9
+    by_size = [cheated("batch", batch_size=size).robust_accuracy() for size in (200, 8)]
+    assert by_size[0] - by_size[1] > 0.02
+
+
+class Attending(nn.Module):
+    """A vision transformer of one block on patches of four pixels, or in bfloat16 any other model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 16, 2, 2)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.head(self.block(self.patches(x).flatten(2).mT).mean(1))
+
+
+class InBfloat16(nn.Module):
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x).float()
+
+
+def net(*layers, scale=1.0, steps=30):
+    """A network trained on digits for a moment, its logits times ``scale``."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(*layers), cheats.digits(300)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    for p in model[-1].parameters():
+        p.data *= scale
+    return model.eval()
+
+
+def convolutional(activation=nn.ReLU, **settings):
+    layers = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), activation(), nn.MaxPool2d(2), nn.Flatten()
+    return net(*layers, nn.Linear(72, 10), **settings)
+
+
+HONEST = {
+    "ReLU": lambda: net(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)),
+    "BatchNorm": convolutional,
+    "GELU": lambda: convolutional(nn.GELU),
+    "attention": lambda: net(Attending(), nn.Identity()),
+    "nearly perfect": lambda: convolutional(steps=80, scale=4.0),
+    "bfloat16": lambda: InBfloat16(convolutional()),
+    "attention in bfloat16": lambda: InBfloat16(net(Attending(), nn.Identity())),
+    "straight through": lambda: cheats.Cheat(
+        cheats.honest(), cheats.Part(lambda x: x + ((255 * x).round() / 255 - x).detach())
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_models_have_no_findings(name):
+    """Kinks, curvature, rounding, saturation and tiny radii are no cheating: false alarms cost trust."""
+    model, (x, y) = HONEST[name](), cheats.digits()
+    for num, eps, batch_size in ((60, 0.1, 60), (32, 0.1, 16), (16, 1e-5, 16)):
+        settings = {"threats": ThreatModel("linf", eps), "batch_size": batch_size}
+        names = found(model, x[:num], y[:num], attacks=["pgd-20", "margin-20"], **settings)
+        assert names.keys() <= ({"no_effect"} if eps < 0.1 else set())
+
+
+def test_the_gradient_behind_eot_is_the_mean_of_its_draws():
+    """One draw more or less, or a mean of logits, would be another attack."""
+    model, (x, y) = cheats.cheat("noise").eval(), cheats.digits(6)
+    loss = nn.functional.cross_entropy
+
+    def one(images):
+        return loss(model(images), y, reduction="none")
+
+    images = x.clone().requires_grad_()
+    torch.manual_seed(3)
+    draws = [one(images) for _ in range(5)]
+    expected = torch.stack(draws).mean(0).detach(), torch.autograd.grad(sum(draws).sum(), images)[0] / 5
+    torch.manual_seed(3)
+    mean = Victim(model, x, y, eot=5).expected(one)(images)
+    torch.testing.assert_close(mean.detach(), expected[0])
+    torch.testing.assert_close(torch.autograd.grad(mean.sum(), images)[0], expected[1])
+    torch.manual_seed(3)
+    assert torch.equal(mean.detach(), Victim(model, x, y, eot=5).expected(one)(x))  # without autograd
+    assert Victim(model, x, y).expected(one) is one
+
+
+def test_eot_breaks_what_single_draws_leave():
+    """The fix that the finding names must be one; the package's attack has it, too."""
+    with pytest.raises(ValueError, match=r"randomised: .*use --eot \d+\. \("):
+        cheated("noise", preflight="raise")
+    single, mean = (cheated("noise", attacks="pgd-10", eot=eot) for eot in (1, 16))
+    assert mean.robust_accuracy() < single.robust_accuracy() - 0.05
+    assert [(one.name, one.severity) for one in mean.findings] == [("randomised", "warning")]
+    assert (mean.attacks[0].attack, mean.settings["eot"]) == ("pgd-10 eot-16", 16)
+    assert "eot_without_noise" in {one.name for one in cheated("honest", eot=2).findings}
+    victim = Victim(cheats.honest(), *cheats.digits(8), eot=5)
+    for name in ("autoattack", "autoattack-rand"):
+        adversary = parse_attack(name).stages(victim, LINF)[0].attack.args[0]
+        assert adversary.apgd.eot_iter == adversary.apgd_targeted.eot_iter == 5
+
+
+def test_a_stand_in_changes_gradients_and_no_value():
+    """BPDA goes around what has no gradient; a changed output would be another model's robustness."""
+    model, (x, _) = cheats.cheat("quantised"), cheats.digits(4)
+    plain = model(x)
+    images = x.clone().requires_grad_()
+    rounded = (16 * x).round() / 16
+    inner = rounded.clone().requires_grad_()
+    expected = torch.autograd.grad(model.model(inner).square().sum(), inner)[0]
+    for parts, factor in ((["front"], 1.0), ({"front": lambda x: 3 * x}, 3.0)):
+        with stand_ins(model, parts):
+            assert torch.equal(model(images), plain)
+            gradient = torch.autograd.grad(model(images).square().sum(), images)[0]
+        torch.testing.assert_close(gradient, factor * expected)
+    assert not torch.autograd.grad(model(images).square().sum(), images)[0].any()  # taken away again
+    with pytest.raises(ValueError, match=r"bpda: got 'font'; expected .*Did you mean front\?"):
+        run(model, *cheats.digits(4), bpda=["font"])
+    with pytest.raises(ValueError, match=r"bpda: got 'model' with outputs \(4, 10\) and .*\(4, 1, 8, 8\)"):
+        run(model, *cheats.digits(4), bpda=["model"])
+
+
+def test_bpda_breaks_what_rounding_hid():
+    """Nobody is robust for having no gradient: around the module is the honest model."""
+    for name in ("quantised", "flipped", "detached"):
+        result = cheated(name, bpda=["front"], preflight="raise" if name != "flipped" else "warn")
+        assert result.robust_accuracy() < 0.82
+        assert result.attacks[0].attack == "pgd-20 bpda"
+        assert result.settings["bpda"] == ["front"]
+        assert {one.severity for one in result.findings} <= {"warning"}
+
+
+def test_images_of_another_model_break_what_masked_gradients_left():
+    """The check that needs no gradient of the model at all; on an honest one it finds nothing."""
+    result = cheated("wavy", transfer=cheats.honest())
+    own, other = (r.is_robust.float().mean() for r in result.attacks)
+    assert result.attacks[1].attack == "transfer pgd-20"
+    assert other < own - 0.1
+    assert "transfer_helps" in {one.name for one in result.findings}
+    assert result.robust_accuracy() <= other
+    assert cheated("honest", transfer=HONEST["ReLU"]()).findings == ()
+
+
+@pytest.mark.parametrize("threat", [ThreatModel("linf", 0.1), ThreatModel("l2", 0.8), ThreatModel("l1", 4.0)])
+def test_random_squares_stay_in_the_ball_and_raise_the_margin(threat):
+    """A search that leaves the ball or the box would call an honest model masked."""
+    model, (x, y) = cheats.honest(), cheats.digits()
+    with torch.no_grad():
+        x_adv = random_squares(Victim(model, x, y), x, y, threat)
+    order = {"linf": np.inf, "l2": 2, "l1": 1}[threat.norm]
+    lengths = torch.linalg.vector_norm((x_adv - x).flatten(1), order, dim=1)
+    assert lengths.max() <= threat.eps * (1 + 1e-5)
+    assert lengths.median() > 0.9 * threat.eps
+    assert 0 <= x_adv.min() <= x_adv.max() <= 1
+    assert (model(x_adv).argmax(1) == y).sum() < (model(x).argmax(1) == y).sum()
+
+
+def test_an_attack_of_too_few_steps_is_noticed():
+    """A number that falls when the steps are doubled is not the attack's, but that of its patience."""
+    x, y = cheats.digits()
+    model = net(nn.Flatten(), nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 10), steps=100)
+    assert found(model, x, y, threats=ThreatModel("l2", 0.8), attacks="pgd-2") == {"more_steps": "warning"}
+    assert found(model, x, y, threats=ThreatModel("l2", 0.8), attacks="pgd-40") == {}
 
 
 def test_a_model_in_train_mode_is_checked_and_measured_in_eval_mode():

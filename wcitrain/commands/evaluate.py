@@ -15,6 +15,7 @@ from wcitrain.commands.options import parser, recipe_and_settings
 from wcitrain.data import Images, ImageSet
 from wcitrain.data.sets import class_order
 from wcitrain.data.splits import is_count
+from wcitrain.digest import digest
 from wcitrain.evaluation import (
     Corruptions,
     Evaluation,
@@ -39,8 +40,15 @@ def run(options: argparse.Namespace) -> int:
     _refuse_without_effect(options)
     if options.compare:
         a, b = options.compare
-        result = compare(Evaluation.load(a), Evaluation.load(b))
-        print(f"A = {a}\nB = {b}\n{result.num_examples} images\n\n{result.table()}")
+        first, second = Evaluation.load(a), Evaluation.load(b)
+        result = compare(first, second)
+        print(f"A = {a}\nB = {b}\n{result.num_examples} images\n\n{result.table()}\n")
+        for name, evaluation in (("A", first), ("B", second)):
+            print(
+                *(f"{name}: {finding.severity}: {finding}\n" for finding in evaluation.findings),
+                sep="",
+                end="",
+            )
         return 0
     options.attacks = [parse_attack(name).name for name in options.attacks]
     options.transfer_images = [Transfer.load(path) for path in options.transfer_images]
@@ -48,14 +56,13 @@ def run(options: argparse.Namespace) -> int:
     evaluation = _evaluated(target, options)
     num_images = f"{evaluation.num_examples} of {len(target.images(options.split))} images"
     title = f"{target.title}, {num_images} of {options.split}"
-    findings = (f"{finding.severity}: {finding}" for finding in evaluation.findings)
     table = evaluation.table()
     try:
         written = _write(evaluation, target, title, options)
     except OSError as error:
         text = "The state of every attack is kept; here is what was not written:"
         raise OSError(f"{error}\n{text}\n{table}") from error
-    print("\n".join([title, "", table, "", *findings]))
+    print("\n".join([title, "", table, ""]))
     print(f"Written: {', '.join(map(str, written))}")
     return 0
 
@@ -68,8 +75,8 @@ def _evaluated(target: Target, options: argparse.Namespace) -> Evaluation:
         got = f"{' '.join(options.corruptions)} with --corruptions-root {root} and --split {options.split}"
         rule = "the folder of CIFAR-10-C, CIFAR-100-C or ImageNet-C, and test images. Give both."
         raise ValueError(f"--corruptions: got {got}; expected {rule}")
-    if options.batch_size < 1 or (options.examples is not None and options.examples < 1):
-        got = f"--examples {options.examples} and --batch-size {options.batch_size}"
+    if min(options.batch_size, options.eot) < 1 or (options.examples is not None and options.examples < 1):
+        got = f"--examples {options.examples}, --eot {options.eot} and --batch-size {options.batch_size}"
         raise ValueError(f"evaluate: got {got}; expected at least 1.")
     if options.corruptions:
         corrupted = Corruptions.find(root, options.corruptions)
@@ -80,6 +87,7 @@ def _evaluated(target: Target, options: argparse.Namespace) -> Evaluation:
             raise ValueError(f"--corruptions: {text}")
         names = target.splits.class_names
         corrupted = replace(corrupted, places=images.positions, classes=None if is_count(names) else names)
+    source = opened(options, options.transfer, None).load_model() if options.transfer else None
     model, folder = target.load_model(), target.folder("evaluations", options.out)
     folder.mkdir(parents=True, exist_ok=True)  # where that fails, it does so before the attacks
     with warnings.catch_warnings():
@@ -98,6 +106,9 @@ def _evaluated(target: Target, options: argparse.Namespace) -> Evaluation:
             minimal=minimal,
             transfer_images=options.transfer_images,
             keep_images=options.save_images,
+            eot=options.eot,
+            bpda=options.bpda,
+            transfer=source,
         )
     return replace(evaluation, index=index)
 
@@ -130,6 +141,9 @@ def _write(evaluation: Evaluation, target: Target, title: str, options: argparse
         "+".join(one.name for one in options.transfer_images),
         "corruptions" if options.corruptions == ["all"] else "+".join(options.corruptions),
         "" if options.batch_size == 200 else f"b{options.batch_size}",
+        "" if options.eot == 1 else f"eot{options.eot}",
+        "-".join(["bpda", *options.bpda]) if options.bpda else "",
+        f"transfer-{digest([options.transfer])[:8]}" if options.transfer else "",
         seed,
         recipe_part(options, target),
     )
@@ -143,6 +157,7 @@ def _write(evaluation: Evaluation, target: Target, title: str, options: argparse
         "data": target.recipe.model_dump(mode="json")["data"],
         "threat": asdict(target.recipe.threat),
         "notes": target.notes,
+        **({"transfer": options.transfer} if options.transfer else {}),
         **evaluation.as_dict(),
     }
     folder = target.folder("evaluations", options.out)

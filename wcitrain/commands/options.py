@@ -73,6 +73,12 @@ def _evaluate(add: Add) -> None:
     add("--batch-size", type=int, default=200, help="images a pass (default: 200)")
     text = "checks of the model: stop at meaningless numbers, only say so, or none (default: raise)"
     add("--preflight", choices=("raise", "warn", "off"), default="raise", help=text)
+    text = "means of K draws as gradients of a randomised model (expectation over transformation; default: 1)"
+    add("--eot", type=int, default=1, metavar="K", help=text)
+    text = "modules inside the model whose gradient is the identity's, such as a rounding (BPDA)"
+    add("--bpda", **SEVERAL, default=[], metavar="MODULE", help=text)
+    text = "another model: images of the first gradient attack on it are one more attack"
+    add("--transfer", metavar="TARGET", help=text)
     text = "compare two evaluations on the same images; no TARGET"
     add("--compare", nargs=2, metavar=("A.npz", "B.npz"), help=text)
 

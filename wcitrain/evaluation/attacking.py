@@ -4,10 +4,10 @@ Legend: N examples, B a batch of them. A restart of PGD is a stage, and so is a 
 that any stage's final iterate breaks is broken, not only by that of the highest loss.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from wcitrain import files
 from wcitrain.attacks import ThreatModel
+from wcitrain.attacks.ascent import PerExampleLoss
 from wcitrain.digest import digest
+from wcitrain.method import nearest
 from wcitrain.params import logits_of, unwrapped
 from wcitrain.preserve import full_precision, undisturbed
 from wcitrain.seeding import seed_from
@@ -43,6 +45,28 @@ class Victim:
     y: Tensor  # [N], on the CPU
     batch_size: int = 200
     seed: int = 0
+    eot: int = 1  # draws of a randomised model behind a gradient, see ``expected``
+    has_stand_ins: bool = False  # in the backward pass, see ``stand_ins``
+
+    def expected(self, loss_fn: PerExampleLoss) -> PerExampleLoss:
+        """Return the expectation over transformation of a loss [B] (Athalye et al. 2018, section 4.2).
+
+            L(x) = 1/K sum_k loss_k(x),   grad L = 1/K sum_k grad loss_k,   K = ``eot`` draws              (1)
+
+        K times the passes, the memory of one: the gradients are taken draw by draw, and what is returned is
+        linear in x with this value and this gradient. With K = 1 it is ``loss_fn`` itself.
+        """
+
+        def mean(x: Tensor) -> Tensor:
+            total, slope = torch.zeros(len(x), device=x.device), torch.zeros_like(x)
+            for _ in range(self.eot):
+                losses = loss_fn(x)
+                total = total + losses.detach() / self.eot
+                if losses.requires_grad and x.requires_grad:
+                    slope += torch.autograd.grad(losses.sum(), x)[0] / self.eot
+            return total + ((x - x.detach()) * slope).flatten(1).sum(1)
+
+        return loss_fn if self.eot == 1 else mean
 
     @cached_property
     def device(self) -> torch.device:
@@ -105,6 +129,40 @@ def attackable(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for p, flag in zip(parameters, required, strict=True):
             p.requires_grad_(flag)
+
+
+@contextmanager
+def stand_ins(
+    model: nn.Module, parts: Mapping[str, Callable[[Tensor], Tensor]] | Sequence[str]
+) -> Iterator[None]:
+    """Backward pass differentiable approximation of named parts f of a model (Athalye et al. 2018, 4.1).
+
+        forward f(x), bit for bit;  backward that of g(x):  f(x) + ( g(x) − g(x) ),  gradients of the first g
+
+    ``parts`` maps names of modules to functions g, or lists names: then g(x) = x, which goes straight through
+    a rounding, a JPEG or a denoiser. ValueError for names and shapes that do not fit.
+    """
+    modules = dict(model.named_modules())
+    pairs = dict(parts) if isinstance(parts, Mapping) else dict.fromkeys(parts, lambda x: x)
+    for name in pairs.keys() - {known for known in modules if known}:
+        known = [one for one in modules if one]
+        hint = f"Did you mean {nearest(name, known, 0.0)}?" if known else "This model has none."
+        raise ValueError(f"bpda: got {name!r}; expected the name of a module inside the model. {hint}")
+
+    def hook(name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        replaced = pairs[name](args[0])
+        if replaced.shape != output.shape:
+            got = f"got {name!r} with outputs {tuple(output.shape)} and a stand-in {tuple(replaced.shape)}"
+            raise ValueError(f"bpda: {got}; expected equal shapes. In Python, give a function for it.")
+        return output.detach() + (replaced - replaced.detach())
+
+    with ExitStack() as stack:
+        for name in pairs:
+            handle = modules[name].register_forward_hook(partial(hook, name))
+            stack.callback(handle.remove)
+        yield
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,24 @@
 """``evaluate``: clean, robust and corrupted accuracy of any model, example by example."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wcitrain.attacks import ThreatModel
 from wcitrain.digest import digest
-from wcitrain.evaluation.attacking import AttackState, Stage, Victim, attackable, run_stages
-from wcitrain.evaluation.checks import PreflightWarning, check_model, check_results
+from wcitrain.evaluation.attacking import AttackState, Stage, Victim, attackable, run_stages, stand_ins
+from wcitrain.evaluation.checks import PreflightWarning, check_model, check_results, check_survivors
 from wcitrain.evaluation.corruptions import Corruptions
 from wcitrain.evaluation.images import Transfer, check_images
 from wcitrain.evaluation.minimal import minimal_eps
-from wcitrain.evaluation.plans import EnsemblePlan, Plan, parse_attack
+from wcitrain.evaluation.plans import EnsemblePlan, GradientPlan, Plan, parse_attack
 from wcitrain.evaluation.results import AttackResult, Evaluation, Finding
 from wcitrain.measures.means import in_chunks, read_pairs
 from wcitrain.preserve import normal
@@ -40,6 +41,9 @@ def evaluate(
     minimal: Sequence[ThreatModel] = (),
     transfer_images: Sequence[Transfer] = (),
     keep_images: bool = False,
+    eot: int = 1,
+    bpda: Mapping[str, Callable[[Tensor], Tensor]] | Sequence[str] = (),
+    transfer: nn.Module | None = None,
 ) -> Evaluation:
     """Measure a model's accuracy: clean, corrupted, and under every attack within every threat model.
 
@@ -59,6 +63,9 @@ def evaluate(
         minimal: Balls up to which the smallest radius that all ``attacks`` together need is bisected.
         transfer_images: Adversarial images of other models, each an attack within its own threat model.
         keep_images: Whether the results have the adversarial images, see ``AttackState``.
+        eot: Draws of a randomised model behind each gradient of PGD and AutoAttack's APGD; a verdict is one.
+        bpda: Modules by name that gradients go straight through, or functions instead, see ``stand_ins``.
+        transfer: Another model. The first gradient attack (else pgd-20) on it is one more attack on this.
 
     >>> model, x, y = nn.Flatten(), torch.rand(20, 1, 2, 2), torch.zeros(20).long()
     >>> result = evaluate(model, [(x, y)], ThreatModel("linf", 0.1), attacks="pgd-5", preflight="off")
@@ -80,8 +87,8 @@ def evaluate(
         )
     settings: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
     settings |= {"torch": torch.__version__, "wcitrain": version("wcitrain")}
-    if batch_size < 1 or (num_examples is not None and num_examples < 1):
-        got = f"got num_examples={num_examples}, batch_size={batch_size}"
+    if min(batch_size, eot) < 1 or (num_examples is not None and num_examples < 1):
+        got = f"got num_examples={num_examples}, eot={eot}, batch_size={batch_size}"
         raise ValueError(f"evaluate: {got}; expected at least 1.")
     chunks = in_chunks(read_pairs(data, num_examples), batch_size)
     pairs = [(x.detach().cpu(), y.detach().cpu()) for x, y in chunks]
@@ -92,18 +99,28 @@ def evaluate(
         got = f"images {tuple(x.shape)} of {x.dtype} and labels {tuple(y.shape)} of {y.dtype}"
         rule = "expected [B, C, H, W] in [0, 1], and class numbers [B]. Divide levels by 255."
         raise ValueError(f"data: got {got}; {rule}")
-    with attackable(model) as module:
+    suffix = f" eot-{eot}" * (eot > 1) + " bpda" * bool(bpda)
+    settings |= {"eot": eot} if eot > 1 else {}
+    settings |= {"bpda": list(bpda)} if bpda else {}
+    with ExitStack() as stack:
+        module = stack.enter_context(attackable(model))
+        stack.enter_context(stand_ins(module, bpda))
         x, y = normal(x).float(), normal(y).long()
-        victim = Victim(module, x, y, batch_size, seed)
+        victim = Victim(module, x, y, batch_size, seed, eot, bool(bpda))
         clean = victim.clean
-        runs: list[tuple[ThreatModel, Plan | Transfer, list[Stage]]] = []
-        for threat in dict.fromkeys([*balls, *(one.threat for one in transfer_images)]):
-            here: list[Plan | Transfer] = [*plans] if threat in balls else []
-            here += [one for one in transfer_images if one.threat == threat]
-            runs += [(threat, plan, plan.stages(victim, threat)) for plan in here]
+        runs: list[tuple[ThreatModel, str, list[object], list[Stage]]] = []
+        for t in balls:
+            runs += [(t, f"{p.name}{suffix}", [repr(p)], p.stages(victim, t)) for p in plans]
+        if transfer is not None:
+            source = replace(victim, model=stack.enter_context(attackable(transfer)), eot=1)
+            plan = next((p for p in plans if isinstance(p, GradientPlan)), parse_attack("pgd-20"))
+            settings["transfer"], name = source.digest(), f"transfer {plan.name}"
+            runs += [(t, name, [name], plan.stages(source, t)) for t in balls]
+        for one in transfer_images:
+            runs += [(one.threat, one.name, [one.name, one.images], one.stages(victim, one.threat))]
         if any(isinstance(plan, EnsemblePlan) for plan in plans):
             settings["pyautoattack"] = version("pyautoattack")
-        findings = _told(check_model(victim, plans), preflight)
+        findings = _told(check_model(victim, plans, balls), preflight)
         corrupted = {} if corruptions is None else corruptions.evaluate(victim)
         key = [STATE, victim.digest(), images := digest([x, y]), clean.losses, settings]
 
@@ -113,23 +130,25 @@ def evaluate(
             return None if folder is None else Path(folder, f"{name}-{digest([*key, *parts])}.npz")
 
         results = []
-        for threat, plan, stages in runs:
-            of_plan = [plan.name, plan.images] if isinstance(plan, Transfer) else [repr(plan)]
-            path = state_path(f"{plan.name}-{threat}", *of_plan, repr(threat), *["images"] * keep_images)
+        for threat, attack, parts, stages in runs:
+            path = state_path(f"{attack}-{threat}", *parts, repr(threat), *["images"] * keep_images)
             state = AttackState(clean.is_right, path, x if keep_images else None)
-            run_stages(stages, victim, threat, state, f"{plan.name} {threat}")
+            run_stages(stages, victim, threat, state, f"{attack} {threat}")
             # Not strict: stages stop when no robust example is left.
             after = dict(zip((stage.name for stage in stages), state.after, strict=False))
-            parts = after, state.furthest, state.fell_in, state.images
-            results.append(AttackResult(threat, plan.name, state.is_robust, state.losses, *parts))
+            kept = after, state.furthest, state.fell_in, state.images
+            results.append(AttackResult(threat, attack, state.is_robust, state.losses, *kept))
         findings += _told(check_images(victim, results), preflight)
         smallest = []
         for largest in minimal:
             path = state_path(f"minimal-{largest.norm}", repr(plans), repr(largest))
             known = [(r.threat.eps, ~r.is_robust) for r in results if r.threat.norm == largest.norm]
             smallest.append(minimal_eps(victim, plans, largest, path, known))
-    examples = y, clean.is_right, clean.losses, tuple(results), corrupted
-    evaluation = Evaluation(*examples, images, settings, minimal=tuple(smallest))
+        examples = y, clean.is_right, clean.losses, tuple(results), corrupted
+        evaluation = Evaluation(*examples, images, settings, minimal=tuple(smallest))
+        survivors = [evaluation.worst(threat) for threat in balls]
+        if "randomised" not in {finding.name for finding in findings}:
+            findings += _told(check_survivors(victim, plans, balls, survivors), preflight)
     findings += _told(check_results(evaluation, clean.num_classes), preflight)
     return replace(evaluation, findings=tuple(findings))
 
@@ -138,9 +157,10 @@ def _told(findings: Iterable[Finding], preflight: str) -> list[Finding]:
     """Return findings after warning of them, or raise; nothing is looked for where checks are off."""
     told = [] if preflight == "off" else list(findings)
     errors = [finding for finding in told if finding.severity == "error"]
-    if errors and preflight != "warn":
-        text = " ".join(map(str, errors))
-        raise ValueError(f"preflight: {text} (preflight='warn' evaluates nevertheless.)")
+    is_fatal = any(finding.name == "no_gradient" for finding in errors)
+    if errors and (is_fatal or preflight != "warn"):
+        hint = "" if is_fatal else " (preflight='warn' evaluates nevertheless.)"
+        raise ValueError(f"preflight: {' '.join(map(str, errors))}{hint}")
     for finding in told:
         warnings.warn(str(finding), PreflightWarning, stacklevel=3)
     return told

@@ -20,6 +20,7 @@ from wcitrain.attacks import ThreatModel
 from wcitrain.digest import digest
 from wcitrain.evaluation.attacking import Stage, Victim, is_right
 from wcitrain.evaluation.results import AttackResult, Evaluation, Finding
+from wcitrain.params import logits_of
 
 KIND = "wcitrain adversarial images"
 TRANSFER = "transfer "  # how names of such attacks begin

@@ -67,8 +67,8 @@ class GradientPlan:
         else:
             start = partial(starting_point, threat=threat, start="uniform")
             x_adv = _starts(victim, ("evaluation", restart), x, places, start)
-        loss = ATTACK_LOSSES[self.loss]
-        return climb(lambda z: loss(victim.model(z), y), x, x_adv, threat, self.num_steps, step_size)
+        loss = victim.expected(lambda z: ATTACK_LOSSES[self.loss](victim.model(z), y))
+        return climb(loss, x, x_adv, threat, self.num_steps, step_size)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,11 @@ class AdaptivePlan:
     ) -> Tensor:
         """Return x_adv of one restart; starts are functions of seed, target, restart and place alone."""
         starts = _starts(victim, ("apgd", target, restart), x, places, apgd.start)
-        return apgd.climb(apgd.judge(victim.model, victim.model(x), y, target), x, starts)[0]
+        judge = apgd.judge(victim.model, victim.model(x), y, target)
+        if victim.eot == 1:
+            return apgd.climb(judge, x, starts)[0]
+        mean = victim.expected(lambda z: judge(z)[0])
+        return apgd.climb(lambda z: (mean(z), judge(z)[1]), x, starts)[0]
 
 
 def _starts(
@@ -131,6 +135,8 @@ class EnsemblePlan:
         adversary: Any = package.AutoAttack(victim.model, device=victim.device, **settings)
         silent = logging.Logger("autoattack", logging.CRITICAL + 1)  # what it warns of is in preflight
         adversary.logger = adversary.apgd.logger = adversary.apgd_targeted.logger = silent
+        if victim.eot > 1:  # as upstream's "rand" has it, with 20; FAB and Square go without
+            adversary.apgd.eot_iter = adversary.apgd_targeted.eot_iter = victim.eot
         for part in (adversary.apgd_targeted, adversary.fab):
             part.n_target_classes = min(part.n_target_classes, num - 1)
         names = self.components or tuple(adversary.attacks_to_run)

@@ -50,6 +50,11 @@ class AttackResult:
         """Whether it raises the loss in ``losses``, which are not its maximum after an attack on another."""
         return self.attack.startswith(("pgd-", "fgsm"))
 
+    @property
+    def is_transferred(self) -> bool:
+        """Whether the images were made on another model."""
+        return self.attack.startswith("transfer ")
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -113,7 +118,7 @@ class Evaluation:
         return float(np.mean(shares)) if shares else math.nan
 
     def table(self) -> str:
-        """Return accuracies in %, losses, Wilson and bootstrap 95 % intervals, a row an attack.
+        """Return accuracies in %, losses, Wilson and bootstrap 95 % intervals, a row an attack; findings.
 
         Where a threat met several attacks also how many examples each broke, it first, and it alone.
         """
@@ -134,11 +139,11 @@ class Evaluation:
                 rows.append((str(threat), WORST, *_cells(self.worst(threat), none)))
         if len(self.threats) > 1:
             rows.append(("all threats", WORST, *_cells(self.worst(), none)))
-        tables = [by_threat(rows)]
-        tables += [aligned([MINIMAL, *(minimal_cells(one.as_dict()) for one in self.minimal)])] * bool(
-            self.minimal
-        )
-        return "\n\n".join([*tables, *[self._corruption_table()] * bool(self.corrupted)])
+        smallest = [MINIMAL, *(minimal_cells(one.as_dict()) for one in self.minimal)]
+        told = "\n".join(f"{finding.severity}: {finding}" for finding in self.findings)
+        corrupted = self._corruption_table() if self.corrupted else ""
+        parts = by_threat(rows), aligned(smallest) if self.minimal else "", corrupted, told
+        return "\n\n".join(filter(None, parts))
 
     def _corruption_table(self) -> str:
         severities = sorted({severity for _, severity in self.corrupted})
