@@ -121,11 +121,31 @@ def traces():
     return table([row[:drop] + row[drop + 1 :] for row in rows], one["texts"])
 
 
+def third_party():
+    """Return who finds which images robust: we, and each other attacker."""
+    rows = [["data, training, threat, images, clean %", "attack", "against", "ours, %", "theirs, %"]]
+    rows[0] += ["both", "neither", "only ours", "only theirs", "moved"]
+    for model in read("third_party").values():
+        percent = {
+            (attack, who): f"{100 * flags.count('1') / len(flags):.1f}"
+            for attack, by in model["robust"].items()
+            for who, flags in by.items()
+        }
+        first = f"{model['data']}, {model['title']}, {model['threat']}, {model['images']}, "
+        first += percent["clean", "ours"]
+        for one in model["pairs"]:
+            attack, who = one["attack"], one["other"]
+            counts = [str(one[key]) for key in ("both", "neither", "only_ours", "only_theirs", "moved")]
+            rows.append([first, attack, who, percent[attack, "ours"], percent[attack, who], *counts])
+            first = ""
+    return table(rows, texts=3)
+
+
 def tables():
     """Return every table of the results by its mark; the runs of those in tables.json are not kept."""
     kept = {name: table([one["columns"], *one["rows"]], one["texts"]) for name, one in read("tables").items()}
     drawn = {"correlation": correlation, "yamada_logistic": yamada, "penalty_steps": penalty_steps}
-    drawn |= {"trace_cost": trace_cost, "traces": traces}
+    drawn |= {"trace_cost": trace_cost, "traces": traces, "third_party": third_party}
     return kept | {name: make() for name, make in drawn.items()}
 
 
