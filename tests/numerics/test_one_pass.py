@@ -282,8 +282,8 @@ def family(power, cap, size, **kwargs) -> WCIPosterior:
 
 def test_a_floor_without_effect_is_refused():
     """Uniform noise looks at no trace: an ablation of the floor would compare a run with itself."""
-    with pytest.raises(ValueError, match=r"floor: got 0\.1 with power=2, where no trace counts"):
-        WCIPosterior(power=2, floor=0.1)
+    with pytest.raises(ValueError, match=r"floor: got 0\.2 with power=2, where no trace counts"):
+        WCIPosterior(power=2, floor=0.2)
 
 
 def columns(layers) -> list[torch.Tensor]:

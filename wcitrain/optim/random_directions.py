@@ -43,7 +43,7 @@ from wcitrain.optim.perturbation import (
 Maybe = Tensor | None
 FLOOR = 1e-4  # of penalties and ascents: s_l of a layer is at most 1/sqrt(FLOOR) = 100 times the mean layer's
 DEFAULT_SIZE = 0.5
-DEFAULT_FLOOR = 0.01  # of the posterior
+DEFAULT_FLOOR = 0.1  # of the posterior
 FIRST_SIZE = 0.1  # relative size of perturbations that measure, before traces turn λ into a size
 
 RelativeSize = Annotated[Positive, Field(description="r, perturbation norm over weight norm.")]
