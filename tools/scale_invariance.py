@@ -14,9 +14,10 @@ import sys
 import torch
 from torch import nn
 
+from wcitrain.commands.common import attack_asked
 from wcitrain.commands.study import Study, settings_by_measure
 from wcitrain.measures import MEASURES, Problem
-from wcitrain.targets import attack_of, open_run
+from wcitrain.targets import open_run
 
 NAMES = ["average_flatness", "worst_flatness", "wci", "hessian_trace", "lambda_max", "sam_sharpness"]
 
@@ -54,7 +55,7 @@ def main() -> int:
     target = open_run(options.run, options.at, device="cpu")
     model, images = target.load_model(), target.images("test")
     data = [(x, y) for x, y, _ in images.subset(min(options.examples, len(images))).batches(100)]
-    attack = attack_of(target.recipe, study)
+    attack = attack_asked(target.recipe, study)
     models = {factor: scaled(model, factor) for factor in options.factors}
     with torch.no_grad():
         for factor, twin in models.items():

@@ -9,7 +9,6 @@ from torch import nn
 
 from wcitrain.checkpoint import class_names_in
 from wcitrain.data import Images, ImageSet, MixedSet, Splits, load_extra, match_classes, pseudo_label
-from wcitrain.data.folders import name_some
 from wcitrain.data.pixels import ArraySource
 from wcitrain.data.splits import is_count
 from wcitrain.models import Classifier, create_model, load_exported
@@ -17,6 +16,7 @@ from wcitrain.objectives import Objective, WithInputRegularizer
 from wcitrain.optim import RegularizedOptimizer
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import seed_from
+from wcitrain.text import name_some
 
 
 def open_training_set(recipe: Recipe, splits: Splits, device: torch.device) -> Images:
@@ -38,9 +38,8 @@ def open_training_set(recipe: Recipe, splits: Splits, device: torch.device) -> I
     if isinstance(images.source, ArraySource) and extra.labeler is None and not is_count(splits.class_names):
         print(f"extra.path: labels without names, in the order {name_some(splits.class_names)}", flush=True)
     if extra.labeler is not None:
-        numbers, note = match_classes(
-            class_names_in(Path(extra.labeler)), splits.class_names, "extra.labeler"
-        )
+        names = class_names_in(Path(extra.labeler))
+        numbers, note = match_classes(names, splits.class_names, "extra.labeler")
         images, confidence = pseudo_label(images, load_exported(extra.labeler).to(device), device)
         images = replace(images, y=torch.tensor(numbers).argsort()[images.y])
         print(f"extra.labeler: {note}\n" if note else "", end="")

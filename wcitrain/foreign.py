@@ -8,23 +8,21 @@ import importlib
 import sys
 import traceback
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from wcitrain.evaluation.intervals import mcnemar
 from wcitrain.evaluation.results import percent
-from wcitrain.models import Classifier
+from wcitrain.finding import program_kind
+from wcitrain.models import Classifier, by_channel
 from wcitrain.params import logits_of, precise
 from wcitrain.preserve import undisturbed
 
-HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 # What images are normalised with, by who does it: channel means and deviations in [0, 1] units.
 SCALES: dict[str, tuple[Sequence[float], Sequence[float]]] = {
     "[0, 1] as they are": ([0.0], [1.0]),
@@ -36,29 +34,6 @@ SCALES: dict[str, tuple[Sequence[float], Sequence[float]]] = {
     "MNIST's normalisation": ([0.1307], [0.3081]),
 }
 SIGNIFICANT = 0.001  # p-value of McNemar's test below which another scale is better than the model's own
-
-
-def is_timm_name(target: str) -> bool:
-    """Whether timm builds a model of this name, or would look for it on a hub or in a folder."""
-    return target.startswith(HUBS) or timm.is_model(target.partition(".")[0])
-
-
-def is_function(target: str) -> bool:
-    """Whether this reads as ``module:function`` or ``file.py:function``."""
-    place, _, name = target.rpartition(":")
-    is_module = all(part.isidentifier() for part in place.split("."))
-    return name.isidentifier() and bool(place) and (is_module or place.endswith(".py"))
-
-
-def program_kind(path: Path) -> str:
-    """Return "TorchScript" or "torch.export" for a file that holds such a program, else nothing."""
-    if not zipfile.is_zipfile(path):
-        return ""
-    with zipfile.ZipFile(path) as archive:
-        inner = [name.partition("/")[2] for name in archive.namelist()]
-    if any(name.startswith("code/") for name in inner):
-        return "TorchScript"
-    return "torch.export" if any(name.startswith("models/") for name in inner) else ""
 
 
 class Program(nn.Module):
@@ -163,7 +138,10 @@ def check_scale(model: Classifier, x: Tensor, y: Tensor, source: str, *, is_give
     of ``SCALES`` that is right more often, beyond chance (McNemar), is a ValueError that says how to set it;
     where the caller has set the normalisation himself (``is_given``) it is only said.
     """
-    channels, kept = x.shape[1], (model.mean, model.std)
+    kept, pairs = (model.mean, model.std), {}
+    for name, constants in SCALES.items():
+        values = [by_channel("mean", None, one, x.shape[1]) for one in constants]
+        pairs[name] = [torch.tensor(one).view(1, -1, 1, 1).to(kept[0]) for one in values]
 
     def is_right(mean: Tensor, std: Tensor) -> Tensor:
         model.mean, model.std = mean, std
@@ -173,8 +151,7 @@ def check_scale(model: Classifier, x: Tensor, y: Tensor, source: str, *, is_give
     with undisturbed(model, training=False):
         try:
             own, flags = is_right(*kept), {}
-            for name, constants in SCALES.items():
-                pair = [_by_channel(values, channels).to(kept[0]) for values in constants]
+            for name, pair in pairs.items():
                 if not all(torch.allclose(a, b, atol=1e-3) for a, b in zip(pair, kept, strict=True)):
                     flags[name] = is_right(*pair)
         finally:
@@ -184,15 +161,9 @@ def check_scale(model: Classifier, x: Tensor, y: Tensor, source: str, *, is_give
     told = f"{shares[0]} % of {len(x)} images right as it is, at best {shares[1]} % behind others ({best})"
     more, fewer, p_value = mcnemar(flags[best], own)
     if more > fewer and p_value < SIGNIFICANT and not is_given:
-        mean, std = (
-            [float(f"{v:.6g}") for v in _by_channel(c, channels).flatten().tolist()] for c in SCALES[best]
-        )
-        now = [[float(f"{v:.6g}") for v in t.flatten().tolist()] for t in kept]
-        advice = f"Give --recipe 'model.mean={mean}' 'model.std={std}'; to leave it so, {now[0]} and {now[1]}"
+        both = pairs[best], kept
+        new, now = ([[float(f"{v:.6g}") for v in t.flatten().tolist()] for t in pair] for pair in both)
+        fix = f"'model.mean={new[0]}' 'model.std={new[1]}'"
+        advice = f"Give --recipe {fix}; to leave it so, {now[0]} and {now[1]}"
         raise ValueError(f"{source}: got {told}; expected its own normalisation to be best. {advice}.")
     return f"normalisation: {told}"
-
-
-def _by_channel(values: Sequence[float], channels: int) -> Tensor:
-    whole = list(values) if len(values) == channels else [sum(values) / len(values)] * channels
-    return torch.tensor(whole).view(1, -1, 1, 1)

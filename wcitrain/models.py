@@ -99,16 +99,19 @@ def create_model(
         text = f"could not build {name!r} with {settings}: {str(error).rstrip('. ')}{advice}"
         raise ValueError(f"model: timm {text}") from error
     config = getattr(backbone, "pretrained_cfg", None) or {}
-    constants = [_channels(k, given, config, in_chans) for k, given in (("mean", mean), ("std", std))]
+    given = {"mean": mean, "std": std}
+    constants = [by_channel(key, given[key], config.get(key, (0.5,)), in_chans) for key in given]
     model = Classifier(backbone, *constants, rotation_head=rotation_head)
     if checkpoint_path and not checkpoint_path.endswith(".npz"):
         load_weights(model, read_weights(checkpoint_path), checkpoint_path)
     return model
 
 
-def _channels(key: str, given: Sequence[float] | None, config: dict[str, Any], in_chans: int) -> list[float]:
-    """Return a constant for each channel: as given, or timm's, averaged where it has other channels."""
-    values: Sequence[float] = config.get(key, (0.5,)) if given is None else given
+def by_channel(
+    key: str, given: Sequence[float] | None, default: Sequence[float], in_chans: int
+) -> list[float]:
+    """Return a constant for each channel: as given, or the default, averaged where it has other channels."""
+    values = default if given is None else given
     if given is not None and len(values) not in (1, in_chans):
         rule = f"{in_chans}, one a channel, or a single one."
         raise ValueError(f"model.{key}: got {len(values)} values; expected {rule}")

@@ -5,7 +5,7 @@ them. Biases, normalisation scales and shifts, embeddings, class and position to
 Zhang speak of "weight matrices" only). Weight-standardised convolutions count by the tensor they store.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -17,6 +17,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from wcitrain.text import name_some
 
 MAPS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 NOT_MAPS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
@@ -159,7 +161,7 @@ def select_layers(model: nn.Module, layers: str = "weights", *, split_qkv: bool 
         raise ValueError(f"layers: got {layers!r}, which selects no trainable tensor; expected {rule}")
     if odd := [name for name, p in selected.items() if p.is_complex()]:
         rule = "real ones. Freeze them, or choose others by a glob over names."
-        raise ValueError(f"layers: got the complex tensors {some(odd)}; expected {rule}")
+        raise ValueError(f"layers: got the complex tensors {name_some(odd)}; expected {rule}")
     return Layers(selected, _qkv_parts(model, selected) if split_qkv else None)
 
 
@@ -180,7 +182,7 @@ def _matrices(model: nn.Module, *, with_biases: bool) -> set[int]:
         rule = "stored tensors, not ones computed at each call. Undo it (parametrize.remove_parametrizations,"
         rule += " remove_weight_norm, remove_spectral_norm, prune.remove), freeze them, or choose the stored"
         rule += " tensors by 'all' or a glob such as '*original1'."
-        raise ValueError(f"layers: got {some(computed)}; expected {rule}")
+        raise ValueError(f"layers: got {name_some(computed, 3)}; expected {rule}")
     biases = [p for m in owners.values() for name, p in m.named_parameters(recurse=False) if _is_bias(name)]
     return {*owners, *map(id, biases)} if with_biases else set(owners)
 
@@ -210,12 +212,6 @@ def _computed(owner: nn.Module) -> Iterator[tuple[str, str, list[nn.Parameter]]]
             name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
             stored = [p for own, p in owner.named_parameters(recurse=False) if own.startswith(f"{name}_")]
             yield name, type(hook).__name__, stored
-
-
-def some(names: Iterable[str], num: int = 3) -> str:
-    """Return the first names, and how many more there are."""
-    shown = list(names)
-    return ", ".join(shown[:num]) + (f" (+{len(shown) - num})" if len(shown) > num else "")
 
 
 def _qkv_parts(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:

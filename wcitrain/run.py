@@ -19,7 +19,6 @@ from wcitrain import checkpoint, tracking
 from wcitrain.build import fresh_objective, initial_model, open_training_set, wrap
 from wcitrain.curvature.estimators import name_of
 from wcitrain.data import Images, Splits, check_images, load_splits, parts_of, record
-from wcitrain.data.folders import name_some
 from wcitrain.models import Classifier, try_forward
 from wcitrain.objectives import CatastrophicOverfittingGuard, Objective
 from wcitrain.optim import RegularizedOptimizer
@@ -33,6 +32,7 @@ from wcitrain.progress import (
 )
 from wcitrain.recipe import Recipe, recipe_from_dict
 from wcitrain.recipe.reading import read_yaml
+from wcitrain.text import name_some
 
 DRY_RUN_IMAGES = 4  # more than one: BatchNorm in train mode needs them
 
@@ -248,8 +248,6 @@ def load(run: Run) -> None:
     if run.log is not None:
         tracking.truncate(run.log, run.progress.step)
         print(f"resuming {run.folder} from {source.name}: step {run.progress.step}")
-        if changed := changed_settings(
-            saved, run.recipe
-        ):  # those that may: later commands read the data there
+        if changed := changed_settings(saved, run.recipe):  # that may: later commands read the data there
             print(f"with {', '.join(changed)}")
             (run.folder / "recipe.yaml").write_text(run.recipe.to_yaml(), "utf-8")

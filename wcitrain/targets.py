@@ -6,44 +6,28 @@ model, images = target.load_model(), target.images("test")
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 from torch import Tensor
 
 from wcitrain import files
-from wcitrain.attacks import Attack, ThreatModel
-from wcitrain.build import initial_model, step_size
+from wcitrain.build import initial_model
 from wcitrain.checkpoint import class_names_in, load_checkpoint
-from wcitrain.data import Images, Splits, identity, load_splits, match_classes
-from wcitrain.foreign import (
-    HUBS,
-    call_function,
-    check_outputs,
-    check_scale,
-    is_function,
-    is_timm_name,
-    load_program,
-    program_kind,
-)
-from wcitrain.method import nearest
-from wcitrain.models import Classifier, load_exported, load_weights
+from wcitrain.data import Images, Pairs, Splits, identity, load_splits, match_classes
+from wcitrain.finding import RECIPES, find
+from wcitrain.foreign import call_function, check_outputs, check_scale, load_program
+from wcitrain.models import Classifier, by_channel, load_exported, load_weights
 from wcitrain.preserve import kept_random_state
 from wcitrain.recipe import Recipe, load_recipe
 from wcitrain.seeding import seed_from
-from wcitrain.weights import SUFFIXES, read_weights, split_part
+from wcitrain.weights import read_weights, split_part
 
-RECIPES = (".yaml", ".yml")
-KINDS = "a run folder, a checkpoint of one (RUN/checkpoints/last), an exported model folder, a file of "
-KINDS += f"weights ({', '.join(SUFFIXES)}), a TorchScript or torch.export file, a recipe "
-KINDS += f"({', '.join(RECIPES)}) whose model is pretrained, a name of timm's ({', '.join(HUBS)} too), or "
-KINDS += "module:function that returns an nn.Module"
 SCALE_BATCHES = 3  # of validation images, on which the normalisation of other people's models is measured
 BATCH_SIZE = 100
 
@@ -143,13 +127,14 @@ class Target:
             self.notes.append(text)
             print(f"note: {self.name}: {text}", file=sys.stderr, flush=True)
 
-    def batches(self, split: str, seed: int, num: int | None = None) -> "Batches":
+    def batches(self, split: str, seed: int, num: int | None = None) -> Iterable[tuple[Tensor, Tensor]]:
         """Return them, or ``num`` of them, as batches on the device; the seed decides order and choice.
 
         Every beginning of the order keeps the shares of the classes.
         """
         images = self.images(split)
-        return Batches(images.subset(num or len(images), "measure", seed), self.device)
+        subset = images.subset(num or len(images), "measure", seed)
+        return Pairs(subset, min(BATCH_SIZE, len(subset)), self.device)
 
     def folder(self, kind: str, out: str | Path | None = None) -> Path:
         """Return ``out``, or the folder ``kind`` of the run, or of that name beside the file or export."""
@@ -201,8 +186,8 @@ class Target:
         with kept_random_state(torch.device("cpu")):
             torch.manual_seed(seed_from(self.recipe.seed, "model"))
             module = call_function(str(self.path)) if is_function else load_program(self.path)
-        pair = [values or [one] for values, one in ((settings.mean, 0.0), (settings.std, 1.0))]
-        model = Classifier(module, *(v if len(v) == in_chans else v * in_chans for v in pair))
+        mean = by_channel("mean", settings.mean, [0.0], in_chans)
+        model = Classifier(module, mean, by_channel("std", settings.std, [1.0], in_chans))
         if self.checkpoint:
             load_weights(model, read_weights(self.checkpoint), self.checkpoint)
         return model
@@ -228,18 +213,6 @@ class Target:
             return initial_model(recipe, self.splits)
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Batches (x, y) of images, read anew whenever they are iterated over."""
-
-    images: Images
-    device: str
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        size = min(BATCH_SIZE, len(self.images))
-        return ((x, y) for x, y, _ in self.images.batches(size, device=self.device))
-
-
 def open_run(
     target: str | Path,
     at: str | None = None,
@@ -251,13 +224,13 @@ def open_run(
     """Find a trained model and check what is asked of it; images and weights are read when they are used.
 
     Args:
-        target: One of ``KINDS``; for others, and without a recipe that fits it, a ValueError.
+        target: One of ``finding.KINDS``; for others, and without a recipe that fits it, a ValueError.
         at: ``"last"`` (default), ``"best"`` or the number of an epoch that was kept, for a run.
         recipe: YAML that says data, model and threat; by default the run's own.
         settings: Settings such as ``"data.root=/data"`` that override the recipe's.
         device: ``"auto"``, or a device of torch.
     """
-    path, run, at, export, kind = _find(str(target), at)
+    path, run, at, export, kind = find(str(target), at)
     if checkpoint and kind not in ("timm", "function"):
         rule = "a name of timm's or module:function, which say the model. Leave it out."
         raise ValueError(f"--checkpoint: got {checkpoint} with {path}; expected {rule}")
@@ -297,51 +270,6 @@ def open_run(
     return Target(path, run, at, export, settled, _device_of(device, settled), kind, checkpoint)
 
 
-def kept_epochs(run: Path) -> list[int]:
-    """Return the epochs whose weights a run kept (``checkpoint.keep_every``), in order."""
-    folders = (run / "model").glob("epoch-*/metadata.json")
-    return sorted(int(file.parent.name.removeprefix("epoch-")) for file in folders)
-
-
-def _find(text: str, at: str | None) -> tuple[Path, Path | None, str, Path | None, str]:
-    """Return path, run, epoch, export and kind of a target, as ``Target`` has them."""
-    path = Path(text)
-    run, (file, part) = path.parent.parent, split_part(text)
-    is_run = path.is_dir() and (path / "recipe.yaml").is_file()
-    found: tuple[Path, Path | None, str, Path | None, str]
-    is_checkpoint = path in (run / "checkpoints" / "last", run / "checkpoints" / "best")
-    if is_run and at not in (None, "last", "best"):
-        kept = path / "model" / f"epoch-{at}"
-        if not (kept / "metadata.json").is_file():
-            there = ", ".join(map(str, kept_epochs(path))) or "none: set checkpoint.keep_every in its recipe"
-            rule = f"last, best, or an epoch that {path} kept ({there})"
-            raise ValueError(f"--at: got {at!r}; expected {rule}.")
-        return kept, path, kept.name, kept, ""
-    if is_run or (is_checkpoint and (run / "recipe.yaml").is_file()):
-        run, name = (path, at or "last") if is_run else (run, path.name)
-        export = run / "model" / name
-        found = run, run, name, export if (export / "metadata.json").is_file() else None, ""
-    elif path.is_dir() and (path / "metadata.json").is_file():
-        above = path.resolve().parent.parent
-        found = path, above if (above / "recipe.yaml").is_file() else None, path.resolve().name, path, ""
-    elif path.is_file() and (kind := program_kind(path)):
-        found = path, None, path.stem, None, kind
-    elif file.is_file() and file.suffix in (*SUFFIXES, *RECIPES):
-        found = path, None, "-".join(filter(None, (file.stem, part))), None, ""
-    elif not path.exists() and (is_timm_name(text) or is_function(text)):
-        found = path, None, text, None, "timm" if is_timm_name(text) else "function"
-    else:
-        got = "another folder" if path.is_dir() else f"a {path.suffix or 'plain'} file"
-        near = nearest(text, timm.list_models(), 0.8)
-        advice = f"Did you mean {near}?" if near else "Check the path."
-        got, advice = (got, "Check the path.") if path.exists() else ("nothing", advice)
-        raise ValueError(f"{path}: got {got}; expected {KINDS}. {advice}")
-    if at is not None and not is_run:
-        text = f"got {at!r} with {path}, one epoch already; expected a run folder. Leave it out."
-        raise ValueError(f"--at: {text}")
-    return found
-
-
 def _device_of(device: str, recipe: Recipe) -> str:
     """Return the device; ``"auto"``: cuda where there is one and the recipe does not ask for the CPU."""
     if device == "auto":
@@ -352,26 +280,3 @@ def _device_of(device: str, recipe: Recipe) -> str:
         rule = "auto, cpu, cuda, cuda:1 or another device that torch finds here."
         raise ValueError(f"--device: got {device!r}; expected {rule}") from error
     return device
-
-
-def attack_of(recipe: Recipe, options: Any) -> Attack | None:
-    """Return the recipe's evaluation attack with the changes in ``options``; None is the clean loss.
-
-    ``options`` has ``clean``, ``norm``, ``eps`` and ``steps``; the last three make the step 2.5 eps / steps.
-    ValueError for ``clean`` beside one of them.
-    """
-    given = changes_of_attack(options)
-    if options.clean:
-        if given:
-            raise ValueError(f"--clean: got {', '.join(given)} as well; expected no attack. Leave one out.")
-        return None
-    eps: Any = recipe.threat.eps if options.eps is None else options.eps  # a text such as 8/255
-    threat = ThreatModel(options.norm or recipe.threat.norm, eps)
-    steps = recipe.evaluation.num_steps if options.steps is None else options.steps
-    length = threat.step_for(steps) if given else step_size(recipe, recipe.evaluation)
-    return Attack(threat, steps, length)
-
-
-def changes_of_attack(options: Any) -> list[str]:
-    """Return the options that ask for another attack than the recipe's."""
-    return [f"--{name}" for name in ("norm", "eps", "steps") if getattr(options, name) is not None]

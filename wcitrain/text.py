@@ -1,7 +1,7 @@
 """Numbers and tables as text: in the terminal, in figures and on the page alike."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def with_error(value: float, error: float) -> str:
@@ -21,3 +21,10 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def name_some(names: Iterable[object], most: int = 5) -> str:
+    """Return the first few of many names: "cat, dog (+3)"."""
+    texts = [str(name) for name in names]
+    more = f" (+{len(texts) - most})" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more

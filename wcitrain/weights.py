@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from wcitrain.params import some
+from wcitrain.text import name_some
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar")
 INSIDE = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # at any depth
@@ -60,7 +60,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: got {got}; expected {RULE}. Save one with torch.save(model.state_dict()).")
     chosen = {name: t for name, t in weights.items() if name.startswith((f"{part}/", f"{part}."))}
     if part and not chosen:
-        there = some(dict.fromkeys(re.split("[./]", name)[0] for name in weights))
+        there = name_some(dict.fromkeys(re.split("[./]", name)[0] for name in weights))
         raise ValueError(f"{file}: got no part {part!r}; expected one of {there}. Correct it.")
     return chosen if part else weights
 
@@ -74,10 +74,7 @@ def _tensors(content: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str,
 
 
 def load_into(
-    model: nn.Module,
-    weights: Mapping[str, Tensor],
-    source: str,
-    constants: Mapping[str, Tensor],
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, constants: Mapping[str, Tensor]
 ) -> None:
     """Load weights into a model and print what was taken off their names and what was left out.
 
@@ -92,16 +89,15 @@ def load_into(
     own = model.state_dict()
     found = _by_prefix(weights, own)
     if not found:
-        got = f"got names such as {some(weights)}, and a model with {some(own)}"
+        got = f"got names such as {name_some(weights)}, and a model with {name_some(own)}"
         raise ValueError(f"{source}: {got}; expected the same. {ADVICE}.")
     most = max(map(len, found.values()))
     best, *others = (prefix for prefix, names in found.items() if len(names) == most)
     used = found[best]
     for other in others:
         same = found[other]
-        if used.keys() != same.keys() or any(
-            not torch.equal(weights[a], weights[same[k]]) for k, a in used.items()
-        ):
+        is_same = used.keys() == same.keys()
+        if not (is_same and all(torch.equal(weights[a], weights[same[k]]) for k, a in used.items())):
             which = " or ".join(f"{source}:{re.split('[./]', prefix)[0]}" for prefix in (best, other))
             rule = f"one. Name it: {which}" if best and other else "one. Save the one that is meant"
             raise ValueError(f"{source}: got two sets of weights, {best!r} and {other!r}; expected {rule}.")
@@ -123,7 +119,7 @@ def load_into(
     _refuse_unfit(own, {key: weights[name] for key, name in used.items()}, unknown, source)
     model.load_state_dict({key: weights[name] for key, name in used.items()})
     if notes:
-        print(f"{source}: read {some(notes, 6)}", flush=True)
+        print(f"{source}: read {name_some(notes, 6)}", flush=True)
 
 
 def _by_prefix(names: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
@@ -153,12 +149,9 @@ def _refuse_unfit(
 ) -> None:
     """List what is missing, too many, or of another shape."""
     lacking = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
-    shapes = [
-        f"{key} {list(value.shape)} for {list(own[key].shape)}"
-        for key, value in given.items()
-        if value.shape != own[key].shape
-    ]
+    others = [(key, value.shape, own[key].shape) for key, value in given.items()]
+    shapes = [f"{key} {list(theirs)} for {list(ours)}" for key, theirs, ours in others if theirs != ours]
     kinds = {"nothing for": lacking, "of no layer": unknown, "of another shape": shapes}
-    if wrong := [f"{kind} {some(names, 4)}" for kind, names in kinds.items() if names]:
+    if wrong := [f"{kind} {name_some(names, 4)}" for kind, names in kinds.items() if names]:
         got = f"got weights that do not fit the model: {'; '.join(wrong)}"
         raise ValueError(f"{source}: {got}; expected those of its {len(own)} tensors. {ADVICE}.")

@@ -29,7 +29,7 @@ ROWS = [
     {"attacks"},
     {"optim"},
     {"curvature"},
-    {"data", "models", "averaging", "learning_rate"},
+    {"data", "models", "averaging", "learning_rate", "finding"},
     {"weights"},
     {"params", "listing"},
     {"seeding", "preserve", "digest", "method", "text", "files"},

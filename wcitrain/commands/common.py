@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from wcitrain.attacks import Attack
+from wcitrain.attacks import Attack, ThreatModel
+from wcitrain.build import step_size
 from wcitrain.commands.options import recipe_and_settings
 from wcitrain.data.sources import SOURCES
 from wcitrain.digest import digest
 from wcitrain.listing import recipe_file
 from wcitrain.recipe import Recipe
-from wcitrain.targets import Target, attack_of, changes_of_attack, open_run
+from wcitrain.targets import Target, open_run
 
 LONGEST = 120  # characters of a file's name without its ending; file systems take 255 bytes
 
@@ -42,12 +43,27 @@ def writable(folder: str | Path) -> Path:
 
 
 def attack_asked(recipe: Recipe, options: Any) -> Attack | None:
-    """Return ``targets.attack_of``; another norm without a radius of its own is a ValueError."""
-    own = recipe.threat
+    """Return the recipe's evaluation attack with the changes in ``options``; None is the clean loss.
+
+    ``options`` has ``clean``, ``norm``, ``eps`` and ``steps``; the last three make the step 2.5 eps / steps.
+    ValueError for ``clean`` beside one of them, and for another norm without a radius of its own.
+    """
+    own, given = recipe.threat, _changes(options)
     if options.eps is None and options.norm not in (None, own.norm):
         text = f"got {options.norm} without --eps, and a recipe whose radius {own.eps:g} is for {own.norm}"
         raise ValueError(f"--norm: {text}; expected a radius for it. Give --eps.")
-    return attack_of(recipe, options)
+    if options.clean:
+        if given:
+            raise ValueError(f"--clean: got {', '.join(given)} as well; expected no attack. Leave one out.")
+        return None
+    threat = ThreatModel(options.norm or own.norm, own.eps if options.eps is None else options.eps)
+    steps = recipe.evaluation.num_steps if options.steps is None else options.steps
+    return Attack(threat, steps, threat.step_for(steps) if given else step_size(recipe, recipe.evaluation))
+
+
+def _changes(options: Any) -> list[str]:
+    """Return the options that ask for another attack than the recipe's."""
+    return [f"--{name}" for name in ("norm", "eps", "steps") if getattr(options, name) is not None]
 
 
 def file_name(*parts: str) -> str:
@@ -61,7 +77,7 @@ def attack_part(options: Any, attack: Attack | None) -> str:
     """Return what a file's name says about the attack: nothing for the recipe's."""
     if attack is None:
         return "clean"
-    return f"{attack.threat}-PGD-{attack.num_steps}" if changes_of_attack(options) else ""
+    return f"{attack.threat}-PGD-{attack.num_steps}" if _changes(options) else ""
 
 
 def number_parts(options: Any, num: int | None, usual: int) -> list[str]:

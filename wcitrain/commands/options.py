@@ -61,9 +61,7 @@ def _evaluate(add: Add) -> None:
     add("--minimal-eps", **SEVERAL, default=[], metavar="MAX", help=text)
     text = "images that --save-images wrote for another model, as an attack on this one"
     add("--transfer-images", **SEVERAL, default=[], metavar="FILE", help=text)
-    text = (
-        "write the adversarial images of every attack (.safetensors, float32), and their SHA-256 to the JSON"
-    )
+    text = "write the adversarial images of every attack (.safetensors, float32); the JSON has their SHA-256"
     add("--save-images", action="store_true", help=text)
     text = "N images at random, the same for every model and seed (default: all, in the split's own order)"
     add("--examples", type=int, metavar="N", help=text)
@@ -142,11 +140,8 @@ def _add_target(add: Add, folder: str, nargs: str | None, split: str, at: str = 
 def _add_attack(add: Add) -> None:
     """Declare the attack that losses are measured under."""
     add("--clean", action="store_true", help="the loss without an attack")
-    add(
-        "--norm",
-        choices=("linf", "l2", "l1"),
-        help="of the attack (default: the recipe's); another with --eps",
-    )
+    text = "of the attack (default: the recipe's); another with --eps"
+    add("--norm", choices=("linf", "l2", "l1"), help=text)
     add("--eps", help="radius such as 8/255 (default: the recipe's threat)")
     add("--steps", type=int, help="of PGD (default: the recipe's evaluation attack)")
 
@@ -155,7 +150,7 @@ COMMANDS = {  # name: (its options, in one line, at length)
     "train": (
         _train,
         "train what a recipe says",
-        "`accelerate launch -m wcitrain train RECIPE` is the same program on many GPUs.",
+        "On many GPUs: `accelerate launch -m wcitrain train RECIPE`.",
     ),
     "sweep": (_sweep, "train methods on bases with several settings and seeds, then report and measure", ""),
     "evaluate": (

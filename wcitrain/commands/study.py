@@ -17,12 +17,13 @@ from wcitrain import files
 from wcitrain.attacks import Attack, Norm
 from wcitrain.commands.common import attack_asked, attack_part, file_name, number_parts, writable
 from wcitrain.digest import digest
+from wcitrain.finding import kept_epochs
 from wcitrain.measures import MEASURES, Measure, Problem
 from wcitrain.method import Count, PositiveCount, Text, fields_of, method, refuse
 from wcitrain.models import Classifier, load_exported
 from wcitrain.recipe import load_recipe
 from wcitrain.recipe.reading import read_yaml
-from wcitrain.targets import Target, kept_epochs
+from wcitrain.targets import Target
 
 GAP = "robust_gap"
 NUM_EXAMPLES = 500  # by default

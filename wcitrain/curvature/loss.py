@@ -171,6 +171,14 @@ def refuse_wrong_derivatives(total: Tensor) -> None:
         nodes.extend(parent for parent, _ in node.next_functions)
 
 
+def dense(gradient: Tensor) -> Tensor:
+    """Return the gradient; ValueError for a sparse one."""
+    if gradient.layout != torch.strided:
+        rule = "dense ones in the layers. Use sparse=False, or choose layers without it"
+        raise ValueError(f"layers: got a gradient of layout {gradient.layout}; expected {rule}.")
+    return gradient
+
+
 def hvp(
     gradients: Sequence[Tensor | None], tensors: Sequence[Tensor], vectors: Sequence[Tensor]
 ) -> list[Tensor]:

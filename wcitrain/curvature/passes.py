@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wcitrain.curvature.loss import Loss, LossFn, as_loss, signs
+from wcitrain.curvature.loss import Loss, LossFn, as_loss, dense, signs
 from wcitrain.params import Layers
 from wcitrain.preserve import put_back_buffers, random_state, saved_buffers, set_random_state
 from wcitrain.seeding import generator_from
@@ -75,11 +75,7 @@ class Passes:
 
         RuntimeError where ``loss_fn`` calls ``backward``, TypeError where it returns no scalar with a graph.
         """
-        loss, own, _ = self._call()
-        if own is not None:
-            text = "loss_fn called backward(). Return the loss and leave the gradients alone"
-            raise RuntimeError(f"RegularizedOptimizer: {text}: this pass needs the graph of the loss.")
-        return loss
+        return self._call(needs_graph=True)[0]
 
     def backward(self, total: Tensor, weight: float | Tensor = 1.0) -> None:
         """Add ``weight`` times the gradients of ``total``, in this micro-batch's share, to ``.grad``."""
@@ -193,7 +189,9 @@ class Passes:
                 put_back_buffers(buffers)
                 set_random_state(self._states, self.device)
 
-    def _call(self, direction: Sequence[Tensor] = ()) -> tuple[Loss, Gradients | None, list[Tensor | None]]:
+    def _call(
+        self, direction: Sequence[Tensor] = (), *, needs_graph: bool = False
+    ) -> tuple[Loss, Gradients | None, list[Tensor | None]]:
         """Call ``loss_fn``; return the loss, the gradients it made itself, and their ⟨u_l, g_l⟩."""
         set_random_state(self._states, self.device)
         attention = sdpa_kernel(SDPBackend.MATH) if self.use_math_attention else nullcontext()
@@ -204,9 +202,9 @@ class Passes:
             raise NothingDone
         loss = as_loss(torch.tensor(returned) if own and isinstance(returned, float) else returned)
         total: Any = loss.total
-        if own is not None and not self.may_call_backward:
+        if own is not None and (needs_graph or not self.may_call_backward):
             text = "loss_fn called backward() itself. Return the loss and leave the gradients alone"
-            raise RuntimeError(f"RegularizedOptimizer: {text}.")
+            raise RuntimeError(f"RegularizedOptimizer: {text}: this pass needs the graph of the loss.")
         if not isinstance(total, Tensor) or total.ndim != 0 or not (total.requires_grad or own):
             rule = "a scalar loss with its graph. Return the mean loss, without item or detach"
             raise TypeError(f"RegularizedOptimizer: loss_fn returned {total!r:.60}; expected {rule}.")
@@ -294,14 +292,6 @@ def slopes(layers: Layers, direction: Sequence[Tensor]) -> Iterator[list[Tensor 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def dense(gradient: Tensor) -> Tensor:
-    """Return the gradient; ValueError for a sparse one."""
-    if gradient.layout != torch.strided:
-        rule = "dense ones in the layers. Use sparse=False, or choose layers without it"
-        raise ValueError(f"layers: got a gradient of layout {gradient.layout}; expected {rule}.")
-    return gradient
 
 
 def carry_nan(loss: Tensor, other: Tensor | float) -> Tensor:

@@ -3,7 +3,7 @@
 from wcitrain.data.augment import Augmentation, LabelNoise, Mixing
 from wcitrain.data.checking import check_images, identity, parts_of, record
 from wcitrain.data.extra import Extra, MixedSet, load_extra, pseudo_label
-from wcitrain.data.sets import Batch, Images, ImageSet, Reading
+from wcitrain.data.sets import Batch, Images, ImageSet, Pairs, Reading
 from wcitrain.data.sources import Data
 from wcitrain.data.splits import Splits, load_splits, match_classes
 from wcitrain.data.stream import StreamSet

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from wcitrain.data.folders import name_some
 from wcitrain.data.pixels import ArraySource, opened_image
 from wcitrain.data.sets import Images, ImageSet
 from wcitrain.data.splits import Splits
 from wcitrain.digest import digest
+from wcitrain.text import name_some
 
 ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}  # the last bytes of a whole file
 PART = 4096  # bytes of a file's beginning and end

@@ -1,25 +1,17 @@
 """Folders of images: which files count, in which order, and what is litter of other programs."""
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from wcitrain.data.pixels import Source
+from wcitrain.text import name_some
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 # What archives, file browsers and network drives leave behind, in lower case; some of it holds small copies.
-LITTER = {
-    "__macosx",
-    "thumbs.db",
-    "desktop.ini",
-    "@eadir",
-    "#recycle",
-    "@recycle",
-    "$recycle.bin",
-    "lost+found",
-}
+LITTER = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "#recycle", "@recycle", "$recycle.bin"}
+LITTER |= {"lost+found"}
 
 
 def is_litter(path: str) -> bool:
@@ -55,10 +47,3 @@ def list_images(folder: Path, key: str) -> list[str]:
         rule = f"expected files that end in {' '.join(IMAGE_SUFFIXES)}. Add some or remove it."
         raise ValueError(f"{key}: got no images in {folder}; {rule}")
     return sorted(paths)
-
-
-def name_some(names: Iterable[object], most: int = 5) -> str:
-    """Return the first few of many names: "cat, dog (+3)"."""
-    texts = [str(name) for name in names]
-    more = f" (+{len(texts) - most})" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more

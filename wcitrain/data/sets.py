@@ -112,6 +112,18 @@ class Images(ABC):
         return self.read(Reading(batch_size, **settings))
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Batches (x, y) of images, read anew whenever they are iterated over."""
+
+    images: Images
+    batch_size: int
+    device: str
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((x, y) for x, y, _ in self.images.batches(self.batch_size, device=self.device))
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet(Images):
     """N labelled images in a fixed order, in memory or decoded batch by batch; build one with ``load``."""
@@ -229,10 +241,8 @@ class Epoch(Dataset):
         else:
             dataset: Any = self if is_augmented else images
             indices = places if is_augmented else rows
-            settings: dict[str, Any] = {
-                "num_workers": images.num_workers,
-                "pin_memory": device.type == "cuda",
-            }
+            settings: dict[str, Any] = {"num_workers": images.num_workers}
+            settings["pin_memory"] = device.type == "cuda"
             settings["generator"] = torch.Generator()  # else a loader advances the global random state
             fetched = DataLoader(dataset, batch_sampler=[index.tolist() for index in indices], **settings)
         # Divided by a tensor: CUDA multiplies by the reciprocal of a Python number, which is off by one bit.

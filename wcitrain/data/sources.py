@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wcitrain.data.folders import is_litter, name_some, scan_folder
+from wcitrain.data.folders import is_litter, scan_folder
 from wcitrain.data.pixels import ArraySource, Source, open_rgb
 from wcitrain.data.sets import class_order
 from wcitrain.method import Count, PositiveCount, Text, method, refuse, setting, show
 from wcitrain.seeding import seed_from
+from wcitrain.text import name_some
 
 SourceName = Literal["digits", "cifar10", "cifar100", "svhn", "folder", "timm"]
 # Training; validation, None where it is cut from training; test, opened later; the number of test images.
@@ -43,9 +44,7 @@ class Data:
     download: bool = setting(False, "Fetch the data set when it is not under root.")
     num_classes: PositiveCount | None = setting(None, "Number of classes; null takes it from the data.")
     image_size: PositiveCount | None = setting(None, "Side of the square images are resized to, in pixels.")
-    channels: Literal[1, 3] | None = setting(
-        None, "1: gray, 3: RGB; null: 1 for digits and timm's torch/*mnist, else 3."
-    )
+    channels: Literal[1, 3] | None = setting(None, "1: gray, 3: RGB; null: 1 for digits and *mnist, else 3.")
     max_train: PositiveCount | None = setting(None, "Training images kept, in class shares; null: all.")
     max_test: PositiveCount | None = setting(None, "Test images kept, in class shares; null: all.")
     val_size: PositiveCount = setting(200, "Validation images cut from the training images, in class shares.")

@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wcitrain.data.folders import name_some
 from wcitrain.data.pixels import Source
 from wcitrain.data.sets import Images, ImageSet, class_order
 from wcitrain.data.sources import SOURCES, Data, create_dataset
 from wcitrain.data.stream import StreamSet
 from wcitrain.seeding import seed_from
+from wcitrain.text import name_some
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,19 +62,13 @@ class Splits:
 
         def part(images: Any) -> Any:
             if not isinstance(images, ImageSet):
-                rule = "expected its order. Give data with class names that are not read front to back."
-                raise ValueError(
-                    f"data.name: got a stream whose classes are not in the model's order; {rule}"
-                )
+                rule = "expected the model's. Give data with class names that are not read front to back."
+                raise ValueError(f"data.name: got a stream whose classes are in another order; {rule}")
             source = replace(images.source, labels=to[images.source.labels], class_names=names)
             return replace(images, source=source, y=to[images.y])
 
-        def open_test() -> Images:
-            return part(self.open_test())
-
-        return replace(
-            self, train=part(self.train), val=part(self.val), open_test=open_test, class_names=names
-        )
+        parts: dict[str, Any] = {"train": part(self.train), "val": part(self.val)}
+        return replace(self, **parts, open_test=lambda: part(self.open_test()), class_names=names)
 
 
 def is_count(names: Sequence[str]) -> bool:
@@ -93,10 +87,8 @@ def match_classes(
     same = list(range(len(data)))
     if model is not None and set(data) <= set(model):
         numbers = [list(model).index(name) for name in data]
-        text = (
-            f"classes are matched by name: {name_some(data)} of the data are the model's {name_some(numbers)}"
-        )
-        return numbers, None if list(model) == list(data) else text
+        text = f"{name_some(data)} of the data are the model's {name_some(numbers)}"
+        return numbers, None if list(model) == list(data) else f"classes are matched by name: {text}"
     if is_count(data) or model is None or is_count(model):
         whose, known = ("data's", model) if is_count(data) else ("model's", data)
         text = f"the names of the {whose} classes are not known: they are taken in the order"
@@ -181,7 +173,5 @@ def _open_streams(data: Any) -> Splits:
         raise ValueError(f"data.name: got {data.name!r}, split {split!r}, without a number of images; {rule}")
 
     names, size = tuple(map(str, range(data.num_classes))), data.image_size
-    open_test = partial(part, data.test_split)
-    return Splits(
-        part(data.train_split), part(data.val_split), open_test, names, (data.num_channels, size, size)
-    )
+    train, val, open_test = part(data.train_split), part(data.val_split), partial(part, data.test_split)
+    return Splits(train, val, open_test, names, (data.num_channels, size, size))

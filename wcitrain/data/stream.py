@@ -103,9 +103,7 @@ def _warn_if_sorted(labels: list[int], num_images: int) -> None:
     equal = float(np.mean(np.diff(labels) == 0)) if n > 1 else 0.0
     chance = float((shares**2).sum())
     if n >= 20 and n < num_images and (len(shares) == 1 or equal > chance + 2.5 / math.sqrt(n - 1)):
-        text = (
-            f"got {n} images of {len(shares)} classes from the front of a stream, {equal:.0%} of neighbours"
-        )
+        text = f"got {n} images of {len(shares)} classes from a stream's front, {equal:.0%} of neighbours"
         rule = "expected shuffled images: numbers over them are not the stream's. Shuffle its shards."
         warnings.warn(f"data.name: {text} alike; {rule}", stacklevel=2)
 
