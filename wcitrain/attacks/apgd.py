@@ -8,6 +8,7 @@ rounding has moved.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -23,6 +24,7 @@ from wcitrain.attacks.ascent import (
     check_images,
     loss_and_gradient,
     starting_point,
+    worst_of,
 )
 from wcitrain.attacks.losses import ATTACK_LOSSES, targeted_dlr
 from wcitrain.attacks.threat import LARGEST_EPS, ThreatModel, norms, project, shaped, sparse_sign
@@ -112,16 +114,10 @@ class APGD:
         """Return the images of the highest loss [B], of any kind, as ``Attack.maximise``."""
         check_images(x, "APGD")
         with attacking(model, x, generator, attack_bn) as starts:
-            x, loss_fn, best = normal(x).detach(), watched(loss_fn, "APGD(...)"), torch.empty(0)
-            nothing, worst = torch.zeros(len(x), dtype=torch.bool, device=x.device), x
-            for number in range(self.num_restarts):
-                x_adv, _ = self.climb(lambda z: (loss_fn(z), nothing), x, self.start(x, starts))
-                with torch.no_grad():
-                    loss = loss_fn(x_adv)
-                is_worse = loss > best if number else ~nothing
-                worst = torch.where(shaped(is_worse, x), x_adv, worst)
-                best = torch.where(is_worse, loss, best) if number else loss
-            return worst
+            x, loss_fn = normal(x).detach(), watched(loss_fn, "APGD(...)")
+            nothing = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            climbed = partial(self.climb, lambda z: (loss_fn(z), nothing), x)
+            return worst_of(loss_fn, x, lambda: climbed(self.start(x, starts))[0], self.num_restarts)
 
     def targets(self, num_classes: int) -> range:
         """Return the places of the target classes in the order of the clean logits, 0 for no target."""

@@ -121,18 +121,12 @@ class Attack:
         """Return ``maximise``, of a loss that leaves no trace."""
         check_images(x, "pgd")
         x = x.detach()
-        worst, worst_loss = x, None
-        for _ in range(self.num_restarts):
+
+        def restart() -> Tensor:
             x_adv = starting_point(x, self.threat, self.start, generator)
-            x_adv = climb(loss_fn, x, x_adv, self.threat, self.num_steps, self.step_size)
-            if self.num_restarts == 1:
-                return x_adv
-            with torch.no_grad():
-                loss = loss_fn(x_adv)
-            is_worse = torch.ones_like(loss, dtype=torch.bool) if worst_loss is None else loss > worst_loss
-            worst = torch.where(shaped(is_worse, x), x_adv, worst)
-            worst_loss = loss if worst_loss is None else torch.where(is_worse, loss, worst_loss)
-        return worst
+            return climb(loss_fn, x, x_adv, self.threat, self.num_steps, self.step_size)
+
+        return restart() if self.num_restarts == 1 else worst_of(loss_fn, x, restart, self.num_restarts)
 
     def passes(self) -> tuple[int, int]:
         """Return the forward and backward passes of a call; to compare restarts takes a forward each.
@@ -234,6 +228,17 @@ def climb(
         if step < num_steps:
             x_adv = ascend(x, x_adv, gradient, threat, step_size)
     return best if threat.norm == "l1" else x_adv
+
+
+def worst_of(loss_fn: PerExampleLoss, x: Tensor, restart: Callable[[], Tensor], number: int) -> Tensor:
+    """Return for each example of ``x`` the images of highest loss, the earliest, of ``number`` restarts."""
+    with torch.no_grad():
+        highest = loss_fn(worst := restart())
+        for _ in range(number - 1):
+            loss = loss_fn(x_adv := restart())
+            worst = torch.where(shaped(loss > highest, x), x_adv, worst)
+            highest = torch.where(loss > highest, loss, highest)
+    return worst
 
 
 def ascend(

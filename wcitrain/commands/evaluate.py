@@ -44,11 +44,8 @@ def run(options: argparse.Namespace) -> int:
         result = compare(first, second)
         print(f"A = {a}\nB = {b}\n{result.num_examples} images\n\n{result.table()}\n")
         for name, evaluation in (("A", first), ("B", second)):
-            print(
-                *(f"{name}: {finding.severity}: {finding}\n" for finding in evaluation.findings),
-                sep="",
-                end="",
-            )
+            for finding in evaluation.findings:
+                print(f"{name}: {finding.severity}: {finding}")
         return 0
     options.attacks = [parse_attack(name).name for name in options.attacks]
     options.transfer_images = [Transfer.load(path) for path in options.transfer_images]
@@ -135,9 +132,7 @@ def _write(evaluation: Evaluation, target: Target, title: str, options: argparse
         "" if options.attacks == ["pgd-20", "margin-20"] else "+".join(options.attacks) or "clean",
         "-".join(map(str, evaluation.threats)) if options.norm or options.eps else "",
         number,
-        "-".join(
-            ["minimal", *(str(one.largest) for one in evaluation.minimal)] if evaluation.minimal else ()
-        ),
+        "-".join(["minimal"] * bool(evaluation.minimal) + [str(one.largest) for one in evaluation.minimal]),
         "+".join(one.name for one in options.transfer_images),
         "corruptions" if options.corruptions == ["all"] else "+".join(options.corruptions),
         "" if options.batch_size == 200 else f"b{options.batch_size}",
@@ -208,24 +203,19 @@ def _refuse_without_effect(options: argparse.Namespace) -> None:
     defaults = vars(parser().parse_args(["evaluate"]))
     given = [f"--{key.replace('_', '-')}" for key, value in vars(options).items() if value != defaults[key]]
     if options.compare and (others := [name for name in given if name != "--compare"]):
-        raise ValueError(
-            f"--compare: got {', '.join(others)} as well; expected two files alone. Leave it out."
-        )
+        got = f"got {', '.join(others)} as well"
+        raise ValueError(f"--compare: {got}; expected two files alone. Leave it out.")
     for name in ("--eps", "--norm", "--minimal-eps"):
         if name in given and not options.attacks:
             rule = "expected an attack to use it in"
             raise ValueError(f"--attacks: got none, with {name}; {rule}. Name one, or leave {name} out.")
     radii = [*options.eps, *options.minimal_eps]
+    all_named = radii and all(":" in text for text in radii)
+    no_attack = not (options.attacks or options.transfer_images)
     idle = {
         "--corruptions-root": (not options.corruptions, "no --corruptions; expected some to read there"),
-        "--norm": (
-            radii and all(":" in text for text in radii),
-            "radii with norms of their own; expected one without",
-        ),
-        "--save-images": (
-            not (options.attacks or options.transfer_images),
-            "no attack; expected one to make them",
-        ),
+        "--norm": (all_named, "radii with norms of their own; expected one without"),
+        "--save-images": (no_attack, "no attack; expected one to make them"),
     }
     for name, (is_idle, rule) in idle.items():
         if name in given and is_idle:

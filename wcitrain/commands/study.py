@@ -257,12 +257,12 @@ def _measure(target: Target, study: Study, attack: Attack | None, folder: Path) 
     batches = target.batches(study.split, study.seed, num)
     problem = Problem(model, batches, attack, study.seed, num, initial=initial)
     for name, one in missing.items():
+        asked = problem
         if name == GAP:  # of training images, with test images beside them
-            ends = "train", "test"
-            train, test = (target.batches(split, study.seed, study.gap_examples) for split in ends)
-            both = Problem(model, train, attack, study.seed, study.gap_examples, test)
-            taken[name] = {**one.measure(both).as_dict(), "given": given[name]}
-        else:
-            taken[name] = {**one.measure(problem).as_dict(), "given": given[name]}
+            train, test = (
+                target.batches(split, study.seed, study.gap_examples) for split in ("train", "test")
+            )
+            asked = Problem(model, train, attack, study.seed, study.gap_examples, test)
+        taken[name] = {**one.measure(asked).as_dict(), "given": given[name]}
         files.write_json(path, document | ({"notes": target.notes} if target.notes else {}))
     return Measured(target, {name: taken[name] for name in given}, path)

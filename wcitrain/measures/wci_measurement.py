@@ -150,15 +150,9 @@ class WCIMeasurement:
         a, t, error = self.squared_norms, self.trace.mean, self.trace.stderr
         delta = (a / t.clamp_min(0)).sqrt() / 2 * error
         sigma = torch.where(t > 0, a / (beta * t), torch.inf) ** 0.25
-        columns = {
-            "squared_norm": a,
-            "trace": t,
-            "trace_stderr": error,
-            "wci": self.per_layer,
-            "wci_stderr": torch.where(self._is_negative, torch.nan, delta.fmin((a * error).sqrt())),
-            "share": self.per_layer / self.per_layer.sum(),
-            "sigma": sigma,
-        }
+        columns = {"squared_norm": a, "trace": t, "trace_stderr": error, "wci": self.per_layer}
+        columns["wci_stderr"] = torch.where(self._is_negative, torch.nan, delta.fmin((a * error).sqrt()))
+        columns |= {"share": self.per_layer / self.per_layer.sum(), "sigma": sigma}
         if self.sizes is not None:
             columns |= {"size": self.sizes, "relative_sigma": sigma * (self.sizes.cpu() / a).sqrt()}
         return columns
@@ -252,10 +246,7 @@ class WCIMeasurement:
             **{key: finite(x) for key, x in self.answer().items()},
             "num_chunks": self.trace.num_probes,
             **{name: getattr(self, name) for name in (*own, "groups", "target_relative_error", "reached")},
-            "layers": {
-                name: {key: finite(column[i]) for key, column in columns}
-                for i, name in enumerate(self.layers)
-            },
+            "layers": {x: {key: finite(c[i]) for key, c in columns} for i, x in enumerate(self.layers)},
         }
 
 
