@@ -5,17 +5,21 @@ never does. Open only what you trust.
 """
 
 import importlib
+import importlib.util
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, Self
+from types import ModuleType
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from wcitrain.digest import digest
 from wcitrain.evaluation.intervals import mcnemar
 from wcitrain.evaluation.results import percent
 from wcitrain.finding import program_kind
@@ -75,12 +79,11 @@ def call_function(target: str) -> nn.Module:
     is_file = place.endswith(".py")
     if is_file and not Path(place).is_file():
         raise ValueError(f"{target}: got no file {place}; expected one. Check the path.")
-    folder, module_name = (Path(place).parent, Path(place).stem) if is_file else (Path(), place)
-    with _importing(folder):
+    with _importing(Path(place).parent if is_file else Path()):
         try:
-            module = importlib.import_module(module_name)
+            module = _module_of(Path(place)) if is_file else importlib.import_module(place)
         except Exception as error:
-            raise ValueError(f"{target}: importing {module_name} failed: {_cause(error)}.") from error
+            raise ValueError(f"{target}: importing {place} failed: {_cause(error)}.") from error
         if not hasattr(module, name):
             known = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
             rule = f"a function that returns an nn.Module, such as one of {', '.join(known[:6])}"
@@ -96,6 +99,15 @@ def call_function(target: str) -> nn.Module:
         advice = f"Return {model.__name__}()" if isinstance(model, type) else "Return the model"
         raise ValueError(f"{target}: got {got}; expected an nn.Module. {advice}.")
     return model
+
+
+def _module_of(path: Path) -> ModuleType:
+    """Run a file as a module of its own: another of the same name is another."""
+    spec = importlib.util.spec_from_file_location(f"_{path.stem}_{digest([str(path.resolve())])[:8]}", path)
+    module = importlib.util.module_from_spec(cast(ModuleSpec, spec))
+    sys.modules[module.__name__] = module  # dataclasses and pickles look there
+    cast(Any, cast(ModuleSpec, spec).loader).exec_module(module)
+    return module
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def test_saved_images_are_those_of_the_accuracy_and_attack_another_model(run, tm
     assert command(tmp_path / "other.pt", f"{options} --examples 12") == 0
     assert "transfer pgd-2 of tiny-s0" in capsys.readouterr().out
     assert command(tmp_path / "other.pt", options) == 2
-    assert "transfer pgd-2 of tiny-s0: got 12 images made of other ones" in capsys.readouterr().err
+    assert "transfer pgd-2 of tiny-s0 last: got 12 images made of other ones" in capsys.readouterr().err
 
 
 def test_fewer_images_are_a_fixed_random_choice(run):

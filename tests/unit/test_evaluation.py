@@ -2,7 +2,9 @@
 
 import sys
 import warnings
+from argparse import Namespace
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cheats
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from wcitrain.attacks import Attack, ThreatModel
+from wcitrain.commands.evaluate import _source
 from wcitrain.digest import digest
 from wcitrain.evaluation import AttackResult, Corruptions, Evaluation, PreflightWarning, compare, evaluate
 from wcitrain.evaluation.accuracy import measure_accuracy
@@ -632,7 +635,7 @@ def test_images_of_another_model_break_what_masked_gradients_left():
     """The check that needs no gradient of the model at all; on an honest one it finds nothing."""
     result = cheated("wavy", transfer=cheats.honest())
     own, other = (r.is_robust.float().mean() for r in result.attacks)
-    assert result.attacks[1].attack == "transfer pgd-20"
+    assert result.attacks[1].attack.startswith("transfer pgd-20 of ")
     assert other < own - 0.1
     assert "transfer_helps" in {one.name for one in result.findings}
     assert result.robust_accuracy() <= other
@@ -737,3 +740,18 @@ def test_evaluations_are_the_same_without_gradients(mode):
     with mode():
         assert numbers() == expected
     assert_same(everything(model), before)
+
+
+def test_a_model_to_transfer_from_has_the_same_classes_and_weights_of_its_own(monkeypatch):
+    """By number its labels were other classes: attacks began at images it had wrong, and broke few."""
+    options, opened = Namespace(transfer="runs/other", checkpoint="w.pt"), []
+
+    def found(given, path, at):
+        opened.append(given.checkpoint)
+        return SimpleNamespace(class_names=("bear", "cat"))
+
+    monkeypatch.setattr("wcitrain.commands.evaluate.opened", found)
+    own = _source(options, SimpleNamespace(class_names=("bear", "cat")))
+    assert (own.class_names, opened) == (("bear", "cat"), [None])
+    with pytest.raises(ValueError, match="--transfer: got runs/other with the classes bear, cat; expected"):
+        _source(options, SimpleNamespace(class_names=("apple", "bear")))

@@ -222,3 +222,30 @@ def test_a_hub_that_does_not_answer_names_the_local_ways(monkeypatch):
     for name in ("hf-hub:somebody/net", "resnet18"):
         with pytest.raises(ValueError, match=rf"'{name}'.*not known.*--checkpoint FILE.*local-dir:FOLDER"):
             open_run(name, settings=DIGITS).load_model()
+
+
+def test_files_of_one_name_are_two_models_and_another_forward_is_measured_anew(tmp_path, capsys):
+    """The second was the first, by Python's cache of modules; and its numbers those of an older file."""
+    code = "import os, torch\nfrom torch import nn\nclass Net(nn.Sequential):\n    def forward(self, x):\n"
+    code += "        return super().forward(x) * float(os.environ['SCALE'])\n"
+    code += "def make():\n    torch.manual_seed({seed})\n    return Net(nn.Flatten(), nn.Linear(64, 10))\n"
+    functions = []
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "random.py").write_text(code.format(seed=seed))
+        functions.append(f"{tmp_path / str(seed) / 'random.py'}:make")
+
+    def losses(scale: str, *settings: str) -> list[float]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SCALE", scale)
+            asked = ["--measures", "clean_loss", "--examples", "40", "--out", str(tmp_path / "out")]
+            more = ["--recipe", "data.source=digits", *settings]
+            assert main(["measure", *functions, *asked, *more]) == 0
+        capsys.readouterr()
+        found = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").rglob("measures-*.json"))]
+        return [one["measures"]["clean_loss"]["value"] for one in found]
+
+    first = losses("1")
+    assert len(set(first)) == 2
+    assert len(set(losses("3"))) == 4
+    assert len(set(losses("3", "model.mean=[0.5]", "model.std=[0.5]"))) == 6

@@ -1,6 +1,7 @@
 """Adversarial images that are kept, who fell to what, and images of one model as an attack on another."""
 
 import hashlib
+import json
 import warnings
 from dataclasses import replace
 
@@ -63,7 +64,8 @@ def test_kept_images_give_the_printed_accuracies_in_the_order_of_the_data(tmp_pa
         assert bool((lengths <= result.threat.eps * (1 + 1e-5)).all())
         assert bool((lengths > 0).any())
         with safe_open(path, "pt") as file:
-            assert (file.metadata()["digest"], file.metadata()["source"]) == (made.digest, "m")
+            about = json.loads(file.metadata()["about"])
+        assert (about["digest"], about["source"]) == (made.digest, "m")
     with pytest.raises(ValueError, match=r"pgd-2x3: got no images; .* keep_images=True"):
         save_images(path, made, run(model, x, y, keep_images=False).attacks[0], "m")
 
@@ -182,6 +184,14 @@ def test_the_stage_that_broke_each_example_is_in_the_file(tmp_path):
     assert left.double().mean(1).tolist() == pytest.approx(list(result.after.values()))
 
 
+def test_the_hash_of_kept_images_is_theirs(tmp_path):
+    """Twice the same numbers with another hash: nobody could check a file against its table."""
+    model = small_model()
+    made = run(model, *examples(model))
+    hashes = {save_images(tmp_path / f"{k}.safetensors", made, made.attacks[0], "plain") for k in range(8)}
+    assert len(hashes) == 1
+
+
 def test_images_of_another_model_are_an_attack_without_a_pass_of_gradients(tmp_path):
     """Transfer finds what gradients hide; images made of others would be an attack on nothing."""
     model, other = small_model(), small_model(3)
@@ -242,3 +252,22 @@ def test_a_transfer_attack_that_breaks_more_than_gradients_is_noticed(tmp_path):
         made = run(Masked(), x, y, attacks="pgd-5", transfer_images=transfers, preflight="warn")
     (text,) = [finding.text for finding in made.findings if finding.name == "transfer_helps"]
     assert text.startswith("images made on another model break 6 of 36")
+
+
+def test_a_mended_model_or_other_stand_ins_are_attacked_anew(tmp_path):
+    """The forward pass is the same: the kept state of the model that fooled the attack answered for it."""
+
+    class Turned(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.model, self.factor = small_model(), factor
+
+        def forward(self, x):
+            return self.model(x.detach() + self.factor * (x - x.detach()))
+
+    x, y = examples(small_model())
+    by_factor = [run(Turned(k), x, y, attacks="pgd-5", folder=tmp_path).attacks[0] for k in (-1.0, 1.0)]
+    assert int(by_factor[0].is_robust.sum()) > int(by_factor[1].is_robust.sum())
+    stand_ins = {"2": lambda z: -z}, ["2"]
+    turned, through = (run(small_model(), x, y, attacks="pgd-5", folder=tmp_path, bpda=b) for b in stand_ins)
+    assert not torch.equal(turned.attacks[0].is_robust, through.attacks[0].is_robust)

@@ -29,6 +29,7 @@ from wcitrain.evaluation import (
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import seed_from
 from wcitrain.targets import Target
+from wcitrain.text import name_some
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,7 +85,7 @@ def _evaluated(target: Target, options: argparse.Namespace) -> Evaluation:
             raise ValueError(f"--corruptions: {text}")
         names = target.splits.class_names
         corrupted = replace(corrupted, places=images.positions, classes=None if is_count(names) else names)
-    source = opened(options, options.transfer, None).load_model() if options.transfer else None
+    source = _source(options, target).load_model() if options.transfer else None
     model, folder = target.load_model(), target.folder("evaluations", options.out)
     folder.mkdir(parents=True, exist_ok=True)  # where that fails, it does so before the attacks
     with warnings.catch_warnings():
@@ -108,6 +109,17 @@ def _evaluated(target: Target, options: argparse.Namespace) -> Evaluation:
             transfer=source,
         )
     return replace(evaluation, index=index)
+
+
+def _source(options: argparse.Namespace, target: Target) -> Target:
+    """Return the model of --transfer; ValueError where its classes are not known to be the target's."""
+    own = argparse.Namespace(**vars(options) | {"checkpoint": None})  # that is of the target
+    source = opened(own, options.transfer, None)
+    names, wanted = source.class_names, target.class_names
+    if names is not None and wanted is not None and names != wanted:
+        got = f"got {options.transfer} with the classes {name_some(names)}"
+        raise ValueError(f"--transfer: {got}; expected the target's, {name_some(wanted)}. Give another.")
+    return source
 
 
 def chosen(images: Images, num: int | None) -> tuple[Images, torch.Tensor | None]:
@@ -160,7 +172,7 @@ def _write(evaluation: Evaluation, target: Target, title: str, options: argparse
     for result, row in zip(evaluation.attacks, document["attacks"], strict=True):
         if options.save_images:
             images.append(folder / f"{file_name(name, result.attack, str(result.threat))}.safetensors")
-            sha256 = save_images(images[-1], evaluation, result, target.name)
+            sha256 = save_images(images[-1], evaluation, result, f"{target.name} {target.at}")
             row["images"] = {"file": images[-1].name, "sha256": sha256}
     written = [evaluation.save(folder / f"{name}.npz"), files.write_json(folder / f"{name}.json", document)]
     written += images

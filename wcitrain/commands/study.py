@@ -21,6 +21,8 @@ from wcitrain.finding import kept_epochs
 from wcitrain.measures import MEASURES, Measure, Problem
 from wcitrain.method import Count, PositiveCount, Text, fields_of, method, refuse
 from wcitrain.models import Classifier, load_exported
+from wcitrain.params import logits_of
+from wcitrain.preserve import kept_random_state
 from wcitrain.recipe import load_recipe
 from wcitrain.recipe.reading import read_yaml
 from wcitrain.targets import Target
@@ -227,9 +229,20 @@ def header(
         "data": {key: data[key] for key in data if key not in ("crop_padding", "flip", "num_workers")},
         "threat": attack and str(attack.threat),
         "attack": {"num_steps": attack.num_steps, "step_size": attack.step_size} if attack else {},
-        "weights": digest(part for item in model.state_dict().items() for part in item),
+        "weights": _digest_of(model, target),
     }
     return json.loads(json.dumps(document))
+
+
+def _digest_of(model: Classifier, target: Target) -> str:
+    """Return the digest of weights and normalisation; of other people's code also of what it does."""
+    parts: list[object] = [part for item in model.state_dict().items() for part in item]
+    parts += [model.mean, model.std]
+    if target.kind:
+        x = torch.rand(2, *target.splits.shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad(), kept_random_state(torch.device(target.device)):
+            parts.append(logits_of(model(x.to(target.device))))
+    return digest(parts)
 
 
 def file_of(kind: str, target: Target, study: Study, attack: Attack | None, usual: int, *more: str) -> str:

@@ -5,7 +5,7 @@ that any stage's final iterate breaks is broken, not only by that of the highest
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from wcitrain import files
 from wcitrain.attacks import ThreatModel
-from wcitrain.attacks.ascent import PerExampleLoss
+from wcitrain.attacks.ascent import PerExampleLoss, input_gradient
+from wcitrain.attacks.losses import margin
 from wcitrain.digest import digest
 from wcitrain.method import nearest
 from wcitrain.params import logits_of, unwrapped
-from wcitrain.preserve import full_precision, undisturbed
+from wcitrain.preserve import full_precision, kept_random_state, undisturbed
 from wcitrain.seeding import seed_from
 
 
@@ -96,11 +97,19 @@ class Victim:
         flags, losses, is_finite = (torch.cat(column) for column in zip(*rows, strict=True))
         return Clean(flags, losses, is_finite, num_classes)
 
-    def digest(self) -> str:
-        """Return the digest of weights, buffers, and names of the modules' classes."""
+    def digest(self, *, is_attacked: bool) -> str:
+        """Return the digest of weights, buffers and names of the modules' classes; under attack of gradients.
+
+        They tell a model that was mended, or has other stand-ins, from the one before.
+        """
         parts: list[object] = [type(module).__qualname__ for module in self.model.modules()]
         for name, value in self.model.state_dict().items():
             parts += [name, value]
+        images, labels = self.batch(slice(0, 8))
+        with kept_random_state(self.device), suppress(RuntimeError, ValueError):
+            torch.manual_seed(self.seed)
+            if is_attacked:
+                parts.append(input_gradient(lambda z: margin(logits_of(self.model(z)), labels), images))
         return digest(parts)
 
 

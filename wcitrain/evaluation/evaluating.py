@@ -114,7 +114,8 @@ def evaluate(
         if transfer is not None:
             source = replace(victim, model=stack.enter_context(attackable(transfer)), eot=1)
             plan = next((p for p in plans if isinstance(p, GradientPlan)), parse_attack("pgd-20"))
-            settings["transfer"], name = source.digest(), f"transfer {plan.name}"
+            settings["transfer"] = source.digest(is_attacked=True)
+            name = f"transfer {plan.name} of {settings['transfer'][:8]}"
             runs += [(t, name, [name], plan.stages(source, t)) for t in balls]
         for one in transfer_images:
             runs += [(one.threat, one.name, [one.name, one.images], one.stages(victim, one.threat))]
@@ -122,7 +123,13 @@ def evaluate(
             settings["pyautoattack"] = version("pyautoattack")
         findings = _told(check_model(victim, plans, balls), preflight)
         corrupted = {} if corruptions is None else corruptions.evaluate(victim)
-        key = [STATE, victim.digest(), images := digest([x, y]), clean.losses, settings]
+        key = [
+            STATE,
+            victim.digest(is_attacked=bool(plans)),
+            images := digest([x, y]),
+            clean.losses,
+            settings,
+        ]
 
         def state_path(name: str, *parts: object) -> Path | None:
             """Return where a state is kept; another model, other images or settings have another file."""

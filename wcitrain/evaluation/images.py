@@ -34,7 +34,8 @@ def save_images(path: Path, evaluation: Evaluation, result: AttackResult, source
     tensors = {"images": result.images.contiguous(), "labels": evaluation.labels, "index": index.contiguous()}
     about = {"kind": KIND, "threat": json.dumps(asdict(result.threat)), "attack": result.attack}
     partial = path.with_name(f".{path.name}.partial")
-    metadata = about | {"source": source, "digest": evaluation.digest}
+    about |= {"source": source, "digest": evaluation.digest}
+    metadata = {"about": json.dumps(about, sort_keys=True)}  # one key: the order of several is random
     save_file(tensors | {"is_robust": result.is_robust}, partial, metadata)
     partial.replace(path)
     with path.open("rb") as file:
@@ -55,7 +56,8 @@ class Transfer:
         """Return what ``save_images`` wrote; ValueError for other files."""
         try:
             with safe_open(path, framework="pt") as file:
-                about, images = file.metadata() or {}, file.get_tensor("images")
+                about = json.loads((file.metadata() or {}).get("about", "{}"))
+                images = file.get_tensor("images")
             if about.get("kind") != KIND:
                 raise ValueError("no such metadata")
             name = f"{TRANSFER}{about['attack'].removeprefix(TRANSFER)} of {about['source']}"
