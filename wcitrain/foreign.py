@@ -128,6 +128,11 @@ def _cause(error: Exception) -> str:
 @torch.no_grad()
 def check_outputs(model: nn.Module, x: Tensor, num_classes: int, source: str) -> None:
     """Raise ValueError where a model fails on a batch of images or gives no logits of these classes."""
+    if others := {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != x.dtype}:
+        got = f"got parameters in {', '.join(sorted(others))}"
+        raise ValueError(
+            f"{source}: {got}; expected {x.dtype}, as images are. Call float() in your function."
+        )
     with undisturbed(model, training=False):
         for images in (x, x[:1]):
             try:

@@ -249,3 +249,15 @@ def test_files_of_one_name_are_two_models_and_another_forward_is_measured_anew(t
     assert len(set(first)) == 2
     assert len(set(losses("3"))) == 4
     assert len(set(losses("3", "model.mean=[0.5]", "model.std=[0.5]"))) == 6
+
+
+def test_another_precision_and_settings_in_place_of_data_are_named(tmp_path, capsys):
+    """ "mat1 and mat2 must have the same dtype. Set data.image_size" sends its reader the wrong way."""
+    code = "import torch\nfrom torch import nn\ndef low(): return nn.Sequential(nn.Flatten(), "
+    (tmp_path / "net.py").write_text(code + "nn.Linear(64, 10)).bfloat16()\n")
+    for data, expected in (
+        (["digits"], "got parameters in torch.bfloat16; expected torch.float32, as images are"),
+        (["digits", "data.max_train=300"], "--data: got data.max_train=300; expected the name of a data set"),
+    ):
+        assert main(["evaluate", f"{tmp_path}/net.py:low", "--data", *data, "--eps", "0.1"]) == 2
+        assert expected in capsys.readouterr().err

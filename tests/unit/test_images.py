@@ -269,5 +269,8 @@ def test_a_mended_model_or_other_stand_ins_are_attacked_anew(tmp_path):
     by_factor = [run(Turned(k), x, y, attacks="pgd-5", folder=tmp_path).attacks[0] for k in (-1.0, 1.0)]
     assert int(by_factor[0].is_robust.sum()) > int(by_factor[1].is_robust.sum())
     stand_ins = {"2": lambda z: -z}, ["2"]
+    twins = {"transfer": small_model(), "bpda": {"0": lambda z: 0 * z.flatten(1)}}
+    none, other = run(small_model(), x, y, attacks="pgd-5", preflight="off", **twins).attacks
+    assert torch.equal(none.is_robust, other.is_robust)  # both without a gradient
     turned, through = (run(small_model(), x, y, attacks="pgd-5", folder=tmp_path, bpda=b) for b in stand_ins)
     assert not torch.equal(turned.attacks[0].is_robust, through.attacks[0].is_robust)

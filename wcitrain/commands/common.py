@@ -24,6 +24,9 @@ def opened(options: argparse.Namespace, target: str, at: str | None) -> Target:
         rule = "one. Start it without a launcher."
         raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; expected {rule}")
     if options.data:  # the shorthand for settings
+        if wrong := [text for text in options.data if "=" in text]:
+            rule = "the name of a data set, its folder, or both. Settings go to --recipe"
+            raise ValueError(f"--data: got {wrong[0]}; expected {rule}.")
         source, *root = options.data if options.data[0] in SOURCES else ("folder", *options.data)
         given = [f"data.source={source}", *(f"data.root={place}" for place in root)]
         options.recipe, options.data = [*given, *options.recipe], None

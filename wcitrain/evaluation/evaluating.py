@@ -112,7 +112,12 @@ def evaluate(
         for t in balls:
             runs += [(t, f"{p.name}{suffix}", [repr(p)], p.stages(victim, t)) for p in plans]
         if transfer is not None:
-            source = replace(victim, model=stack.enter_context(attackable(transfer)), eot=1)
+            other = stack.enter_context(attackable(transfer))
+            names = [name for name, _ in other.named_modules() if name in bpda]
+            stack.enter_context(
+                stand_ins(other, {n: bpda[n] for n in names} if isinstance(bpda, Mapping) else names)
+            )
+            source = replace(victim, model=other)
             plan = next((p for p in plans if isinstance(p, GradientPlan)), parse_attack("pgd-20"))
             settings["transfer"] = source.digest(is_attacked=True)
             name = f"transfer {plan.name} of {settings['transfer'][:8]}"
