@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from wcitrain.__main__ import main
+from wcitrain.commands.study import _digest_of
 from wcitrain.data import Data, load_splits
 from wcitrain.models import Classifier, create_model
 from wcitrain.targets import open_run
@@ -261,3 +263,10 @@ def test_another_precision_and_settings_in_place_of_data_are_named(tmp_path, cap
     ):
         assert main(["evaluate", f"{tmp_path}/net.py:low", "--data", *data, "--eps", "0.1"]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_weights_behind_another_normalisation_are_another_model():
+    """Means and deviations are in no state dict: a file of measures answered for both."""
+    target = SimpleNamespace(kind="")
+    one, other = (_digest_of(Classifier(nn.Flatten(), [mean], [1.0]), target) for mean in (0.0, 0.5))
+    assert one != other

@@ -203,9 +203,8 @@ class _Momentum:
         self.previous: Tensor | None = None
         self.size = x.new_full((len(x),), 2 * threat.eps)
         self.length = self.left = max(int(0.22 * num_steps), 1)
-        self.rises = self.last = x.new_zeros(
-            len(x)
-        )  # as in the authors' code, the first loss is compared with 0
+        # As in the authors' code, the first loss is compared with 0.
+        self.rises = self.last = x.new_zeros(len(x))
         self.was_cut, self.before = torch.ones_like(self.rises, dtype=torch.bool), self.rises
 
     def move(self, x: Tensor, x_adv: Tensor, gradient: Tensor) -> Tensor:
