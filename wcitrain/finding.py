@@ -6,7 +6,7 @@ from pathlib import Path
 import timm
 
 from wcitrain.method import nearest
-from wcitrain.weights import SUFFIXES, split_part
+from wcitrain.weights import SUFFIXES, is_weights, split_part
 
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 RECIPES = (".yaml", ".yml")
@@ -68,7 +68,7 @@ def find(text: str, at: str | None) -> tuple[Path, Path | None, str, Path | None
         found = path, above if (above / "recipe.yaml").is_file() else None, path.resolve().name, path, ""
     elif path.is_file() and (kind := program_kind(path)):
         found = path, None, path.stem, None, kind
-    elif file.is_file() and file.suffix in (*SUFFIXES, *RECIPES):
+    elif file.is_file() and (file.suffix in RECIPES or is_weights(file)):
         found = path, None, "-".join(filter(None, (file.stem, part))), None, ""
     elif not path.exists() and (is_timm_name(text) or is_function(text)):
         found = path, None, text, None, "timm" if is_timm_name(text) else "function"

@@ -38,6 +38,7 @@ SCALES: dict[str, tuple[Sequence[float], Sequence[float]]] = {
     "MNIST's normalisation": ([0.1307], [0.3081]),
 }
 SIGNIFICANT = 0.001  # p-value of McNemar's test below which another scale is better than the model's own
+ALIKE = 0.05  # and from which on two others are equally good
 
 
 class Program(nn.Module):
@@ -60,7 +61,8 @@ def load_program(path: Path) -> nn.Module:
     """Return the program in a TorchScript or ``torch.export`` file; ValueError for damaged ones."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole
+            for category in (DeprecationWarning, FutureWarning):  # of TorchScript as a whole
+                warnings.simplefilter("ignore", category)
             if program_kind(path) == "TorchScript":
                 return torch.jit.load(path, map_location="cpu")
             return Program(torch.export.load(path).module())
@@ -174,13 +176,17 @@ def check_scale(model: Classifier, x: Tensor, y: Tensor, source: str, *, is_give
         finally:
             model.mean, model.std = kept
     best = max(flags, key=lambda name: int(flags[name].sum()))
-    shares = [percent(float(value.double().mean())) for value in (own, flags[best])]
-    told = f"{shares[0]} % of {len(x)} images right as it is, at best {shares[1]} % behind others ({best})"
+    alike = [name for name in flags if mcnemar(flags[best], flags[name])[2] >= ALIKE]
+    shares = {name: percent(float(value.double().mean())) for name, value in ({"": own} | flags).items()}
+    others = ", ".join(f"{shares[name]} % ({name})" for name in sorted(alike, key=[best, *flags].index))
+    told = f"{shares['']} % of {len(x)} images right as it is, behind others {others}"
     more, fewer, p_value = mcnemar(flags[best], own)
     if more > fewer and p_value < SIGNIFICANT and not is_given:
         both = pairs[best], kept
         new, now = ([[float(f"{v:.6g}") for v in t.flatten().tolist()] for t in pair] for pair in both)
         fix = f"'model.mean={new[0]}' 'model.std={new[1]}'"
         advice = f"Give --recipe {fix}; to leave it so, {now[0]} and {now[1]}"
+        if len(alike) > 1:
+            advice = f"Chance does not tell these {len(alike)} apart: give that of its training. {advice}"
         raise ValueError(f"{source}: got {told}; expected its own normalisation to be best. {advice}.")
     return f"normalisation: {told}"

@@ -9,6 +9,7 @@ own names lie. What was taken off and left out is printed; what does not match i
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,17 @@ def split_part(text: str | Path) -> tuple[Path, str]:
     return (Path(head), part) if head and not Path(text).exists() else (Path(text), "")
 
 
+def is_weights(file: Path) -> bool:
+    """Whether a file has a suffix of weights, or is a pickle, bare or in torch's archive, by another name."""
+    if file.suffix in SUFFIXES:
+        return True
+    if not zipfile.is_zipfile(file):
+        with file.open("rb") as stream:
+            return stream.read(2) == b"\x80\x02"  # protocol 2, that of torch.save
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/data.pkl") for name in archive.namelist())
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return all tensors in a file by their place, ``"state_dict/model.conv1.weight"``; see `load_into`.
 
@@ -54,7 +66,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         cause = f"it holds {classes[0]}" if classes else str(error).splitlines()[0]
         got = f"got weights that cannot be read as weights alone ({cause})"
         raise ValueError(f"{file}: {got}; expected {RULE}. Save model.state_dict().") from error
-    weights = dict(_tensors(content)) if isinstance(content, Mapping) else {}
+    weights = dict(_tensors(content)) if isinstance(content, Mapping | list | tuple) else {}
     if not weights:
         got = f"keys {[*content][:5]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
         raise ValueError(f"{file}: got {got}; expected {RULE}. Save one with torch.save(model.state_dict()).")
@@ -65,11 +77,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return chosen if part else weights
 
 
-def _tensors(content: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str, Tensor]]:
-    for key, value in content.items():
+def _tensors(content: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    items = enumerate(content) if isinstance(content, list | tuple) else content.items()
+    for key, value in items:
         if isinstance(value, Tensor):
             yield f"{place}{key}", value
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping | list | tuple):
             yield from _tensors(value, f"{place}{key}/")
 
 

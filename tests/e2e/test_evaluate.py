@@ -226,10 +226,17 @@ def test_eot_bpda_and_transfer_reach_the_attacks_and_the_files(run, tmp_path, ca
     options = f"{QUICK} --eot 2 --bpda backbone.bn1 --transfer {other} --preflight warn"
     assert command(run, options) == 0
     printed = capsys.readouterr().out
-    assert "linf 0.1  pgd-2 eot-2 bpda" in printed
+    assert "linf 0.1  pgd-2 eot-2 bpda-backbone.bn1" in printed
     assert "linf 0.1  transfer pgd-2 " in printed
     assert "warning: eot_without_noise: four passes agree" in printed
     (file,) = (run / "evaluations").glob("*.npz")
+    net = tmp_path / "net.py"
+    net.write_text(
+        "from torch import nn\ndef linear(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))"
+    )
+    assert (
+        command(run, f"{QUICK} --transfer {net}:linear --preflight warn --out {tmp_path}") == 0
+    )  # on its data
     name = r"last-test-pgd-2-n20-eot2-bpda-backbone\.bn1-transfer-[0-9a-f]{8}\.npz"
     assert re.fullmatch(name, file.name)
     document = json.loads(file.with_suffix(".json").read_text())

@@ -626,7 +626,7 @@ def test_bpda_breaks_what_rounding_hid():
     for name in ("quantised", "flipped", "detached"):
         result = cheated(name, bpda=["front"], preflight="raise" if name != "flipped" else "warn")
         assert result.robust_accuracy() < 0.82
-        assert result.attacks[0].attack == "pgd-20 bpda"
+        assert result.attacks[0].attack == "pgd-20 bpda-front"
         assert result.settings["bpda"] == ["front"]
         assert {one.severity for one in result.findings} <= {"warning"}
 

@@ -254,6 +254,26 @@ def test_a_transfer_attack_that_breaks_more_than_gradients_is_noticed(tmp_path):
     assert text.startswith("images made on another model break 6 of 36")
 
 
+def test_images_of_a_stronger_attack_on_the_same_model_say_that_the_attack_is_weak(tmp_path):
+    """They were called a sign of masked gradients, of a model that has none."""
+    model, twin = small_model(), small_model()
+    for one in (model, twin):
+        one[1].weight.data *= 6  # a single step goes astray
+    x, y = examples(model)
+    source = run(model, x, y, attacks="pgd-20x3")
+    save_images(tmp_path / "x.safetensors", source, source.attacks[0], "plain")
+    settings = {"attacks": "fgsm", "transfer_images": [Transfer.load(tmp_path / "x.safetensors")]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PreflightWarning)
+        made = run(model, x, y, preflight="warn", transfer=twin, **settings)
+        other = run(small_model(3), x, y, preflight="off", **settings)
+    names = {finding.name: finding.text for finding in made.findings}
+    assert "transfer_helps" not in names
+    assert names["weak_attack"].startswith("images made on this model break ")
+    assert [result.attack.endswith("(this model)") for result in made.attacks] == [False, True, True]
+    assert not other.attacks[1].attack.endswith("(this model)")
+
+
 def test_a_mended_model_or_other_stand_ins_are_attacked_anew(tmp_path):
     """The forward pass is the same: the kept state of the model that fooled the attack answered for it."""
 

@@ -258,6 +258,7 @@ def test_who_fell_to_which_attack_and_the_smallest_radii_are_shown(tmp_path, pag
     numbers = {"median": 0.0125, "median_interval": [0.01, None], "num_wrong_at_once": 20, "num_never": 30}
     entry = {"largest": {"norm": "linf", "eps": 0.1}, "attacks": "pgd-20", "curve": curve} | numbers
     add_json(run, "evaluations/e.json", document | {"minimal_eps": [entry]})
+    add_json(run, "evaluations/f.json", document | {"minimal_eps": [entry]})  # once more, with other attacks
     add_json(other, "evaluations/e.json", evaluation(0.8, 0.5))  # of an earlier version
     page, text = page_of(run, other)
     where = "a: last test, 100 examples, images aaaaaa"
@@ -268,6 +269,7 @@ def test_who_fell_to_which_attack_and_the_smallest_radii_are_shown(tmp_path, pag
     row = [where, "linf up to 0.1", "pgd-20", "0.0125", "0.01 to > 0.1", "20", "30"]
     assert page.table("Smallest radii")[1:] == [row]
     assert "linf radius (images in [0, 1])" in text
+    assert "a: pgd-20" in text
     assert (tmp_path / "out" / "smallest_radii.png").is_file()
     assert "Smallest radii" not in page_of(other)[1]
 

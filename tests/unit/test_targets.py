@@ -154,3 +154,17 @@ def test_a_device_that_is_not_there_is_explained(device, run):
     with pytest.raises(ValueError, match=rf"--device: got '{device}'; expected auto, cpu"):
         open_run(run, device=device)
     assert open_run(run, device="cpu").device == "cpu"
+
+
+@pytest.mark.parametrize("as_archive", [True, False])
+def test_weights_are_known_by_their_content_under_any_suffix(as_archive, tmp_path):
+    """``net.model`` was taken with --checkpoint and unknown as a target."""
+    path, model = tmp_path / "net.model", classifier(3)
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=as_archive)
+    recipe = write_recipe(tmp_path / "recipe.yaml")
+    assert first_weights(
+        open_run(path, recipe=recipe, settings=["model.mean=[0.5]", "model.std=[0.5]"]).load_model()
+    ) == first_weights(model)
+    (tmp_path / "notes.model").write_text("neither")
+    with pytest.raises(ValueError, match=r"got a \.model file; expected a run folder"):
+        open_run(tmp_path / "notes.model", recipe=recipe)

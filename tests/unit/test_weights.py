@@ -54,6 +54,7 @@ FILES = {  # what is saved, and what is said of it
         {("0._orig_mod" + name[1:] if name[0] == "0" else name): value for name, value in STATE.items()},
         "",
     ),
+    "in_a_list": ({"state_dict": [OrderedDict(below("module."))], "lr": [0.1]}, "state_dict/0/module."),
     "same_twice": ({"state_dict": STATE, "ema": STATE}, "without the prefix state_dict/"),
     "robust_bench": (below("model.") | {"mu": CONSTANTS["mean"], "sigma": CONSTANTS["std"]}, "model."),
 }

@@ -1,6 +1,7 @@
 """``wcitrain evaluate``: clean, robust and corrupted accuracy of a trained model."""
 
 import argparse
+import json
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from wcitrain.evaluation import (
     parse_attack,
     save_images,
 )
+from wcitrain.finding import find
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import seed_from
 from wcitrain.targets import Target
@@ -114,6 +116,8 @@ def _evaluated(target: Target, options: argparse.Namespace) -> Evaluation:
 def _source(options: argparse.Namespace, target: Target) -> Target:
     """Return the model of --transfer; ValueError where its classes are not known to be the target's."""
     own = argparse.Namespace(**vars(options) | {"checkpoint": None})  # that is of the target
+    if not options.recipe and find(options.transfer, None)[1] is None:  # no run, whose recipe says its data
+        own.recipe = [f"data={json.dumps(target.recipe.model_dump(mode='json')['data'])}"]
     source = opened(own, options.transfer, None)
     names, wanted = source.class_names, target.class_names
     if names is not None and wanted is not None and names != wanted:

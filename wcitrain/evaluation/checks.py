@@ -27,7 +27,7 @@ from wcitrain.evaluation.attacking import Victim, is_right
 from wcitrain.evaluation.gradient_checks import LEVEL, check_gradients, margin_gradient, random_signs
 from wcitrain.evaluation.intervals import mcnemar, wilson_interval
 from wcitrain.evaluation.plans import EnsemblePlan, GradientPlan, Plan, parse_attack
-from wcitrain.evaluation.results import AttackResult, Evaluation, Finding, percent
+from wcitrain.evaluation.results import THIS_MODEL, AttackResult, Evaluation, Finding, percent
 from wcitrain.seeding import generator_from
 
 SAME = 1e-4  # relative difference of two outputs below which they are the same: float32 on a GPU reaches 1e-5
@@ -204,16 +204,19 @@ def check_results(evaluation: Evaluation, num_classes: int) -> Iterator[Finding]
 
 
 def _transferred(evaluation: Evaluation) -> Iterator[Finding]:
-    """Images made on another model must break few that this one's own gradients left."""
+    """Images made on another model, or by another attack on this one, must break few that attacks left."""
     for result in evaluation.attacks:
         own = [r.is_robust for r in evaluation.attacks if r.threat == result.threat and not r.is_transferred]
         if result.is_transferred and own:
             left = torch.stack(own).all(0)
             num, total = int((left & ~result.is_robust).sum()), int(left.sum())
             if _is_many(num, total, total / len(left)):
-                text = f"images made on another model break {num} of {total} that the attacks left within"
-                text += f" {result.threat}: gradients are masked. Report the worst case, and add autoattack."
-                yield Finding("transfer_helps", "warning", text)
+                is_own = result.attack.endswith(THIS_MODEL)
+                name, what = ("weak_attack", "this") if is_own else ("transfer_helps", "another")
+                text = f"images made on {what} model break {num} of {total} that the attacks left within"
+                cause = "these attacks are weak" if is_own else "gradients are masked"
+                text += f" {result.threat}: {cause}. Report the worst case, and add autoattack."
+                yield Finding(name, "warning", text)
 
 
 def _is_many(num: int, total: int, share: float) -> bool:

@@ -19,7 +19,7 @@ from wcitrain.evaluation.corruptions import Corruptions
 from wcitrain.evaluation.images import Transfer, check_images
 from wcitrain.evaluation.minimal import minimal_eps
 from wcitrain.evaluation.plans import EnsemblePlan, GradientPlan, Plan, parse_attack
-from wcitrain.evaluation.results import AttackResult, Evaluation, Finding
+from wcitrain.evaluation.results import THIS_MODEL, AttackResult, Evaluation, Finding
 from wcitrain.measures.means import in_chunks, read_pairs
 from wcitrain.preserve import normal
 
@@ -99,7 +99,7 @@ def evaluate(
         got = f"images {tuple(x.shape)} of {x.dtype} and labels {tuple(y.shape)} of {y.dtype}"
         rule = "expected [B, C, H, W] in [0, 1], and class numbers [B]. Divide levels by 255."
         raise ValueError(f"data: got {got}; {rule}")
-    suffix = f" eot-{eot}" * (eot > 1) + " bpda" * bool(bpda)
+    suffix = f" eot-{eot}" * (eot > 1) + f" bpda-{'+'.join(bpda)}" * bool(bpda)
     settings |= {"eot": eot} if eot > 1 else {}
     settings |= {"bpda": list(bpda)} if bpda else {}
     with ExitStack() as stack:
@@ -107,7 +107,8 @@ def evaluate(
         stack.enter_context(stand_ins(module, bpda))
         x, y = normal(x).float(), normal(y).long()
         victim = Victim(module, x, y, batch_size, seed, eot, bool(bpda))
-        clean = victim.clean
+        clean, own = victim.clean, victim.digest(is_attacked=bool(plans))
+        settings["model"] = own
         runs: list[tuple[ThreatModel, str, list[object], list[Stage]]] = []
         for t in balls:
             runs += [(t, f"{p.name}{suffix}", [repr(p)], p.stages(victim, t)) for p in plans]
@@ -121,20 +122,16 @@ def evaluate(
             plan = next((p for p in plans if isinstance(p, GradientPlan)), parse_attack("pgd-20"))
             settings["transfer"] = source.digest(is_attacked=True)
             name = f"transfer {plan.name} of {settings['transfer'][:8]}"
+            name += THIS_MODEL * (settings["transfer"] == own)
             runs += [(t, name, [name], plan.stages(source, t)) for t in balls]
         for one in transfer_images:
-            runs += [(one.threat, one.name, [one.name, one.images], one.stages(victim, one.threat))]
+            name = one.name + THIS_MODEL * (one.model == own)
+            runs += [(one.threat, name, [name, one.images], one.stages(victim, one.threat))]
         if any(isinstance(plan, EnsemblePlan) for plan in plans):
             settings["pyautoattack"] = version("pyautoattack")
         findings = _told(check_model(victim, plans, balls), preflight)
         corrupted = {} if corruptions is None else corruptions.evaluate(victim)
-        key = [
-            STATE,
-            victim.digest(is_attacked=bool(plans)),
-            images := digest([x, y]),
-            clean.losses,
-            settings,
-        ]
+        key = [STATE, images := digest([x, y]), clean.losses, settings]
 
         def state_path(name: str, *parts: object) -> Path | None:
             """Return where a state is kept; another model, other images or settings have another file."""

@@ -34,7 +34,7 @@ def save_images(path: Path, evaluation: Evaluation, result: AttackResult, source
     tensors = {"images": result.images.contiguous(), "labels": evaluation.labels, "index": index.contiguous()}
     about = {"kind": KIND, "threat": json.dumps(asdict(result.threat)), "attack": result.attack}
     partial = path.with_name(f".{path.name}.partial")
-    about |= {"source": source, "digest": evaluation.digest}
+    about |= {"source": source, "digest": evaluation.digest, "model": evaluation.settings.get("model", "")}
     metadata = {"about": json.dumps(about, sort_keys=True)}  # one key: the order of several is random
     save_file(tensors | {"is_robust": result.is_robust}, partial, metadata)
     partial.replace(path)
@@ -50,6 +50,7 @@ class Transfer:
     threat: ThreatModel
     images: Tensor  # [N, *dims]
     digest: str  # of the clean images and labels they were made of
+    model: str = ""  # digest of the model they were made on, see ``Victim.digest``
 
     @classmethod
     def load(cls, path: str | Path) -> "Transfer":
@@ -61,7 +62,8 @@ class Transfer:
             if about.get("kind") != KIND:
                 raise ValueError("no such metadata")
             name = f"{TRANSFER}{about['attack'].removeprefix(TRANSFER)} of {about['source']}"
-            return cls(name, ThreatModel(**json.loads(about["threat"])), images, about["digest"])
+            threat = ThreatModel(**json.loads(about["threat"]))
+            return cls(name, threat, images, about["digest"], about.get("model", ""))
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             rule = "adversarial images that --save-images wrote. Check the path."
             raise ValueError(f"--transfer-images: got {path} ({error}); expected {rule}") from error

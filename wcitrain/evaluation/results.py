@@ -18,6 +18,7 @@ from wcitrain.evaluation.minimal import MINIMAL, MinimalEps, minimal_cells
 from wcitrain.text import aligned
 
 CLEAN, WORST = "clean", "worst case"
+THIS_MODEL = " (this model)"  # behind the name of a transfer from a model to itself
 
 
 @dataclass(frozen=True)

@@ -213,8 +213,11 @@ def _minimal(runs: Sequence[Run]) -> Section:
 
     for run in runs:
         for (name, *cells), (norm, curve) in read_all(run.folder / "evaluations", read):
-            lines.append([f"{run.name}: {name}", *cells])
-            curves.setdefault(norm, {})[f"{run.name}: {name}, {cells[1]}"] = curve
+            if (line := [f"{run.name}: {name}", *cells]) in lines:
+                continue  # another file says it, too
+            lines.append(line)
+            known, short = curves.setdefault(norm, {}), f"{run.name}: {cells[1]}"
+            known[f"{run.name}: {name}, {cells[1]}" if short in known else short] = curve
     figures = {"smallest_radii": minimal_curves(curves, "")} if curves else {}
     caption = "The smallest radius at which attacks break an image, by bisection; 0 where it is wrong at once"
     return Section("Smallest radii", caption, lines, figures=figures)
