@@ -16,6 +16,7 @@ from wcitrain.objectives import Objective, WithInputRegularizer
 from wcitrain.optim import RegularizedOptimizer
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import seed_from
+from wcitrain.starting import start_from
 from wcitrain.text import name_some
 
 
@@ -47,16 +48,31 @@ def open_training_set(recipe: Recipe, splits: Splits, device: torch.device) -> I
     return MixedSet(train, images, extra.fraction)
 
 
-def initial_model(recipe: Recipe, splits: Splits) -> Classifier:
+def untrained(recipe: Recipe) -> Recipe:
+    """Return the recipe without the weights that it starts from: they are loaded from elsewhere."""
+    bare = {"pretrained": False, "checkpoint_path": None, "match": "name"}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=bare)})
+
+
+def initial_model(recipe: Recipe, splits: Splits, *, is_target: bool = False) -> Classifier:
     """Return the model as it is before the first step: a function of the recipe and its seed.
+
+    Weights of other classes are fitted, see ``start_from``; not for a model that is measured as it is
+    (``is_target``), whose head would be random.
 
     It seeds torch's global generator; ``preserve.kept_random_state`` around it keeps the former state.
     """
     torch.manual_seed(seed_from(recipe.seed, "model"))
     settings = recipe.model.model_dump()
     settings |= {"num_classes": splits.num_classes, "in_chans": splits.in_chans}
-    rotation_head = recipe.objective.needs_rotation_head
-    return create_model(**settings.pop("kwargs"), **settings, rotation_head=rotation_head)
+    settings |= settings.pop("kwargs") | {"rotation_head": recipe.objective.needs_rotation_head}
+    path = recipe.model.checkpoint_path
+    if is_target or path is None:
+        return create_model(**settings)
+    model = create_model(**settings | {"checkpoint_path": None, "match": "name"})
+    given = {key: settings[key] for key in ("match", "mean", "std")}
+    start_from(model, path, class_names=splits.class_names, **given)
+    return model
 
 
 def fresh_objective(recipe: Recipe) -> Objective:

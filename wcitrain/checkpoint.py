@@ -138,17 +138,23 @@ def save_exported_model(
     return path
 
 
+def metadata_in(path: Path) -> dict[str, str]:
+    """Return what an export's folder or a ``.safetensors`` file says of its weights; nothing for others."""
+    try:
+        if path.is_dir():
+            return dict(json.loads((path / "metadata.json").read_text("utf-8")))
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError):
+        return {}  # damage is named where the weights are read
+
+
 def class_names_in(path: Path) -> tuple[str, ...] | None:
     """Return the class names that an export's folder or a ``.safetensors`` file carries; None for none."""
     try:
-        if path.is_dir():
-            metadata = json.loads((path / "metadata.json").read_text("utf-8"))
-        else:
-            with safetensors.safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-        return tuple(json.loads(metadata["class_names"]))
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
-        return None  # damage is named where the weights are read
+        return tuple(json.loads(metadata_in(path)["class_names"]))
+    except (KeyError, ValueError, TypeError):
+        return None
 
 
 # ---- the tree and its JSON form ----------------------------------------------------------------------------

@@ -4,9 +4,13 @@ Importing this module registers PreActResNet-18 in its CIFAR form with timm, as 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch
@@ -17,7 +21,9 @@ from torch import Tensor, nn
 
 from wcitrain.params import logits_of
 from wcitrain.preserve import kept_random_state, undisturbed
-from wcitrain.weights import load_into, read_weights
+from wcitrain.weights import in_order, load_into, read_weights
+
+HUB_SECONDS = 3  # for an answer
 
 
 class Classifier(nn.Module):
@@ -66,6 +72,7 @@ def create_model(
     in_chans: int = 3,
     pretrained: bool = False,
     checkpoint_path: str | None = None,
+    match: Literal["name", "order"] = "name",
     stem: Literal["default", "cifar"] = "default",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -75,7 +82,8 @@ def create_model(
     """Build a timm model (or ``preact_resnet18``) and put its normalisation inside.
 
     Args:
-        name, pretrained, checkpoint_path, kwargs: For timm, e.g. ``layers=[1, 1, 1, 1]``.
+        name, pretrained, kwargs: For timm, e.g. ``layers=[1, 1, 1, 1]``.
+        checkpoint_path, match: Weights that fit as they are, see ``read_weights`` and ``in_order``.
         stem: ``"cifar"`` replaces a timm ResNet's stem by one 3x3 convolution of stride 1, without pooling.
         mean, std, rotation_head: See ``Classifier``; by default timm's, averaged if it has other channels.
 
@@ -85,7 +93,8 @@ def create_model(
     """
     sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
     try:
-        backbone = timm.create_model(name, pretrained=pretrained, **sizes, **kwargs)
+        with _hub_or_cache() if pretrained else nullcontext():
+            backbone = timm.create_model(name, pretrained=pretrained, **sizes, **kwargs)
         if stem == "cifar":
             _use_cifar_stem(backbone, name, in_chans)
         elif stem != "default":
@@ -103,8 +112,27 @@ def create_model(
     constants = [by_channel(key, given[key], config.get(key, (0.5,)), in_chans) for key in given]
     model = Classifier(backbone, *constants, rotation_head=rotation_head)
     if checkpoint_path and not checkpoint_path.endswith(".npz"):
-        load_weights(model, read_weights(checkpoint_path), checkpoint_path)
+        weights = read_weights(checkpoint_path)
+        weights = in_order(backbone, weights, checkpoint_path) if match == "order" else weights
+        load_weights(model, weights, checkpoint_path)
     return model
+
+
+@contextmanager
+def _hub_or_cache() -> Iterator[None]:
+    """Leave only the cache where the hub, or the proxy before it, does not answer: retries take a minute."""
+    from huggingface_hub import constants
+
+    url = urlsplit(getproxies().get("https") or constants.ENDPOINT)
+    kept = constants.HF_HUB_OFFLINE
+    try:
+        socket.create_connection((url.hostname or "", url.port or 443), timeout=HUB_SECONDS).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = kept
 
 
 def by_channel(

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from wcitrain import checkpoint, tracking
-from wcitrain.build import fresh_objective, initial_model, open_training_set, wrap
+from wcitrain.build import fresh_objective, initial_model, open_training_set, untrained, wrap
 from wcitrain.curvature.estimators import name_of
 from wcitrain.data import Images, Splits, check_images, load_splits, parts_of, record
 from wcitrain.models import Classifier, try_forward
@@ -34,6 +34,7 @@ from wcitrain.recipe import Recipe, recipe_from_dict
 from wcitrain.recipe.reading import read_yaml
 from wcitrain.text import name_some
 
+SAVED = ("checkpoints/last", "checkpoints/previous", "summary.json")  # what a resumed run goes on from
 DRY_RUN_IMAGES = 4  # more than one: BatchNorm in train mode needs them
 
 
@@ -103,13 +104,14 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
         rule = f"at most the {len(splits.train)} training images."
         raise ValueError(f"train.batch_size: got {recipe.train.batch_size}; expected {rule}")
 
-    model = initial_model(recipe, splits)
+    has_initial = any(measure.needs_initial for measure in recipe.measures.take)
+    goes_on = resume and any((folder / name).exists() for name in SAVED)
+    model = initial_model(untrained(recipe) if goes_on and not has_initial else recipe, splits)
     try_forward(model, splits.in_chans, splits.shape[1:])
     if recipe.train.channels_last:
         if accelerator.device.type == "cpu":  # oneDNN may write past its workspace: uxlfoundation/oneDNN#6035
             raise ValueError("train.channels_last: got true on a CPU; expected false. It is for GPUs.")
         model = model.to(memory_format=torch.channels_last)
-    has_initial = any(measure.needs_initial for measure in recipe.measures.take)
     has_guard = objective.is_single_step and recipe.train.overfitting_guard != "ignore"
     initial = deepcopy(model.state_dict()) if has_initial else None
     base = recipe.optimizer.build(model)

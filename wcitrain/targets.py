@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wcitrain import files
-from wcitrain.build import initial_model
+from wcitrain.build import initial_model, untrained
 from wcitrain.checkpoint import class_names_in, load_checkpoint
 from wcitrain.data import Images, Pairs, Splits, identity, load_splits, match_classes
 from wcitrain.finding import RECIPES, find
@@ -26,7 +26,7 @@ from wcitrain.models import Classifier, by_channel, load_exported, load_weights
 from wcitrain.preserve import kept_random_state
 from wcitrain.recipe import Recipe, load_recipe
 from wcitrain.seeding import seed_from
-from wcitrain.weights import read_weights, split_part
+from wcitrain.weights import read_weights, split_part, weights_of
 
 SCALE_BATCHES = 3  # of validation images, on which the normalisation of other people's models is measured
 BATCH_SIZE = 100
@@ -82,8 +82,9 @@ class Target:
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the model's classes in order, None where they are not known."""
-        place = self.recipe.model.checkpoint_path if self.path.suffix in RECIPES else self.export or self.path
-        names = (class_names_in(Path(place)) if place else None) or self.record.get("class_names")
+        start = self.recipe.model.checkpoint_path if self.path.suffix in RECIPES else None
+        place = weights_of(start)[0] if start else self.export or self.path
+        names = class_names_in(place) or self.record.get("class_names")
         return None if names is None else tuple(names)
 
     @cached_property
@@ -160,15 +161,14 @@ class Target:
                 advice = "Set data.channels, or give the recipe it was trained by."
                 raise ValueError(f"{self.path}: {text} the same. {advice}")
         elif self.kind or self.path.suffix in RECIPES:
-            model = self._built(self.recipe)
+            model = self._built(self.recipe, is_target=True)
             pretrained = getattr(model.backbone, "pretrained_cfg", None) or {}
             classes = pretrained.get("num_classes", num_classes)  # for others timm replaces the head
             if self.recipe.model.checkpoint_path is None and classes != num_classes:
                 text = f"got weights pretrained for {classes} classes, and data of {num_classes}; expected"
                 raise ValueError(f"{self.path}: {text} the same: the head would be random.")
         else:
-            bare = self.recipe.model.model_copy(update={"pretrained": False, "checkpoint_path": None})
-            model = self._built(self.recipe.model_copy(update={"model": bare}))
+            model = self._built(untrained(self.recipe))
             if self.path.is_dir():
                 state, source = load_checkpoint(self.path / "checkpoints", self.at)
                 weights = (state.get("average") or {}).get("module") or state["model"]
@@ -208,9 +208,9 @@ class Target:
             raise ValueError(f"{self.path}: {got}; expected {rule}")
         return self._built(self.recipe).state_dict()
 
-    def _built(self, recipe: Recipe) -> Classifier:
+    def _built(self, recipe: Recipe, *, is_target: bool = False) -> Classifier:
         with kept_random_state(torch.device("cpu")):
-            return initial_model(recipe, self.splits)
+            return initial_model(recipe, self.splits, is_target=is_target)
 
 
 def open_run(

@@ -16,7 +16,7 @@ from wcitrain.data import Batch
 from wcitrain.preserve import undisturbed
 from wcitrain.progress import epoch_line, flat
 from wcitrain.recipe import Recipe
-from wcitrain.run import Run, load, save, start_run
+from wcitrain.run import SAVED, Run, load, save, start_run
 from wcitrain.seeding import generator_from, seed_from
 
 
@@ -49,8 +49,7 @@ def open_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None 
     if run.accelerator.is_main_process:
         run.folder.mkdir(parents=True, exist_ok=True)
         run.log = run.folder / "metrics.jsonl"
-    saved = ("checkpoints/last", "checkpoints/previous", "summary.json")
-    if resume and any((run.folder / name).exists() for name in saved):
+    if resume and any((run.folder / name).exists() for name in SAVED):
         load(run)
     elif run.log is not None:
         (run.folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")

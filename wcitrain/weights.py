@@ -7,10 +7,11 @@ own names lie. What was taken off and left out is printed; what does not match i
 """
 
 import argparse
+import importlib.util
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from wcitrain.text import name_some
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar")
 INSIDE = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # at any depth
+PACKAGE = "package:"
+OF_TIMM = ("model.safetensors", "pytorch_model.bin")  # weights in a folder of timm's or of an export
 CONSTANTS = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}  # of a normalisation, by last part
 ADVICE = "Correct the recipe's model section (name, stem, kwargs) or its data (number of classes), or "
 ADVICE += "give the model's own code as module:function with --checkpoint"
@@ -30,9 +33,46 @@ RULE = "a state dict, bare or below keys such as 'model', 'state_dict' or 'ema'"
 
 
 def split_part(text: str | Path) -> tuple[Path, str]:
-    """Return the file and the part in "FILE:PART"; no part for the path of a file that is there."""
+    """Return the file and the part in "FILE:PART"; no part for the path of a file that is there.
+
+    ``"package:NAME/FILE"`` is a file inside an installed package; ValueError where it is not there.
+    """
+    if str(text).startswith(PACKAGE):
+        return _in_package(str(text).removeprefix(PACKAGE)), ""
     head, _, part = str(text).rpartition(":")
     return (Path(head), part) if head and not Path(text).exists() else (Path(text), "")
+
+
+def weights_of(text: str | Path) -> tuple[Path, str]:
+    """Return the file and the part as `split_part`; of a folder the weights that it holds.
+
+    That is an export of ours, a folder of timm's, or a run, whose last export counts: the best one is that of
+    ``RUN/checkpoints/best`` or ``RUN/model/best``.
+    """
+    folder, part = split_part(text)
+    if not folder.is_dir():
+        return folder, part
+    export = folder / "model" / "last"
+    if folder.parent.name == "checkpoints":
+        export = folder.parent.parent / "model" / folder.name
+    places = [place / name for place in (folder, export) for name in OF_TIMM]
+    return next((path for path in places if path.is_file()), places[0]), part
+
+
+def _in_package(place: str) -> Path:
+    """Return the path of ``NAME/FILE``; ValueError for a package or a file that is not there."""
+    name, _, file = place.partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        rule = f"one that is installed. Try `pip install {name.replace('_', '-')}`."
+        raise ValueError(f"{PACKAGE}{place}: got no package {name!r}; expected {rule}")
+    home = Path(next(iter(spec.submodule_search_locations)))
+    if not file or not (home / file).is_file():
+        found = sorted(path for path in home.rglob("*") if path.suffix in SUFFIXES)
+        there = name_some([path.relative_to(home).as_posix() for path in found])
+        rule = f"one of {there}. Correct it." if found else "weights there, and there are none."
+        raise ValueError(f"{PACKAGE}{place}: got no file {file!r} in {name}; expected {rule}")
+    return home / file
 
 
 def is_weights(file: Path) -> bool:
@@ -52,7 +92,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     ``"FILE:PART"`` means those below the key PART, such as ``ema``. Nothing in the file is executed
     (``weights_only=True``). ValueError for files of something else.
     """
-    file, part = split_part(path)
+    file, part = weights_of(path)
     try:
         if file.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(file)
@@ -86,14 +126,35 @@ def _tensors(content: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{place}{key}/")
 
 
+def in_order(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return weights of the same network under other names, by the model's, in the order of the file.
+
+    ValueError where the number of tensors differs, or the last part of a name (``weight``, ``running_var``).
+    """
+    own = list(model.state_dict())
+    pairs = list(zip(own, weights, strict=False))
+    odd = next((pair for pair in pairs if len({name.rpartition(".")[2] for name in pair}) > 1), None)
+    if len(own) != len(weights) or odd:
+        got = f"{len(weights)} tensors, and a model of {len(own)}"
+        got = f"{odd[1]} at the place of {odd[0]}" if odd else got
+        rule = "the same in the same order. Correct model.name, or leave out model.match"
+        raise ValueError(f"{source}: got {got}; expected {rule}.")
+    return dict(zip(own, weights.values(), strict=True))
+
+
 def load_into(
-    model: nn.Module, weights: Mapping[str, Tensor], source: str, constants: Mapping[str, Tensor]
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    constants: Mapping[str, Tensor],
+    fit: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], list[str]]] | None = None,
 ) -> None:
     """Load weights into a model and print what was taken off their names and what was left out.
 
     ``constants`` are the ``mean`` and ``std`` that the model normalises images with, beside its weights:
     those in the file must be the same. What is in the file but not below the model's prefix (the model's
-    holder, a loss, an optimizer) is left out.
+    holder, a loss, an optimizer) is left out. ``fit`` may change what is below the prefix before it is
+    compared with the model, and says how.
 
     Raises:
         ValueError: Two sets of weights in one file; tensors that are missing, too many or of another shape,
@@ -129,8 +190,12 @@ def load_into(
             unknown.append(name)
         else:
             notes.append(f"without {name}")
-    _refuse_unfit(own, {key: weights[name] for key, name in used.items()}, unknown, source)
-    model.load_state_dict({key: weights[name] for key, name in used.items()})
+    given = {key: weights[name] for key, name in used.items()}
+    if fit:
+        given, said = fit(given | {name.removeprefix(best): weights[name] for name in unknown})
+        unknown, notes = [name for name in given if name not in own], notes + said
+    _refuse_unfit(own, {key: given[key] for key in given if key in own}, unknown, source)
+    model.load_state_dict(given)
     if notes:
         print(f"{source}: read {name_some(notes, 6)}", flush=True)
 

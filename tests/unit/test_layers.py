@@ -21,7 +21,7 @@ ROWS = [
     {"monitoring"},
     {"run", "targets"},
     {"build", "foreign"},
-    {"report"},
+    {"report", "starting"},
     {"evaluation", "checkpoint", "tracking", "progress"},
     {"recipe"},
     {"measures"},

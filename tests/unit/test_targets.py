@@ -86,7 +86,7 @@ def test_a_recipe_whose_weights_are_not_those_of_its_model_is_refused(tmp_path, 
     with pytest.raises(ValueError, match=r"--recipe: got other\.yaml with the recipe"):
         open_run(path, recipe="other.yaml", settings=["model.pretrained=true"])
     built = classifier(0)
-    monkeypatch.setattr(targets, "initial_model", lambda recipe, splits: built)
+    monkeypatch.setattr(targets, "initial_model", lambda recipe, splits, is_target: built)
     target = open_run(write_recipe(tmp_path / "published.yaml", stem="default", pretrained=True))
     built.backbone.pretrained_cfg = {"num_classes": 10}
     assert target.load_model() is built

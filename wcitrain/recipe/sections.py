@@ -20,7 +20,10 @@ class Model(Section):
     name: Text = setting("resnet18", "Model name for timm.create_model.")
     pretrained: bool = setting(False, "Start from timm's pretrained weights.")
     stem: Literal["default", "cifar"] = setting("default", "First layers: timm's, or cifar's (small images).")
-    checkpoint_path: Text | None = setting(None, "File with weights to start from.")
+    checkpoint_path: Text | None = setting(
+        None, "Weights to start from: a file, a run, an export, package:NAME/FILE."
+    )
+    match: Literal["name", "order"] = setting("name", "What tells the tensors of checkpoint_path.")
     kwargs: dict[str, JsonValue] = setting(dict, "Further arguments of timm.create_model.")
     mean: Annotated[list[float], Field(min_length=1)] | None = setting(
         None, "Channel means subtracted inside the model, in [0, 1]; null: timm's."
