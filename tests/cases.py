@@ -38,6 +38,10 @@ GAUSS_NEWTON = optim.WCIPenalty(1e-3, estimator="gauss_newton")
 TOP_LAYER = optim.WCIPenalty(1e-3, estimator="top_layer")
 FROBENIUS = optim.FrobeniusPenalty(1e-3)
 BOTH = optim.FrobeniusTracePenalty(1e-3, 1e-4, estimator="gauss_newton")
+FROM_INITIAL = optim.WCIPenalty(1e-3, estimator="gauss_newton", center="initial")
+L2_SP = optim.FrobeniusPenalty(1e-3, center="initial")
+BOUND = optim.WCIPosterior(strength=1e-3, frobenius=True, center="initial")
+ONE_PASS_FROM_INITIAL = optim.WCIPosterior(0.5, passes=1, center="initial")
 WHOLE = optim.WCIPosterior(0.7, power=1.5, cap=None, size_of="network")
 UNMIXED = optim.RWP(0.05, mixing=1.0)
 ON_WEIGHTS = {"penalty": GAUSS_NEWTON, "layers": "weights"}
@@ -69,12 +73,16 @@ RULES: dict[str, Rule] = {
     "wci, gauss_newton": Rule({"perturbation": optim.WCIPosterior(0.5, traces="gauss_newton")}, 1, 2),
     "wci, both": Rule({"perturbation": optim.WCIPosterior(0.5, passes=1, traces="gauss_newton")}, 0, 1),
     "wci of the network": Rule({"perturbation": WHOLE}, 1, 1),
+    "wci from initial, one pass": Rule({"perturbation": ONE_PASS_FROM_INITIAL}, 0, 0),
+    "wci from initial, by strength": Rule({"perturbation": BOUND}, 1, 1),
     "noise": Rule({"perturbation": optim.UniformNoise(0.5)}, 1, 1),
     "noise, one pass": Rule({"perturbation": optim.UniformNoise(0.5, passes=1)}, 0, 0),
     "wci penalty, gauss_newton": Rule({"penalty": GAUSS_NEWTON}, 0, 3, 1),
     "wci penalty, hutchinson": Rule({"penalty": optim.WCIPenalty(1e-4, estimator="hutchinson")}, 2, 6, 4),
     "wci penalty, auto": Rule({"penalty": optim.WCIPenalty(1e-3)}, 0, 3, 1),
     "wci penalty, 2 probes": Rule({"penalty": optim.WCIPenalty(1e-3, estimator=GaussNewton(2))}, 0, 6, 2),
+    "wci penalty from initial": Rule({"penalty": FROM_INITIAL}, 0, 3, 1),
+    "frobenius penalty from initial": Rule({"penalty": L2_SP}, 0, 0, is_random=False),
     "top layer penalty": Rule({"penalty": TOP_LAYER}, 0, 0, is_random=False),
     "frobenius penalty": Rule({"penalty": FROBENIUS}, 0, 0, is_random=False),
     "trace penalty, 2 probes": Rule({"penalty": optim.TracePenalty(1e-4, estimator=Hutchinson(2))}, 4, 12, 8),

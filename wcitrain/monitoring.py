@@ -65,7 +65,7 @@ def epoch_accuracies(run: Run) -> dict[str, Any]:
 
 def regularizer_metrics(run: Run) -> dict[str, float]:
     """Return what the optimizer wrapper logs."""
-    plain, running = ("relative_size", "lambda", "curvature/negative"), ("wci/", "curvature/trace/")
+    plain, running = ("relative_size", "lambda", "curvature/negative"), ("wci", "curvature/trace/")
     metrics = run.regularizer.metrics()
     kept = [name for name in metrics if name in plain or name.startswith(running)]
     return {name if name in plain else f"running/{name}": metrics[name] for name in kept}

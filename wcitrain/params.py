@@ -7,7 +7,7 @@ Zhang speak of "weight matrices" only). Weight-standardised convolutions count b
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from wcitrain.text import name_some
 MAPS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 NOT_MAPS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
 Parts = Mapping[str, Sequence[str]]  # of the tensors that are cut, by their names
+Center = Literal["origin", "initial"]  # what a norm is a distance from: 0, or the weights before training
 
 
 class Layers(Mapping[str, Tensor]):

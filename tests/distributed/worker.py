@@ -29,7 +29,7 @@ def train(rule: str, rank: int, world: int, normalised: nn.Module | None = None)
     accumulate = 2 // world
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     assert accelerator.num_processes == world, f"asked for {world} processes, got {accelerator.num_processes}"
-    torch.manual_seed(0)
+    torch.manual_seed(rank)  # DistributedDataParallel hands on the first one's weights, the wrapper W⁰
     model = SmoothNet().double() if normalised is None else normalised
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = RegularizedOptimizer(base, model, **RULES[rule].kwargs)
@@ -79,7 +79,7 @@ if __name__ == "__main__":
         results = {}
         for rule in rules:
             results[rule], _ = train(rule, rank, 2)
-            torch.manual_seed(0)
+            torch.manual_seed(rank)
             model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).double()
             results[f"{rule}, BatchNorm"], _ = train(rule, rank, 2, normalised=model)
         torch.save(results, f"{out}/{rank}.pt")

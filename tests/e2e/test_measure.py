@@ -139,9 +139,9 @@ def test_test_images_are_not_opened_where_nothing_asks_for_them(trained, monkeyp
         ("{run} --measures margins --out {tmp}/text.pt/more", "text.pt, a file; expected a folder"),
         ("{run} {run} {run}/model/last --correlate", "which are the same model; expected each model once"),
         ("{run} --at all --correlate --measures margins --out {tmp}/text.pt", "text.pt, a file; expected"),
-        ("{run} --set wci.prior=initial --recipe seed=1", "wci.prior: got {run} with another seed or model"),
+        ("{run} --set wci.center=initial --recipe seed=1", "wci.center: got {run} with another seed or"),
         (
-            "{run}/model/last/model.safetensors --recipe {run}/recipe.yaml --set wci.prior=initial",
+            "{run}/model/last/model.safetensors --recipe {run}/recipe.yaml --set wci.center=initial",
             "model.safetensors without its run; expected a run with its own seed and model",
         ),
         (
@@ -195,19 +195,19 @@ def test_measures_are_taken_under_an_l1_attack(run):
 def test_the_index_of_a_run_has_a_prior_at_its_own_start(run, tmp_path):
     """Weights of another seed as the start would give a distance that looks like training."""
     few = ["--examples", "10", "--steps", "1", "--set"]
-    _, document = in_detail(run, *few, "wci.prior=initial", "wci.groups=stage")
+    _, document = in_detail(run, *few, "wci.center=initial", "wci.groups=stage")
     (distance,) = measured(run, measures=["distance_from_initialisation"], out=tmp_path / "out")
     squares = [layer["squared_norm"] for layer in document["layers"].values()]
     assert sum(squares) == pytest.approx(distance.value("distance_from_initialisation") ** 2, rel=1e-5)
     assert {"layer1", "layer4", "fc"} < set(document["layers"])
-    (first,) = measured(run, at="0", measures=["wci"], settings={"wci": {"prior": "initial"}}, out=tmp_path)
+    (first,) = measured(run, at="0", measures=["wci"], settings={"wci": {"center": "initial"}}, out=tmp_path)
     assert first.value("wci") == 0.0
     weights = load_exported(run / "model" / "epoch-0")
     weights.backbone.fc.weight.data.add_(1)
     file = run / "model" / "epoch-0" / "model.safetensors"
     save_file({k: v.contiguous() for k, v in weights.backbone.state_dict().items()}, file)
     assert (
-        main(["measure", str(run), *few, "wci.prior=initial", "--clean"]) == 2
+        main(["measure", str(run), *few, "wci.center=initial", "--clean"]) == 2
     )  # kept weights are another's
 
 

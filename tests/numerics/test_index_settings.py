@@ -45,12 +45,12 @@ def hadamard(size: int) -> torch.Tensor:
     return rows
 
 
-@pytest.mark.parametrize("prior", ["origin", "initial"])
-def test_finer_groups_have_a_lower_index_of_the_same_traces(prior):
+@pytest.mark.parametrize("center", ["origin", "initial"])
+def test_finer_groups_have_a_lower_index_of_the_same_traces(center):
     """Σ_j sqrt(a_j t_j) <= sqrt(Σ a_j Σ t_j); a group that loses a weight, or has it twice, breaks sums."""
     model, x, y = network()
     start = {name: value + 0.1 * torch.rand_like(value) for name, value in model.state_dict().items()}
-    results = [index(model, x, y, initial=start, prior=prior, groups=groups) for groups in GROUPS]
+    results = [index(model, x, y, initial=start, center=center, groups=groups) for groups in GROUPS]
     assert [len(result.layers) for result in results] == [13, 3, 2]
     sums = [float(result.per_layer.sum()) for result in results]
     assert sums[0] < sums[1] < sums[2]
@@ -81,17 +81,17 @@ def test_a_prior_at_the_start_measures_the_distance_from_it():
     model, x, y = network()
     zero = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     plain = index(model, x, y)
-    assert index(model, x, y, initial=model.state_dict(), prior="initial").total == 0
-    moved = index(model, x, y, initial=zero, prior="initial")
+    assert index(model, x, y, initial=model.state_dict(), center="initial").total == 0
+    moved = index(model, x, y, initial=zero, center="initial")
     assert (moved.total, moved.total_stderr) == (plain.total, plain.total_stderr)
     assert "prior at the weights before training" in moved.headline()
     assert "||W−W⁰||_F²" in moved.table()
     half = {name: value / 2 for name, value in model.state_dict().items()}
-    assert index(model, x, y, initial=half, prior="initial").total == pytest.approx(
+    assert index(model, x, y, initial=half, center="initial").total == pytest.approx(
         plain.total / 2, rel=1e-12
     )
-    with pytest.raises(ValueError, match=r"wci.prior: got initial weights of the right shape for 0 of 3"):
-        index(model, x, y, prior="initial")
+    with pytest.raises(ValueError, match=r"wci.center: got initial weights of the right shape for 0 of 3"):
+        index(model, x, y, center="initial")
 
 
 def linear(norm: str) -> tuple[nn.Linear, torch.Tensor, torch.Tensor, Attack]:
@@ -223,7 +223,7 @@ def test_filters_are_added_up_where_people_look():
     [
         (WeightCurvatureIndex, {"groups": "filter", "split_qkv": True}, "groups: got filter with split_qkv"),
         (WeightCurvatureIndex, {"groups": "filter", "estimator": "top_layer"}, "with estimator top_layer"),
-        (HessianTrace, {"prior": "initial"}, "prior: got initial; expected origin"),
+        (HessianTrace, {"center": "initial"}, "center: got initial; expected origin"),
     ],
 )
 def test_settings_that_would_have_no_effect_are_refused(measure, settings, message):

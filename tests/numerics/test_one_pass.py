@@ -1,6 +1,6 @@
 """Rules of one pass and the posterior family, in float64: exact traces, whole sums over signs, closed forms.
 
-Legend: a_l, d_l, t_l, q_l, r_l, u_l, σ_l, p, λ as in `random_directions`, whose (5) is the family.
+Legend: a_l, d_l, t_l, q_l, r_l, u_l, σ_l, p, λ as in `random_directions`, whose (7) is the family.
 """
 
 from dataclasses import replace
@@ -276,7 +276,7 @@ ROUNDING = 1e-8  # the sort under the cap allows 1e-9 above it, and λ is in wha
 def family(power, cap, size, **kwargs) -> WCIPosterior:
     own = {"power": power, "cap": cap, "frobenius": True}
     if power != 2:  # where it has no effect
-        own["floor"] = 1e-6  # below all ratios of the products here: (5) itself
+        own["floor"] = 1e-6  # below all ratios of the products here: (7) itself
     return WCIPosterior(size * (cap or 1), **own, **kwargs)
 
 
@@ -312,7 +312,7 @@ def test_the_family_has_the_relative_size_and_the_cap_it_was_given(layers, power
     if is_capped.any() and not is_capped.all():
         assert shape[is_capped].min() >= shape[~is_capped].max()
     free = ~is_capped
-    assert torch.allclose(r[free].square(), power * found.strength * shape[free], rtol=ROUNDING)  # (5)
+    assert torch.allclose(r[free].square(), power * found.strength * shape[free], rtol=ROUNDING)  # (7)
     if power == 2:
         same = UniformNoise(rule.relative_size).posterior(a, d, t, 1.0).sigma
         assert torch.allclose(found.sigma, same, rtol=ROUNDING)

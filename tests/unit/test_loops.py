@@ -37,8 +37,12 @@ MAX_NORM = 0.3  # the gradients' norms are about 1 to 3: clipping acts
 
 KINDS = {  # of rule; a name in none of these makes several plain passes
     "none": ["none"],
-    "one pass": ["rwp, unmixed", "wci, one pass", "noise, one pass"],
-    "one pass and norms": ["frobenius penalty", "wci, one pass, frobenius"],
+    "one pass": ["rwp, unmixed", "wci, one pass", "noise, one pass", "wci from initial, one pass"],
+    "one pass and norms": [
+        "frobenius penalty",
+        "frobenius penalty from initial",
+        "wci, one pass, frobenius",
+    ],
     "graph": ["wci adversary", "top layer penalty", "wci, gauss_newton", "wci, both"]
     + [name for name in RULES if "wci penalty" in name or "trace penalty" in name],
 }
@@ -426,7 +430,7 @@ def test_lightning_in_bf16_equals_plain_autocast(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("rule", ["wci, one pass", "vasso", "wci"])
+@pytest.mark.parametrize("rule", ["wci, one pass", "vasso", "wci", "wci from initial, one pass"])
 def test_torchs_distributed_checkpoint_continues_bitwise(rule, flat, tmp_path):
     """It steps once to make the base's state, and loads only what a fresh optimizer has."""
     import torch.distributed.checkpoint as dcp

@@ -86,7 +86,7 @@ def _in_detail(target: Target, study: Study, options: argparse.Namespace) -> tup
     folder = writable(target.folder("measures", options.out))
     num = study.examples or (None if measure.target_relative_error else NUM_EXAMPLES)
     if measure.needs_initial:
-        refuse_unknown_start(target, ["wci.prior"])
+        refuse_unknown_start(target, ["wci.center"])
     model, batches = target.load_model(), target.batches(study.split, study.seed, num)
     initial = weights_before(target) if measure.needs_initial else None
     problem = Problem(model, batches, attack, study.seed, num, initial=initial)

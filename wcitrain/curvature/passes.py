@@ -40,6 +40,7 @@ class Step(NamedTuple):
     relative_size: Tensor | None = None  # of the perturbation, as the rule counts it
     strength: Tensor | None = None  # λ, NaN where it is not defined
     memory: list[Tensor] | None = None  # what a rule carries to the next step, one tensor a layer
+    weight: Tensor | None = None  # of these traces in their average [L]; None: as any other
 
 
 @dataclass(eq=False)
@@ -62,6 +63,7 @@ class Passes:
     traces: Tensor | None = None  # running averages of t_l [L], where known
     is_active: Tensor | None = None  # layers that get gradients, booleans [L]; None: all
     memory: list[Tensor] | None = None  # what the rule's last ``Step`` carried
+    initial: Sequence[Tensor] = ()  # W⁰ of the layers' tensors, for rules with their centre there
     shared: dict[str, Any] = field(default_factory=dict)  # what all micro-batches of the step have in common
 
     def __post_init__(self) -> None:
@@ -161,14 +163,23 @@ class Passes:
         length = self.layers.squares(direction).sum()
         return (length / self.layers.squared_norms().sum().clamp_min(TINY)).sqrt()
 
-    def add_norm_gradients(self, coefficients: Tensor | None, factor: float = 1.0) -> None:
-        """Add ``factor · coefficient_l · W_l``, in this share, to ``.grad``; the same on every rank."""
+    def away(self, center: str) -> list[Tensor]:
+        """Return W of the layers' tensors, or W − W⁰ where the centre is initial; no graph."""
+        tensors = [t.detach() for t in self.layers.tensors]
+        return tensors if center == "origin" else list(torch._foreach_sub(tensors, list(self.initial)))
+
+    def squared_norms(self, center: str) -> Tensor:
+        """Return a_l [L], the squared norms of ``away``."""
+        return self.layers.squares(self.away(center))
+
+    def add_norm_gradients(self, coefficients: Tensor | None, factor: float, center: str) -> None:
+        """Add ``factor · coefficient_l`` times ``away``, in this share, to ``.grad``; alike on every rank."""
         if coefficients is None:
             return
         with torch.no_grad():
             factors = self.layers.spread(self._scaled(coefficients * (factor * self.share)))
-            for p, c in zip(self.layers.tensors, factors, strict=True):
-                p.grad = p * c if p.grad is None else p.grad.add_(p * c)
+            for p, w, c in zip(self.layers.tensors, self.away(center), factors, strict=True):
+                p.grad = w * c if p.grad is None else p.grad.add_(w * c)
 
     def local(self) -> AbstractContextManager:
         """Keep gradients on this rank: forward *and* backward of every pass but the last run inside."""

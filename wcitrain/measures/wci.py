@@ -38,9 +38,9 @@ from wcitrain.curvature.top_layer import TopLayer
 from wcitrain.measures.means import Pair, count_examples, in_chunks
 from wcitrain.measures.problem import Measure, Problem, Taken, measuring
 from wcitrain.measures.wci_measurement import MIN_CHUNKS, WCIMeasurement
-from wcitrain.measures.wci_sampler import Groups, Prior, Sampler
+from wcitrain.measures.wci_sampler import Groups, Sampler
 from wcitrain.method import Choice, InnerShare, PositiveCount, Text, method, refuse, setting
-from wcitrain.params import Layers
+from wcitrain.params import Center, Layers
 from wcitrain.preserve import differentiating
 
 CHUNK_SIZE = 25
@@ -69,8 +69,8 @@ class WeightCurvatureIndex(Measure):
         None, "Take examples until standard error / index is at most this."
     )
     chunk_size: PositiveCount | None = setting(None, "Examples at once; null: 25, fewer for less than 400.")
-    prior: Prior = setting(
-        "origin", "Its centre; initial: the weights before training, so ||W - W0||_F² for ||W||_F²."
+    center: Center = setting(
+        "origin", "Of the prior; initial: the weights before training, so ||W - W0||_F² for ||W||_F²."
     )
     groups: Groups = setting(
         "layer", "What has a term of its own: rows of weights, weights, or the layers of a stage together."
@@ -90,8 +90,8 @@ class WeightCurvatureIndex(Measure):
 
     @property
     def needs_initial(self) -> bool:  # type: ignore[override]
-        """Whether the prior is there."""
-        return self.prior == "initial"
+        """Whether the prior is centred there."""
+        return self.center == "initial"
 
     def take(self, problem: Problem) -> Taken:
         """Return the index."""
@@ -120,7 +120,7 @@ class WeightCurvatureIndex(Measure):
             if self.groups == "filter":
                 layers = Layers(layers, {name: [*map(str, range(len(layers[name])))] for name in layers})
             num_probes = self.num_probes or (8 if problem.attack and not self.response else 2)
-            sampler = Sampler(problem, layers, num_probes, self.prior, self.groups, self.response)
+            sampler = Sampler(problem, layers, num_probes, self.center, self.groups, self.response)
             pairs, first = map(sampler.placed, problem.read()), list[Pair]()
             while count_examples(first) < MIN_CHUNKS * CHUNK_SIZE and (pair := next(pairs, None)):
                 first.append(pair)
@@ -150,8 +150,8 @@ class HessianTrace(WeightCurvatureIndex):
 
     def __post_init__(self) -> None:
         WeightCurvatureIndex.__post_init__(self)
-        if self.prior != "origin":
-            refuse("prior", f"got {self.prior}; expected origin: a trace has none. Leave it out.")
+        if self.center != "origin":
+            refuse("center", f"got {self.center}; expected origin: a trace has none. Leave it out.")
 
     name = "hessian_trace"
     source = "definition; estimators as in Xu & Zhang, arXiv 2410.07719v1"

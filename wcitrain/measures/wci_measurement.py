@@ -68,7 +68,7 @@ class WCIMeasurement:
     loss: str = ""  # whose curvature it is: "robust loss linf 8/255 PGD-10"
     mean_loss: float = math.nan  # over the same examples; NaN where nobody kept it
     target_relative_error: float | None = None  # what ``total_stderr / total`` was asked to be at most
-    prior: str = "origin"  # or initial: a_l is of W − W⁰
+    center: str = "origin"  # or initial: a_l is of W − W⁰
     groups: str = "layer"  # what a term of the sum is: a filter, a layer, a stage
     held: "WCIMeasurement | None" = None  # by the same draws at images held fixed, where these answer
     added: tuple[float, float] = (math.nan, math.nan)  # to Σ_l t_l by the answer, and its standard error
@@ -192,7 +192,7 @@ class WCIMeasurement:
     def notes(self) -> list[str]:
         """Return how it was measured, beginning with the loss."""
         notes = [self.loss, self.estimator] + [f"by {self.groups}"] * (self.groups != "layer")
-        return notes + ["prior at the weights before training"] * (self.prior != "origin")
+        return notes + ["prior at the weights before training"] * (self.center != "origin")
 
     @property
     def _text(self) -> str:
@@ -222,7 +222,7 @@ class WCIMeasurement:
 
     def table(self, beta: float = 1.0) -> str:
         """Return aligned text, a line a layer: a_l, t_l ± error, WCI_l ± error, share, σ_l* at ``beta``."""
-        norm = "||W||_F²" if self.prior == "origin" else "||W−W⁰||_F²"
+        norm = "||W||_F²" if self.center == "origin" else "||W−W⁰||_F²"
         head = "layer, by filter" if self.groups == "filter" else self.groups
         rows = [[head, norm, "Tr(H)", "WCI", "share %", f"σ* (β={beta:.4g})"]]
         names, columns = self.shown(beta)
@@ -237,7 +237,7 @@ class WCIMeasurement:
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; a number that is not finite becomes None."""
         columns = [(key, column.double().tolist()) for key, column in self.columns().items()]
-        own = "loss", "estimator", "num_examples", "num_probes", "num_negative", "negative_layers", "prior"
+        own = "loss", "estimator", "num_examples", "num_probes", "num_negative", "negative_layers", "center"
         return {
             "wci": finite(self.total),
             "wci_stderr": finite(self.total_stderr),

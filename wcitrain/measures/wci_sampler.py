@@ -15,10 +15,9 @@ from wcitrain.measures.norms import initial_weights
 from wcitrain.measures.problem import Problem
 from wcitrain.measures.response import answers
 from wcitrain.measures.wci_measurement import WCIMeasurement
-from wcitrain.params import Layers, logits_of
+from wcitrain.params import Center, Layers, logits_of
 from wcitrain.seeding import generator_from
 
-Prior = Literal["origin", "initial"]
 Groups = Literal["filter", "layer", "stage"]
 
 
@@ -30,12 +29,12 @@ class Sampler:
         problem: Problem,
         layers: Layers,
         num_probes: int,
-        prior: Prior,
+        center: Center,
         groups: Groups,
         response: float | None,
     ) -> None:
         self.problem, self.layers, self.num_probes, self.response = problem, layers, num_probes, response
-        self.how: dict[str, Any] = {"num_probes": num_probes, "prior": prior, "groups": groups}
+        self.how: dict[str, Any] = {"num_probes": num_probes, "center": center, "groups": groups}
         self.rows: list[tuple[Tensor, Tensor, int]] = []  # traces [m, L], mean loss, number of examples
         self.held: list[Tensor] = []  # with a response: the traces [m, L] at images held fixed
         self.weight = layers.tensors[0]
@@ -46,8 +45,8 @@ class Sampler:
             rule = "float32 or float64: half precision drowns curvature in rounding. Use model.float()."
             raise ValueError(f"wci: got a model with weights in {self.weight.dtype}; expected {rule}")
         before: list[Any] = [0.0] * len(layers.tensors)
-        if prior == "initial":
-            before = initial_weights(layers, problem.initial, "wci.prior")
+        if center == "initial":
+            before = initial_weights(layers, problem.initial, "wci.center")
         away = [t.detach() - w0 for t, w0 in zip(layers.tensors, before, strict=True)]
         self.a = self.grouped(layers.squares(away))  # a_l [G]
 

@@ -8,6 +8,9 @@ so it is linear in the noisy trace once c_l comes from a running average: it com
 accumulation and with averaging over ranks, which a square root of a noisy trace does not. The average counts
 as zero in ∂φ/∂a where it is negative, and with a floor in c_l (``random_directions.posterior_shape``).
 
+With ``center: initial`` a_l = ||W_l − W_l⁰||_F², and W_l − W_l⁰ stands for W_l in (1): what pulls to the
+weights before training, see `random_directions`. Estimators do not look at a_l: traces are known from W⁰ on.
+
 Strength zero is *monitor only*: the traces are measured with the same probes, no gradient changes.
 """
 
@@ -22,7 +25,7 @@ from wcitrain.curvature.estimators import ESTIMATORS, Auto, name_of
 from wcitrain.curvature.gauss_newton import GaussNewton
 from wcitrain.curvature.passes import TINY, Passes, Step
 from wcitrain.method import Choice, Method, Nested, NonNegative, method, refuse, setting
-from wcitrain.optim.perturbation import ALWAYS, Combination, StrengthSchedule, WeightPerturbation
+from wcitrain.optim.perturbation import ALWAYS, Centered, Combination, StrengthSchedule, WeightPerturbation
 from wcitrain.optim.random_directions import posterior_shape
 
 ESTIMATOR = "How traces are estimated; auto tries and says why."
@@ -38,7 +41,11 @@ class Penalty(Method):
     schedule: StrengthSchedule
     strength: float  # λ; `FrobeniusTracePenalty` has two weights in its place: read ``strengths``
     estimator: Estimator | None = None  # of t_l and its gradient; None: no traces, no extra pass
+    center: str = "origin"  # what norms are distances from, see params.Center
     cost = "that of its estimator"
+
+    def __str__(self) -> str:
+        return super().__str__() + " from initial" * (self.center != "origin")
 
     @property
     def strengths(self) -> tuple[float, float]:
@@ -49,6 +56,11 @@ class Penalty(Method):
         """Return the coefficients 2 ∂φ/∂a_l of W_l [L] in (1), None for none."""
         strength, _ = self.strengths
         return torch.full_like(a, 2 * strength) if strength else None
+
+    def add_norm_gradient(self, passes: Passes, factor: float) -> None:
+        """Add ``factor`` times the first sum of (1), at W, to ``.grad``."""
+        coefficients = self.norm_coefficients(passes.squared_norms(self.center), passes.traces)
+        passes.add_norm_gradients(coefficients, factor, self.center)
 
     def trace_coefficients(self, a: Tensor, d: Tensor, t: Tensor | None) -> tuple[Tensor, float]:
         """Return the shape of c_l [L] (positive), and the factor it is multiplied with."""
@@ -73,6 +85,7 @@ class WCIPenalty(Penalty):
     strength: Strength = 0.0
     estimator: TraceEstimator = Auto()
     schedule: Schedule = ALWAYS
+    center: Centered = "origin"
     label = "wci penalty {strength:g}"
     source = "the index of Xu & Zhang, arXiv 2410.07719; its gradient is this project's"
 
@@ -106,8 +119,9 @@ class FrobeniusPenalty(Penalty):
 
     strength: NonNegative = setting(0.0, "λ, factor of the squared norms in the loss.")
     schedule: Schedule = ALWAYS
+    center: Centered = "origin"
     label = "frobenius penalty {strength:g}"
-    source = "ridge regression; weight decay"
+    source = "ridge regression; weight decay; from initial: L2-SP of Li et al., arXiv 1802.01483"
     cost = "no pass more"
 
     @property
@@ -135,6 +149,7 @@ class FrobeniusTracePenalty(Penalty):
     trace_weight: NonNegative = setting(0.0, "λ_T, factor of the traces; 0 only monitors.")
     estimator: TraceEstimator = Auto()
     schedule: Schedule = ALWAYS
+    center: Centered = "origin"
     label = "F+T penalty {frobenius_weight:g}, {trace_weight:g}"
     source = "this project, as a control for the index"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wcitrain.curvature.passes import Passes, Step
 from wcitrain.method import Method, Nested, NonNegative, PositiveCount, method, setting
-from wcitrain.params import wide
+from wcitrain.params import Center, wide
 from wcitrain.preserve import kept_buffers, perturbed
 
 LastPass = Callable[[], Step]  # made at W + u instead of a plain pass
@@ -42,6 +42,8 @@ class StrengthSchedule:
 ALWAYS = StrengthSchedule()
 SCHEDULE = "When it acts; the ramp scales the radius."
 Schedule = Annotated[StrengthSchedule, Nested(), Field(description=SCHEDULE)]
+CENTER = "What norms are distances from; initial: the weights before training, W - W0 for W."
+Centered = Annotated[Center, Field(description=CENTER)]
 
 
 class Combination(NamedTuple):
@@ -60,6 +62,7 @@ class Displacement(NamedTuple):
     sigma: Tensor | None = None  # of the layers [L], where ⟨u, g⟩ gives their traces
     strength: Tensor | None = None  # λ, NaN where it is not defined
     frobenius: Tensor | None = None  # gradient coefficients of W_l [L]
+    weight: Tensor | None = None  # of its traces in their average [L], see ``Step``
 
     def noted(self, step: Step, slopes: Tensor | None, num_points: int = 1) -> Step:
         """Return a step with t_l [L] from ⟨u_l, g_l⟩ or a difference of two, NaN where σ_l is zero."""
@@ -68,13 +71,14 @@ class Displacement(NamedTuple):
             return step
         variance = wide(cast(Tensor, self.sigma)).square()
         traces = slopes / torch.where(variance > 0, num_points * variance, torch.nan)
-        return step._replace(traces=traces, is_seen=~torch.isnan(slopes))
+        return step._replace(traces=traces, is_seen=~torch.isnan(slopes), weight=self.weight)
 
 
 class WeightPerturbation(Method):
     """The contract of the rules: the gradient that is stepped on, and what it costs beyond the one at W."""
 
     schedule: StrengthSchedule
+    center: str = "origin"  # what norms are distances from, see params.Center
     default_layers: ClassVar[str] = "weights"  # see params.select_layers
     measures_traces: ClassVar[bool] = False
     has_memory: ClassVar[bool] = False  # carries smoothed gradients from step to step

@@ -18,6 +18,23 @@ weights, which costs no pass. u_lᵀ g_l / σ_l² has the expectation t_l too. I
 from the first-order term, of which two steps cancel what their gradients at W have in common. All micro-
 batches and processes of a step share u, so they equal one large batch. The estimator is that of IVON (Shen
 et al., arXiv 2402.17641), a number a layer in place of one a weight.
+
+``center: initial`` puts W − W⁰ for W in all norms, W⁰ being the weights before training (random ones too, as
+of a new head: they do not depend on the data either). With prior N(W⁰, σ_l²) and posterior N(W, σ_l²)
+
+    ½ Σ_l σ_l² t_l + λ² KL,    KL = Σ_l a_l / (2 σ_l²),    a_l = ||W_l − W_l⁰||_F²,                        (3)
+
+is least at σ_l² = λ s_l, where it is λ Σ sqrt(q_l): noise is zero at first and grows with the way. r_l and
+``cap`` are relative to the way: a fixed r is another λ in every step, a ``strength`` is one bound all along.
+At W = W⁰ a trace by (1) is 0/0: none. The next ones come from little noise and have variances of about
+(||g_l|| / σ_l)², with two passes by rounding, so each weighs σ_l²: the best linear average, with no 0/0,
+
+    t_l  =  Σ_k w_k σ_k² (u_kᵀ g_k / σ_k²) / Σ_k w_k σ_k²,     w_k = decay^(n−k).                          (4)
+
+Until some trace is positive all r_l are equal. ``traces: gauss_newton`` does not depend on σ_l: for bfloat16,
+where small noise is lost in rounding. The index is no longer invariant to the scale of a layer, as W⁰ does
+not follow. The gradient of λ sqrt(q_l) has the norm λ sqrt(t_l) however short the way, and is taken as zero
+at W⁰: the Frobenius term and `WCIPenalty` hold a layer there whose gradient is smaller, as a group lasso.
 """
 
 from functools import partial
@@ -32,6 +49,7 @@ from wcitrain.curvature.passes import TINY, Passes, Step
 from wcitrain.method import Positive, PositiveShare, method, refuse, setting
 from wcitrain.optim.perturbation import (
     ALWAYS,
+    Centered,
     Combination,
     Displacement,
     LastPass,
@@ -39,6 +57,7 @@ from wcitrain.optim.perturbation import (
     WeightPerturbation,
     visit,
 )
+from wcitrain.params import wide
 
 Maybe = Tensor | None
 FLOOR = 1e-4  # of penalties and ascents: s_l of a layer is at most 1/sqrt(FLOOR) = 100 times the mean layer's
@@ -105,10 +124,11 @@ class Noise(WeightPerturbation):
         """Draw u from the posterior; with one pass once a step."""
         if "drawn" in passes.shared:
             return passes.shared["drawn"]
-        a, d = passes.layers.squared_norms(), passes.layers.sizes()
+        a, d = passes.squared_norms(self.center), passes.layers.sizes()
         found, one_pass = self.posterior(a, d, passes.traces, factor, passes.is_active), self.passes == 1
         u, sigma = passes.random_direction(found.sigma, gaussian=self.is_gaussian, antithetic=one_pass)
-        drawn = Displacement(u, found.relative_size, sigma, found.strength, found.frobenius)
+        weight = None if self.center == "origin" else d * wide(sigma).square()  # ||u_l||²
+        drawn = Displacement(u, found.relative_size, sigma, found.strength, found.frobenius, weight)
         return passes.shared.setdefault("drawn", drawn) if one_pass else drawn
 
     def gradient(self, passes: Passes, factor: float, last_pass: LastPass | None) -> Step:
@@ -118,7 +138,7 @@ class Noise(WeightPerturbation):
         last = None if by_difference else partial(_measured_pass, passes, weights.minus or weights.plus)
         given = passes, drawn.u, weights, last
         steps, difference = visit(*given, keep_statistics=False, needs_slopes=by_difference)
-        passes.add_norm_gradients(drawn.frobenius)
+        passes.add_norm_gradients(drawn.frobenius, 1.0, self.center)
         step = steps[-1]._replace(loss=torch.stack([step.loss for step in steps]).mean())
         return drawn.noted(step, difference, self.passes)
 
@@ -141,13 +161,13 @@ def _measured_pass(passes: Passes, weight: float) -> Step:
 class WCIPosterior(Noise):
     """Train on the loss averaged over the PAC-Bayes optimal posterior: the index as an objective.
 
-        E_u L(W + u) + (λ/2) Σ a_l / s_l  ≈  L + (λ/2) Σ (s_l t_l + a_l / s_l)  =  L + λ Σ sqrt(q_l),      (3)
-        σ_l² = λ s_l,    that is    r_l² = λ d_l / sqrt(q_l).                                              (4)
+        E_u L(W + u) + (λ/2) Σ a_l / s_l  ≈  L + (λ/2) Σ (s_l t_l + a_l / s_l)  =  L + λ Σ sqrt(q_l),      (5)
+        σ_l² = λ s_l,    that is    r_l² = λ d_l / sqrt(q_l).                                              (6)
 
-    The last equality of (3) holds at the optimal s_l, which (4) plugs in from a running average of t_l. The
-    index is one of a family, all of them invariant to the scale of a layer:
+    The last equality of (5) holds at the optimal s_l, which (6) plugs in from a running average of t_l. The
+    index is one of a family, all of them invariant to the scale of a layer where the centre is the origin:
 
-        R_p = Σ_l d_l^(1−p) q_l^(p/2),    r_l² = p λ (q_l / d_l²)^(p/2 − 1).                               (5)
+        R_p = Σ_l d_l^(1−p) q_l^(p/2),    r_l² = p λ (q_l / d_l²)^(p/2 − 1).                               (7)
 
     p = 1 is the index, p = 2 noise of the same r in all layers; p > 2 puts more noise into sharp layers. No
     r_l exceeds ``cap``: beyond 1 the layer is noise. λ follows from ``relative_size``, the root mean square
@@ -170,6 +190,7 @@ class WCIPosterior(Noise):
     passes: NumPasses = 2
     traces: Traces = "difference"
     attack_at: AttackAt = None
+    center: Centered = "origin"
     source = "this project, on the index of Xu & Zhang, arXiv 2410.07719; one pass: as IVON, arXiv 2402.17641"
     cost = "1 forward and 1 backward pass more, with one pass none; gauss_newton 1 backward more"
 
@@ -190,11 +211,12 @@ class WCIPosterior(Noise):
         size = self.relative_size or DEFAULT_SIZE
         parts = [f"WCI r={size:g}" if self.strength is None else f"WCI λ={self.strength:g}"]
         parts += [f"p={self.power:g}"] * (self.power != 1) + ["+F"] * self.frobenius
+        parts += ["from initial"] * (self.center != "origin")
         parts += ["one pass"] * (self.passes == 1) + ["GN"] * (self.traces == "gauss_newton")
         return " ".join(parts + ["of ||W||"] * (self.size_of == "network"))
 
     def posterior(self, a: Tensor, d: Tensor, t: Maybe, factor: float, is_active: Maybe = None) -> Posterior:
-        """Return (5)."""
+        """Return (7)."""
         is_active = a > 0 if is_active is None else is_active & (a > 0)
         product, is_known = counted_products(a, t, self.floor, is_active)
         shape = torch.where(is_known, (product / d.square()) ** (self.power / 2 - 1), 1.0) * is_active
@@ -218,21 +240,23 @@ class WCIPosterior(Noise):
 class UniformNoise(Noise):
     """Train on the loss averaged over noise of the same relative size in every layer: the control.
 
-    σ_l² = r² a_l / d_l,    (5) of `WCIPosterior` with p = 2 and without a cap                         (6)
+    σ_l² = r² a_l / d_l,    (7) of `WCIPosterior` with p = 2 and without a cap                         (8)
     """
 
     relative_size: RelativeSize = 0.5
     schedule: Schedule = ALWAYS
     passes: NumPasses = 2
     attack_at: AttackAt = None
+    center: Centered = "origin"
     source = "this project, as a control"
     cost = "1 forward and 1 backward pass more, with one pass none"
 
     def __str__(self) -> str:
-        return f"noise r={self.relative_size:g}{' one pass' * (self.passes == 1)}"
+        start = " from initial" * (self.center != "origin")
+        return f"noise r={self.relative_size:g}{start}{' one pass' * (self.passes == 1)}"
 
     def posterior(self, a: Tensor, d: Tensor, t: Maybe, factor: float, is_active: Maybe = None) -> Posterior:
-        """Return (6)."""
+        """Return (8)."""
         r = a.new_full((), factor * self.relative_size)
         is_active = a > 0 if is_active is None else is_active
         return Posterior(r * (a / d).sqrt() * is_active, None, torch.full_like(r, torch.nan), r)

@@ -22,6 +22,7 @@ class Window:
     is_seen: list[Tensor] = field(default_factory=list)  # which layers got a gradient, each [L]
     memory: list[Tensor] | None = None  # sum of their smoothed gradients (VaSSO)
     shared: dict[str, Any] = field(default_factory=dict)  # what they have in common: u, with one pass
+    weight: Tensor | None = None  # of the step's traces in their average [L]
     latest: dict[str, Tensor | None] = field(default_factory=dict)  # relative size and λ of the last one
 
     def count(self, step: Step, share: float = 1.0) -> None:
@@ -29,6 +30,7 @@ class Window:
         self.micro_steps += 1
         if step.traces is not None:
             self.traces.append(step.traces * share)
+            self.weight = step.weight
         if step.is_seen is not None:
             self.is_seen.append(step.is_seen)
         if step.memory is not None:
@@ -50,7 +52,7 @@ class Window:
                 record.see(own, is_seen > 0)
             else:
                 estimate = averaged(estimate)
-            record.fold(own, estimate, decay, is_paired)
+            record.fold(own, estimate, decay, is_paired, self.weight)
         own.update(self.latest)
         if self.memory is not None:
             own["memory"] = [averaged(total / self.micro_steps) for total in self.memory]

@@ -90,7 +90,8 @@ class RegularizedOptimizer(DelegatingOptimizer):
             among several processes the DistributedDataParallel one, or ``attach``. Give the whole one also
             where ``base`` steps a part: parameters of neither get the sum of all passes' gradients.
         layers, split_qkv: See ``params.select_layers``; None: what the rule is published for. What is frozen,
-            thawed or added to the base later counts from the next step on.
+            thawed or added to the base later counts from the next step on. They now hold the W⁰ of
+            ``center: initial``, a new head its random values; a loaded state brings its own.
         trace_decay: Decay of the running average of t_l a step, in [0, 1); None: 0.9, with one pass 0.98.
         num_micro_batches: ``backward`` calls per ``step``; each contributes 1/num_micro_batches.
         steps_per_epoch: Optimizer steps of an epoch, which the rules' schedules count; 1: they count steps.
@@ -133,8 +134,8 @@ class RegularizedOptimizer(DelegatingOptimizer):
         if low and estimator and estimator.moves_weights:
             rule = "float32 or float64: differences of low-precision gradients are noise. Use WCIPosterior."
             raise ValueError(f"penalty: got {low} weights; expected {rule}")
-        if self.param_groups[0].get(record.KEY, {}).get("layers") != list(self.layers):  # else it was loaded
-            self.param_groups[0][record.KEY] = self._fresh_record()
+        known = self.param_groups[0].get(record.KEY)
+        self.param_groups[0][record.KEY] = record.begun(known, self.layers, perturbation, penalty)
 
     # ---- the ways in ---------------------------------------------------------------------------------------
 
@@ -272,8 +273,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, or the bare base optimizer's, which has no running averages."""
         self._follow()
-        saved = state_dict["param_groups"][0].get(record.KEY)
-        own = self._fresh_record() if saved is None else record.loaded(saved, self.layers)
+        own = record.loaded(state_dict["param_groups"][0].get(record.KEY), self._record, self.layers)
         self.base.load_state_dict(state_dict)
         self.param_groups[0][record.KEY] = own
         self._state.window, self._state.last_gradient = Window(), None
@@ -332,10 +332,11 @@ class RegularizedOptimizer(DelegatingOptimizer):
         ``relative_size`` (as the rule counts it) and ``lambda``, the latest; a layer's ``frobenius/`` (a_l)
         and, once measured, ``curvature/trace/`` (average of t_l), ``curvature/trace_stderr/`` (its error, see
         `record`) and ``wci/`` = sqrt(a_l max(t_l, 0)), their sum ``wci/total``; ``curvature/negative``, the
-        share of single estimates below zero. RuntimeError at W + u, whose norms are others.
+        share of single estimates below zero. With ``center: initial`` those of a_l are ``wci_from_initial/``
+        and ``frobenius_from_initial/``. RuntimeError at W + u, whose norms are others.
         """
         self._refuse_moved("metrics")
-        return record.metrics(self._record, self.layers)
+        return record.metrics(self._record, self._passes(_no_loss), self.perturbation, self.penalty)
 
     def extra_passes(self) -> tuple[float, float]:
         """Return the mean forward and backward passes a step costs beyond a plain one, at full schedule."""
@@ -361,8 +362,10 @@ class RegularizedOptimizer(DelegatingOptimizer):
         state = self._state
         state.accelerator, state.choice = accelerator, None
         state.scaler = getattr(accelerator, "scaler", None)
-        refuse_scaler(self._state.scaler, self.perturbation, self.penalty)
+        refuse_scaler(state.scaler, self.perturbation, self.penalty)
         self.model, self.num_micro_batches = model, accelerator.gradient_accumulation_steps
+        for w in record.initial_tensors(self._record, self.layers) if self._world > 1 else ():
+            dist.broadcast(w, src=0)  # as DistributedDataParallel does with W
         return self
 
     # ---- inside --------------------------------------------------------------------------------------------
@@ -370,9 +373,6 @@ class RegularizedOptimizer(DelegatingOptimizer):
     @property
     def _record(self) -> dict[str, Any]:
         return self.param_groups[0][record.KEY]
-
-    def _fresh_record(self) -> dict[str, Any]:
-        return record.fresh(self.layers, bool(self.perturbation and self.perturbation.has_memory))
 
     @property
     def _parameters(self) -> list[Tensor]:
@@ -402,7 +402,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
                 passes.use_math_attention = found.use_math_attention
             penalized = None
             if penalty and penalty_factor and (chosen := self._state.choice):
-                known = chosen.estimator, penalty_factor, self.layers.squared_norms()
+                known = chosen.estimator, penalty_factor, passes.squared_norms(penalty.center)
                 penalized = partial(penalty.add_gradient, passes, *known)
             acts = perturbation and factor
             is_active = bool(acts or penalized)
@@ -414,8 +414,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
         finally:
             self._state.is_inside = False
         if penalty and penalty_factor:
-            coefficients = penalty.norm_coefficients(self.layers.squared_norms(), passes.traces)
-            passes.add_norm_gradients(coefficients, penalty_factor)
+            penalty.add_norm_gradient(passes, penalty_factor)
         self._state.window.count(step, passes.share)
         return step.loss
 
@@ -531,6 +530,7 @@ class RegularizedOptimizer(DelegatingOptimizer):
             traces=self.traces(),
             is_active=own["is_active"],
             memory=own.get("memory"),
+            initial=record.initial_tensors(own, self.layers),
             shared=state.window.shared,
         )
 
