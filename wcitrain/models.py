@@ -1,6 +1,6 @@
 """Backbones: any timm model, with its input normalisation inside, so that every attack lives in [0, 1].
 
-Importing this module registers PreActResNet-18 in its CIFAR form with timm, as ``preact_resnet18``.
+Importing this module registers the networks of ``architectures`` with timm, such as ``preact_resnet18``.
 """
 
 import json
@@ -14,11 +14,10 @@ from urllib.request import getproxies
 
 import timm
 import torch
-import torch.nn.functional as F
-from timm.models import register_model
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from wcitrain.architectures import use_cifar_stem
 from wcitrain.params import logits_of
 from wcitrain.preserve import kept_random_state, undisturbed
 from wcitrain.weights import in_order, load_into, read_weights
@@ -96,7 +95,10 @@ def create_model(
         with _hub_or_cache() if pretrained else nullcontext():
             backbone = timm.create_model(name, pretrained=pretrained, **sizes, **kwargs)
         if stem == "cifar":
-            _use_cifar_stem(backbone, name, in_chans)
+            if not isinstance(backbone, ResNet):
+                rule = "a timm ResNet. Set it to default."
+                raise ValueError(f"model.stem: got 'cifar' with {name!r}; expected {rule}")
+            use_cifar_stem(backbone)
         elif stem != "default":
             raise ValueError(f"model.stem: got {stem!r}; expected default or cifar. Choose one of them.")
         if checkpoint_path and checkpoint_path.endswith(".npz"):  # of JAX: the model's own names are others
@@ -148,17 +150,6 @@ def by_channel(
     return list(values) if len(values) == in_chans else [sum(values) / len(values)] * in_chans
 
 
-def _use_cifar_stem(backbone: nn.Module, name: str, in_chans: int) -> None:
-    """Keep small images at full resolution: conv 3x3, stride 1, and no max pooling."""
-    if not isinstance(backbone, ResNet):
-        raise ValueError(f"model.stem: got 'cifar' with {name!r}; expected a timm ResNet. Set it to default.")
-    width = cast(nn.BatchNorm2d, backbone.bn1).num_features
-    conv = nn.Conv2d(in_chans, width, kernel_size=3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    backbone.add_module("conv1", conv)
-    backbone.add_module("maxpool", nn.Identity())
-
-
 def load_exported(folder: str | Path) -> Classifier:
     """Return the model exported under ``model/last`` or ``model/best``; ValueError for another folder."""
     folder = Path(folder)
@@ -191,72 +182,3 @@ def try_forward(model: Classifier, in_chans: int, image_size: int | tuple[int, i
         advice = "Set data.image_size, or the model's own size such as model.kwargs.img_size."
         text = f"model.name: the model fails on images of {height}x{width} pixels: {error}"
         raise ValueError(f"{text} {advice}") from error
-
-
-class _PreActBlock(nn.Module):
-    """Identity-mapping residual block: BN, ReLU, conv, BN, ReLU, conv; shortcut from the first ReLU."""
-
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(width_in)
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        is_same = stride == 1 and width_in == width
-        self.shortcut = None if is_same else nn.Conv2d(width_in, width, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(out)
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
-
-
-class PreActResNet(nn.Module):
-    """Pre-activation residual network for small images (He et al., arXiv 1603.05027).
-
-    The CIFAR form that robust training uses: a 3x3 stem, four stages of two blocks each (strides 1, 2, 2, 2),
-    a last BN-ReLU, global average pooling, linear head. ``width``: channels of the first stage, doubled at
-    each later one; 64 is PreActResNet-18, 11.2 M parameters. Heads as timm's models have them.
-    """
-
-    def __init__(self, num_classes: int = 10, in_chans: int = 3, width: int = 64) -> None:
-        super().__init__()
-        widths = [width, 2 * width, 4 * width, 8 * width]
-        self.num_classes, self.num_features = num_classes, widths[-1]
-        self.conv1 = nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
-        stages, width_in = [], width
-        for out, stride in zip(widths, (1, 2, 2, 2), strict=True):
-            stages.append(nn.Sequential(_PreActBlock(width_in, out, stride), _PreActBlock(out, out, 1)))
-            width_in = out
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.bn = nn.BatchNorm2d(widths[-1])
-        self.fc = nn.Linear(widths[-1], num_classes)
-
-    def get_classifier(self) -> nn.Linear:
-        """Return the head."""
-        return self.fc
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits [B, num_classes] for normalised images [B, in_chans, H, W] of any size."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last feature maps [B, num_features, H/8, W/8]."""
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        return F.relu(self.bn(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits for feature maps; with ``pre_logits``, their averages [B, num_features]."""
-        return x.mean((2, 3)) if pre_logits else self.fc(x.mean((2, 3)))
-
-
-@register_model
-def preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
-    """PreActResNet-18 for 32x32 images, ``timm.create_model("preact_resnet18")``; no pretrained weights."""
-    if pretrained:
-        raise ValueError("preact_resnet18: got pretrained=True; expected False: no weights are published.")
-    of_weights = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # that timm adds
-    model = PreActResNet(**{key: value for key, value in kwargs.items() if key not in of_weights})
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # of CIFAR-10's 50,000 training images
-    model.pretrained_cfg = {"mean": mean, "std": std, "input_size": (3, 32, 32)}  # type: ignore[assignment]
-    return model

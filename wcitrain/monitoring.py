@@ -228,6 +228,7 @@ def export(run: Run, name: str, result: dict[str, Any]) -> None:
         "stem": recipe.model.stem,
         "num_classes": str(run.splits.num_classes),
         "in_chans": str(run.splits.in_chans),
+        "input_size": json.dumps(run.splits.shape),
         "class_names": json.dumps(run.splits.class_names),
         "mean": json.dumps(measured.mean.flatten().tolist()),
         "std": json.dumps(measured.std.flatten().tolist()),

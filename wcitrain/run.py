@@ -116,7 +116,7 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
     initial = deepcopy(model.state_dict()) if has_initial else None
     base = recipe.optimizer.build(model)
     regularizer = wrap(recipe, base, model, updates)
-    attack_model = cast(Classifier, torch.compile(model)) if recipe.train.compile else model
+    attack_model = _compiled(model, accelerator.device) if recipe.train.compile else model
     prepared = accelerator.prepare_model(attack_model)
     optimizer = accelerator.prepare_optimizer(regularizer)
     regularizer.attach(accelerator, prepared)
@@ -153,6 +153,12 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
     if choice is not None and accelerator.is_main_process:
         print(f"penalty estimator: {name_of(choice.estimator)} ({choice.reason})", flush=True)
     return run
+
+
+def _compiled(model: Classifier, device: torch.device) -> Classifier:
+    """Compile a model; on a CPU without channels last, where oneDNN corrupts memory: see `start_run`."""
+    options: Any = {"layout_optimization": False} if device.type == "cpu" else None
+    return cast(Classifier, torch.compile(model, options=options))
 
 
 def _accelerator(recipe: Recipe, folder: Path, trackers: list[str]) -> Accelerator:

@@ -18,7 +18,7 @@ ROWS = [
     {"commands"},
     {"sweep"},
     {"train"},
-    {"monitoring"},
+    {"monitoring", "export"},
     {"run", "targets"},
     {"build", "foreign"},
     {"report", "starting"},
@@ -30,7 +30,7 @@ ROWS = [
     {"optim"},
     {"curvature"},
     {"data", "models", "averaging", "learning_rate", "finding"},
-    {"weights"},
+    {"weights", "architectures"},
     {"params", "listing"},
     {"seeding", "preserve", "digest", "method", "text", "files"},
 ]

@@ -162,6 +162,7 @@ def _write(evaluation: Evaluation, target: Target, title: str, options: argparse
         "target": str(target.path),
         "checkpoint": target.checkpoint,
         "at": target.at,
+        "epoch": target.epoch,
         "split": options.split,
         "recipe": " ".join(recipe) or None,
         "overrides": settings,

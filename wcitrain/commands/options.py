@@ -115,6 +115,18 @@ def _report(add: Add) -> None:
     add("--no-images", action="store_true", help="leave out images under attack, which load models and data")
 
 
+def _export(add: Add) -> None:
+    add("run", metavar="RUN", help="a run folder")
+    add("folder", metavar="DIR", help="a new folder")
+    add("--at", metavar="EPOCH", help=EPOCH)
+    add("--onnx", action="store_true", help="also model.onnx; pip install onnx onnxscript onnxruntime")
+    add("--torch-export", action="store_true", help="also model.pt2, a program of torch.export")
+    add("--license", metavar="NAME", help="of the weights, as the hub abbreviates it: mit, apache-2.0, ...")
+    add("--push", metavar="OWNER/NAME", help="upload to this new repository of the hub (HF_ENDPOINT)")
+    add("--private", action="store_true", help="make that repository private")
+    add("--force", action="store_true", help="replace an export in DIR, add a commit to a repository")
+
+
 def _list(add: Add) -> None:
     add("kind", choices=LISTS, metavar="KIND", help=", ".join(LISTS))
 
@@ -175,6 +187,13 @@ COMMANDS = {  # name: (its options, in one line, at length)
         f"<directions>-<at>-<split>.npz and .png. {NAMES}",
     ),
     "report": (_report, "a table, figures and one HTML page from run folders", ""),
+    "export": (
+        _export,
+        "write a model that others load: timm's files, a card, RobustBench's entry; onto a hub",
+        "DIR gets model.safetensors and config.json, which timm loads without wcitrain, README.md (the card: "
+        "what was measured, and what was not), robustbench.json and metadata.json, which makes DIR a TARGET "
+        "of evaluate and measure. What is written is compared with the model first.",
+    ),
     "list": (_list, "print what can be named in recipes and options: meaning, settings, cost and source", ""),
 }
 
