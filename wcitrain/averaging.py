@@ -75,20 +75,22 @@ class SWA(Averaging):
         with torch.no_grad():
             for mean, p in zip(average.parameters(), model.parameters(), strict=True):
                 mean.add_((p - mean) / n)
-        recalibrate(average, passes)
+        recalibrate(average, passes, model)
 
 
 AVERAGES: dict[str, type[Averaging]] = {"ema": EMA, "swa": SWA}
 
 
-def recalibrate(model: nn.Module, passes: TrainPasses) -> None:
+def recalibrate(model: nn.Module, passes: TrainPasses, trained: nn.Module | None = None) -> None:
     """Replace BatchNorm's running statistics by their plain averages over ``passes(model)``.
 
     The passes are what training does with a batch, so the statistics are of the images that training
     normalises (clean, attacked, or both). Dropout and stochastic depth stay off; modes and momenta are kept.
-    ValueError where there is no pass.
+    Those that ``trained``, the same model, holds in eval mode keep theirs. ValueError where there is no pass.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    pairs = zip(model.modules(), (trained or model).modules(), strict=True)
+    used = [m for m, own in pairs if own.training or trained is None]
+    norms = [m for m in used if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]

@@ -20,6 +20,7 @@ from wcitrain.attacks import Attack
 from wcitrain.build import step_size
 from wcitrain.data import Images
 from wcitrain.evaluation import AccuracyMeasurement, measure_accuracy
+from wcitrain.freezing import all_trainable
 from wcitrain.measures import Problem
 from wcitrain.method import fraction_text
 from wcitrain.params import select_layers
@@ -43,14 +44,15 @@ def measure(run: Run, images: Any, *, wci: bool = False) -> AccuracyMeasurement:
     """Evaluate the measured weights on a set with the recipe's evaluation attack."""
     settings, restarts = run.recipe.evaluation, run.recipe.evaluation.num_restarts
     length = step_size(run.recipe, settings)
-    return measure_accuracy(
-        run.measured,
-        images.batches(settings.batch_size, device=run.device),
-        Attack(run.recipe.threat, settings.num_steps, length, num_restarts=restarts),
-        seed=run.recipe.seed,
-        layers=select_layers(run.measured) if wci else None,  # whatever the method's own layers
-        accelerator=run.accelerator,
-    )
+    with all_trainable(run.measured, run.plan):
+        return measure_accuracy(
+            run.measured,
+            images.batches(settings.batch_size, device=run.device),
+            Attack(run.recipe.threat, settings.num_steps, length, num_restarts=restarts),
+            seed=run.recipe.seed,
+            layers=select_layers(run.measured) if wci else None,  # whatever the method's own layers
+            accelerator=run.accelerator,
+        )
 
 
 def epoch_accuracies(run: Run) -> dict[str, Any]:
@@ -81,7 +83,9 @@ def take_measures(run: Run, num_examples: int) -> dict[str, float]:
     attack = Attack(recipe.threat, recipe.evaluation.num_steps, step_size(recipe, recipe.evaluation))
     problem = Problem(run.measured, batches, attack, recipe.seed, num_examples, initial=run.initial)
     metrics: dict[str, float] = {}
-    for measurement in (measure.measure(problem) for measure in section.take):
+    with all_trainable(run.measured, run.plan):
+        taken = [measure.measure(problem) for measure in section.take]
+    for measurement in taken:
         metrics[f"measures/{section.split}/{measurement.name}"] = measurement.value
         metrics[f"measures/{section.split}/{measurement.name}_stderr"] = measurement.stderr
     return {key: value for key, value in metrics.items() if math.isfinite(value)}

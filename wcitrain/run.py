@@ -19,6 +19,7 @@ from wcitrain import checkpoint, tracking
 from wcitrain.build import fresh_objective, initial_model, open_training_set, untrained, wrap
 from wcitrain.curvature.estimators import name_of
 from wcitrain.data import Images, Splits, check_images, load_splits, parts_of, record
+from wcitrain.freezing import Plan, freeze
 from wcitrain.models import Classifier, try_forward
 from wcitrain.objectives import CatastrophicOverfittingGuard, Objective
 from wcitrain.optim import RegularizedOptimizer
@@ -55,6 +56,7 @@ class Run:
     monitored: Images  # the training images of the measurements
     objective: Objective
     updates: int  # optimizer steps of an epoch
+    plan: Plan  # from which epoch a parameter trains
     bare: Classifier  # the model alone: what is measured and exported
     attack_model: nn.Module  # what the training attack sees: compiled, if asked for, but no DDP
     model: nn.Module  # what is trained
@@ -114,13 +116,21 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
         model = model.to(memory_format=torch.channels_last)
     has_guard = objective.is_single_step and recipe.train.overfitting_guard != "ignore"
     initial = deepcopy(model.state_dict()) if has_initial else None
+    epochs, plan = recipe.train.epochs, recipe.freezing.plan(model, recipe.train.epochs)
+    if recipe.freezing.is_staged and accelerator.num_processes > 1:
+        got = f"got {recipe.freezing.head_epochs} and {recipe.freezing.unfreeze_every} with several processes"
+        rule = "0 and null there: what begins to train later would not be shared. Use one process, or names."
+        raise ValueError(f"freezing.head_epochs, unfreeze_every: {got}; expected {rule}")
+    freeze(model, plan, epochs - 1)
     base = recipe.optimizer.build(model)
-    regularizer = wrap(recipe, base, model, updates)
+    for epoch in (0, epochs - 1):  # the layers must be some of what trains first, and are of what trains last
+        freeze(model, plan, epoch)
+        regularizer = wrap(recipe, base, model, updates)
     attack_model = _compiled(model, accelerator.device) if recipe.train.compile else model
     prepared = accelerator.prepare_model(attack_model)
     optimizer = accelerator.prepare_optimizer(regularizer)
     regularizer.attach(accelerator, prepared)
-    factor, epochs = recipe.schedule.factor, recipe.train.epochs
+    factor = recipe.schedule.factor
     run = Run(
         recipe=recipe,
         folder=folder,
@@ -135,12 +145,13 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
         monitored=splits.train.subset(min(recipe.evaluation.train_size, len(splits.train))),
         objective=objective,
         updates=updates,
+        plan=plan,
         bare=model,
         attack_model=attack_model,
         model=prepared,
         regularizer=regularizer,
         optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(base, lambda step: factor(step / updates, epochs)),
+        scheduler=torch.optim.lr_scheduler.LambdaLR(base, lambda step: factor(step, updates, epochs)),
         average=deepcopy(model).eval() if recipe.averaging else None,
         guard=CatastrophicOverfittingGuard() if has_guard else None,
         initial=initial,
@@ -149,6 +160,7 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
     images = splits.train.subset(min(DRY_RUN_IMAGES, len(splits.train)))
     x, y, _ = next(images.batches(len(images), device=run.device))
     prepared.train()
+    freeze(model, plan, epochs - 1)
     choice = regularizer.choose_estimator(partial(objective.loss, prepared, x, x, y))
     if choice is not None and accelerator.is_main_process:
         print(f"penalty estimator: {name_of(choice.estimator)} ({choice.reason})", flush=True)
@@ -243,6 +255,8 @@ def load(run: Run) -> None:
         rule = f"the {state['world']} it began with: batches and random numbers are shared out by process."
         raise ValueError(f"{run.folder}: got {run.world} processes; expected {rule} Start as many.")
     run.bare.load_state_dict(state["model"])
+    step = state["progress"]["step"]
+    freeze(run.bare, run.plan, max(step - 1, 0) // run.updates)  # its layers are those of the last step
     run.regularizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     if run.average is not None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from wcitrain import checkpoint, files, monitoring, tracking
 from wcitrain.data import Batch
+from wcitrain.freezing import freeze
 from wcitrain.preserve import undisturbed
 from wcitrain.progress import epoch_line, flat
 from wcitrain.recipe import Recipe
@@ -108,6 +109,7 @@ def train_epoch(run: Run) -> None:
         augmentation=recipe.augment,
     )
     run.model.train()
+    freeze(run.bare, run.plan, progress.epoch)
     started, before = time.perf_counter(), progress.epoch_seconds
     micro_batches: list[Batch] = []
     bar = tqdm(
@@ -191,7 +193,7 @@ def finish_epoch(run: Run) -> None:
     """Measure, log and save at the end of an epoch."""
     progress, recipe, epoch = run.progress, run.recipe, run.progress.epoch + 1
     started = time.perf_counter()
-    rate = recipe.schedule.factor((progress.step - 1) / run.updates, recipe.train.epochs)
+    rate = recipe.schedule.factor(progress.step - 1, run.updates, recipe.train.epochs)
     metrics: dict[str, Any] = {
         "epoch": epoch,
         "step": progress.step,

@@ -85,7 +85,7 @@ def test_ema_follows_its_recursion():
 )
 def test_learning_rates_follow_their_schedule(schedule, expected):
     """At 0, 1/4, 1/2, 3/4 and all of ten epochs."""
-    assert [schedule.factor(e, 10) for e in (0, 2.5, 5, 7.5, 10)] == pytest.approx(expected, abs=1e-4)
+    assert [schedule.factor(step, 4, 10) for step in (0, 10, 20, 30, 40)] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("table", [SCHEDULES, AVERAGES], ids=["schedules", "averages"])

@@ -29,6 +29,7 @@ ROWS = [
     {"attacks"},
     {"optim"},
     {"curvature"},
+    {"freezing"},
     {"data", "models", "averaging", "learning_rate", "finding"},
     {"weights", "architectures"},
     {"params", "listing"},

@@ -247,8 +247,8 @@ def test_optimizers_by_name_and_without_decay_on_norms():
     sgd = recipe_from_dict({"optimizer": {"decay_norm_and_bias": False}}).optimizer.build(model)
     assert type(sgd) is torch.optim.SGD
     assert not sgd.defaults["nesterov"]
-    assert [g["weight_decay"] for g in sgd.param_groups] == [5e-4, 0.0]
-    assert all(p.ndim <= 1 for p in sgd.param_groups[1]["params"])
+    assert [g["weight_decay"] for g in sgd.param_groups] == [0.0, 5e-4]
+    assert all(p.ndim <= 1 for p in sgd.param_groups[0]["params"])
     assert sum(len(g["params"]) for g in sgd.param_groups) == len(list(model.parameters()))
     for name, kind, rate in (("adamw", "AdamW", 1e-3), ("lamb", "Lamb", 0.1)):
         built = recipe_from_dict({"optimizer": name}).optimizer.build(model)

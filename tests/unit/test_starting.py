@@ -170,9 +170,7 @@ def test_weights_of_another_model_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"of no layer layer4\.1\.conv1\.weight"):
         start_from(model, str(tmp_path / "w.pt"))
     wider = create_model("resnet18", num_classes=3, layers=[1, 1, 1, 2], channels=[8, 8, 8, 8])
-    with pytest.raises(
-        ValueError, match=r"of another shape layer1\.0\.conv1\.weight \[4, 64"
-    ):
+    with pytest.raises(ValueError, match=r"of another shape layer1\.0\.conv1\.weight \[4, 64"):
         start_from(wider, str(tmp_path / "w.pt"))
 
 

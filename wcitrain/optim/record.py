@@ -100,6 +100,10 @@ def moved_to(record: dict[str, Any], layers: Layers) -> dict[str, Any]:
     for key in (*SUMS, *COUNTS, "is_active", "num_idle"):
         for new, old in kept:
             result[key][new] = record[key][old]
+    if "memory" in record:  # one for a whole tensor
+        whole = list(dict.fromkeys(name.partition("[")[0] for name in record["layers"]))
+        former = dict(zip(whole, record["memory"], strict=True))
+        result["memory"] = [former.get(n, m) for n, m in zip(layers.names, result["memory"], strict=True)]
     return result
 
 

@@ -9,7 +9,8 @@ from pydantic import AfterValidator, model_validator
 from wcitrain.attacks import ThreatModel
 from wcitrain.averaging import AVERAGES, Averaging
 from wcitrain.data import Augmentation, Data, Extra, LabelNoise, Mixing
-from wcitrain.learning_rate import SCHEDULES, Piecewise, Schedule
+from wcitrain.freezing import Freezing
+from wcitrain.learning_rate import SCHEDULES, Piecewise, Schedule, TimmSchedule
 from wcitrain.method import Choice, Count, Nested, SettingError, Text, fields_of, refuse, setting, show
 from wcitrain.objectives import INPUT_REGULARIZERS, OBJECTIVES, PGDAT, InputRegularizer, Objective
 from wcitrain.optim import PENALTIES, PERTURBATIONS, Penalty, WeightPerturbation
@@ -56,6 +57,7 @@ class Recipe(Section):
     wrapper: sections.Wrapper = setting(sections.Wrapper, "Where perturbation and penalty act.")
     optimizer: Optimizer = setting(SGD(), "The base optimizer.")
     schedule: Annotated[Schedule, Choice(SCHEDULES)] = setting(Piecewise(), "The learning rate over time.")
+    freezing: Annotated[Freezing, Nested()] = setting(Freezing(), "Which parts train, and from when.")
     averaging: Average = setting(None, "The average of the weights that is evaluated.")
     early_stopping: sections.EarlyStopping = setting(sections.EarlyStopping, "When training ends early.")
     train: sections.Train = setting(sections.Train, "The training loop.")
@@ -99,6 +101,7 @@ class Recipe(Section):
             (self.extra, self.extra.path),
             (self.label_noise, self.label_noise.share),
             (f"label smoothing {smoothing:g}", smoothing),
+            (self.freezing, self.freezing != Freezing()),
             (self.averaging, self.averaging),
             ("early stopping", self.early_stopping.patience),
         ]
@@ -182,6 +185,7 @@ def _check_times(recipe: Recipe) -> None:
     starts = {f"{key}.schedule.start": rule.schedule.start for key, rule in rules.items() if rule}
     starts["averaging.start_epoch"] = getattr(recipe.averaging, "start_epoch", 0)
     starts["schedule.milestones"] = max(getattr(schedule, "milestones", ()), default=0)
+    starts["freezing.head_epochs"] = recipe.freezing.head_epochs
     ends = {"train.eps_warmup_epochs": recipe.train.eps_warmup_epochs}
     ends["schedule.warmup_epochs"] = getattr(schedule, "warmup_epochs", 0)
     ends["schedule.peak_epoch"] = getattr(schedule, "peak_epoch", None) or 0
@@ -189,6 +193,11 @@ def _check_times(recipe: Recipe) -> None:
         if value >= epochs if key in starts else value > epochs:
             rule = "less than" if key in starts else "at most"
             refuse(key, f"got {value:g}; expected {rule} train.epochs = {epochs}. Lower it, or train longer.")
+    if isinstance(schedule, TimmSchedule):
+        try:
+            schedule.check(epochs)
+        except SettingError as error:
+            refuse(f"schedule.{error.key}", error.text)
 
 
 def _check_effects(recipe: Recipe) -> None:
