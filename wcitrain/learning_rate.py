@@ -93,6 +93,9 @@ class OneCycle(Schedule):
 DEFAULTS = {name: one.default for name, one in inspect.signature(create_scheduler_v2).parameters.items()}
 
 
+Kind = Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"]
+
+
 @method
 class TimmSchedule(Schedule):
     """timm's schedules of time alone, as its training script steps them (plateau waits for a metric).
@@ -101,7 +104,7 @@ class TimmSchedule(Schedule):
     steps), ours at m: so neither replaces the other.
     """
 
-    kind: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"]
+    kind: Kind = setting("cosine", "Name of the schedule there.")
     each_step: bool = setting(False, "A new rate for every step; false: for every epoch.")
     warmup_epochs: Annotated[NonNegative, Field(description="Epochs over which the rate rises.")] = 0.0
     warmup_fraction: Share = setting(0.0, "First rate of the warm-up over the peak rate, in [0, 1].")

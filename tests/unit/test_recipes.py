@@ -116,7 +116,7 @@ def test_what_holds_for_one_base_names_a_base_that_exists():
 
 TABLES = {key[0]: choice.table for key, (choice, _) in CHOICES.items() if len(key) == 1}
 WITHOUT_A_FILE = {"penalty": {"frobenius", "trace", "frobenius_trace"}}
-WITHOUT_A_FILE |= {"optimizer": {"adamw"}, "schedule": {"cosine"}}
+WITHOUT_A_FILE |= {"optimizer": {"adamw"}, "schedule": {"cosine", "timm"}}
 
 
 @pytest.mark.parametrize("section", TABLES)
