@@ -142,7 +142,10 @@ def check_outputs(model: nn.Module, x: Tensor, num_classes: int, source: str) ->
             except Exception as error:
                 cause = ([repr(error)] + [line for line in str(error).splitlines() if line.strip()])[-1]
                 got = f"the model fails on images {tuple(images.shape)}: {cause.strip()}"
+                first = next((t for t in model.state_dict().values() if t.ndim == 4), images)
                 advice = "Set data.image_size; export programs with a dynamic batch size (dynamic_shapes)"
+                if first.shape[1] in {1, 3} - {images.shape[1]}:
+                    advice = f"Set data.channels={first.shape[1]}"
                 raise ValueError(f"{source}: {got}. {advice}.") from error
             if (shape := tuple(logits_of(logits).shape)) != (num := len(images), num_classes):
                 got = f"got outputs {shape} for {num} images of {num_classes} classes"

@@ -232,4 +232,7 @@ def _refuse_unfit(
     kinds = {"nothing for": lacking, "of no layer": unknown, "of another shape": shapes}
     if wrong := [f"{kind} {name_some(names, 4)}" for kind, names in kinds.items() if names]:
         got = f"got weights that do not fit the model: {'; '.join(wrong)}"
-        raise ValueError(f"{source}: {got}; expected those of its {len(own)} tensors. {ADVICE}.")
+        convs = [(a, b) for _, a, b in others if len(a) == len(b) == 4 and a != b]
+        channels = {a[1] for a, b in convs if (a[0], *a[2:]) == (b[0], *b[2:])}
+        advice = f"Set data.channels={min(channels)}" if channels and channels <= {1, 3} else ADVICE
+        raise ValueError(f"{source}: {got}; expected those of its {len(own)} tensors. {advice}.")

@@ -42,6 +42,7 @@ def a_dict(): return {"model": blank()}
 def of_something(path): return blank()
 def broken(): raise KeyError("weights")
 def of_seven(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+def of_colours(): return nn.Sequential(nn.Conv2d(3, 10, 8), nn.Flatten())
 def of_other_images(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
 READY = blank()
 """
@@ -146,6 +147,7 @@ REFUSED = {
     "own_nets:Named": "got a dict (logits, features) as outputs; expected logits, one tensor [B, C]",
     "own_nets:of_seven": "got outputs (200, 7) for 200 images of 10 classes",
     "own_nets:of_other_images": "the model fails on images (200, 1, 8, 8)",
+    "own_nets:of_colours": "Set data.channels=3.",
     "static.pt2": "export programs with a dynamic batch size",
     "resnt18": "Did you mean resnet18?",
     "none.pt": "got nothing; expected a run folder",

@@ -80,6 +80,7 @@ def without(*names: str) -> dict[str, torch.Tensor]:
 WRONG = {
     "missing": (without("0.weight", "3.bias"), r"do not fit the model: nothing for 0\.weight, 3\.bias; exp"),
     "more": (STATE | {"4.weight": torch.ones(2)}, r"of no layer 4\.weight; expected"),
+    "channels": (STATE | {"0.weight": torch.ones(2, 3, 3, 3)}, r"Set data\.channels=3\.$"),
     "shape": (STATE | {"3.weight": torch.ones(10, 8)}, r"of another shape 3\.weight \[10, 8\] for \[3, 8\]"),
     "other_model": ({"fc.w": torch.ones(2)}, r"got names such as fc\.w, and a model with 0\.weight, 0\.bias"),
     "two": (
