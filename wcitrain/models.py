@@ -14,6 +14,7 @@ from urllib.request import getproxies
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
@@ -26,11 +27,17 @@ HUB_SECONDS = 3  # for an answer
 
 
 class Classifier(nn.Module):
-    """A backbone behind its input normalisation: ``backbone((x − mean) / std)`` for images in [0, 1].
+    """A backbone behind its input normalisation: ``backbone(R (x − mean) / std)`` for images in [0, 1].
+
+    R enlarges images, where ``resize_inside`` asks for it, so that a backbone of 224 pixels is attacked in
+    the 32 x 32 of the images. Each row of its matrix A sums to one: whether the affine normalisation comes
+    before or after makes no difference, A (x − m) Aᵀ / s = (A x Aᵀ − m) / s. Bicubic weights may be negative,
+    so edges overshoot the box; they are not clamped, which would hide gradients there from attacks.
 
     Args:
         backbone: Maps normalised images [B, C, H, W] to logits [B, num_classes].
         mean, std: Per channel, in [0, 1] units; std > 0.
+        resize_inside: Side of the squares that images are enlarged to; None: they stay as they are.
         rotation_head: Add a second head, four logits from the backbone's last features, which needs timm's
             ``forward_features`` and ``forward_head``: the quarter turns of the image. Not exported.
     """
@@ -39,10 +46,16 @@ class Classifier(nn.Module):
     std: Tensor
 
     def __init__(
-        self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float], *, rotation_head: bool = False
+        self,
+        backbone: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        rotation_head: bool = False,
+        resize_inside: int | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.resize_inside = backbone, resize_inside
         width: Any = getattr(backbone, "head_hidden_size", None) or getattr(backbone, "num_features", 0)
         self.rotation_head = nn.Linear(width, 4) if rotation_head else None
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -52,9 +65,11 @@ class Classifier(nn.Module):
         """Return logits [B, num_classes] for images [B, C, H, W] in [0, 1], or [B, 4] of the rotation head.
 
         Both heads are reached through ``forward``, so that DDP and ``torch.compile`` have one entry point.
-        ValueError for the rotation head of a model without one.
+        ValueError for the rotation head of a model without one, and for images that R would not enlarge.
         """
         x = (x - self.mean) / self.std
+        if self.resize_inside is not None:
+            x = enlarged(x, self.resize_inside)
         if head == "classes":
             return self.backbone(x)
         if self.rotation_head is None:
@@ -62,6 +77,25 @@ class Classifier(nn.Module):
             raise ValueError(f"Classifier: got head={head!r}; expected {rule}")
         backbone = cast(Any, self.backbone)
         return self.rotation_head(backbone.forward_head(backbone.forward_features(x), pre_logits=True))
+
+
+def enlarged(x: Tensor, side: int) -> Tensor:
+    """Return images [B, C, H, W] as [B, C, side, side], A x Bᵀ with torch's bicubic weights (Keys, a = −¾).
+
+    As products: linear, exact under any number of derivatives, and deterministic on CUDA, where the backward
+    pass of ``F.interpolate`` is not. In the dtype of the images, also under autocast. ValueError unless
+    both sides grow.
+    """
+    height, width = x.shape[-2:]
+    if max(height, width) >= side:
+        rule = "more than their sides. Raise it, or remove it"
+        raise ValueError(
+            f"model.resize_inside: got {side} for images of {height}x{width} pixels; expected {rule}."
+        )
+    ones = (torch.eye(n, device=x.device, dtype=x.dtype)[None] for n in (height, width))  # [1, n, n]
+    rows, columns = (F.interpolate(one[None], (side, one.shape[-1]), mode="bicubic")[0, 0] for one in ones)
+    with torch.autocast(x.device.type, enabled=False):
+        return rows @ x @ columns.T
 
 
 def create_model(
@@ -76,6 +110,7 @@ def create_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     rotation_head: bool = False,
+    resize_inside: int | None = None,
     **kwargs: Any,
 ) -> Classifier:
     """Build a timm model (or ``preact_resnet18``) and put its normalisation inside.
@@ -84,7 +119,8 @@ def create_model(
         name, pretrained, kwargs: For timm, e.g. ``layers=[1, 1, 1, 1]``.
         checkpoint_path, match: Weights that fit as they are, see ``read_weights`` and ``in_order``.
         stem: ``"cifar"`` replaces a timm ResNet's stem by one 3x3 convolution of stride 1, without pooling.
-        mean, std, rotation_head: See ``Classifier``; by default timm's, averaged if it has other channels.
+        mean, std: By default timm's, averaged if it has other channels.
+        rotation_head, resize_inside: See ``Classifier``.
 
     Raises:
         ValueError: A name or arguments that timm refuses, a stem the model does not have, or a normalisation
@@ -112,7 +148,7 @@ def create_model(
     config = getattr(backbone, "pretrained_cfg", None) or {}
     given = {"mean": mean, "std": std}
     constants = [by_channel(key, given[key], config.get(key, (0.5,)), in_chans) for key in given]
-    model = Classifier(backbone, *constants, rotation_head=rotation_head)
+    model = Classifier(backbone, *constants, rotation_head=rotation_head, resize_inside=resize_inside)
     if checkpoint_path and not checkpoint_path.endswith(".npz"):
         weights = read_weights(checkpoint_path)
         weights = in_order(backbone, weights, checkpoint_path) if match == "order" else weights
@@ -158,6 +194,7 @@ def load_exported(folder: str | Path) -> Classifier:
         keys = ("num_classes", "in_chans", "mean", "std", "kwargs")
         settings = {key: json.loads(metadata[key]) for key in keys}
         settings |= settings.pop("kwargs") | {"stem": metadata["stem"], "name": metadata["architecture"]}
+        settings["resize_inside"] = json.loads(metadata.get("resize_inside", "null"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         rule = "an export such as runs/NAME-s0/model/last."
         raise ValueError(f"{folder}: got {error!r}; expected {rule}") from error
@@ -175,10 +212,49 @@ def load_weights(model: Classifier, weights: Mapping[str, Tensor], source: str) 
 def try_forward(model: Classifier, in_chans: int, image_size: int | tuple[int, int]) -> None:
     """Let a black image through on the CPU: a model that does not fit is refused before files are written."""
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    if model.resize_inside is not None:
+        enlarged(torch.zeros(1, 1, height, width), model.resize_inside)
     try:
         with torch.no_grad(), undisturbed(model, training=False):
             logits_of(model(torch.zeros(1, in_chans, height, width)))
     except Exception as error:
-        advice = "Set data.image_size, or the model's own size such as model.kwargs.img_size."
+        advice = "Set data.image_size or model.resize_inside, or the model's own, e.g. model.kwargs.img_size."
         text = f"model.name: the model fails on images of {height}x{width} pixels: {error}"
         raise ValueError(f"{text} {advice}") from error
+
+
+def checkpoint_activations(model: Classifier, name: str) -> None:
+    """Let timm's model recompute activations in the backward pass instead of keeping them.
+
+    The loss and its gradients, also under an attack or a second derivative, are those without: draws are
+    replayed, buffers such as BatchNorm's statistics count a pass once, and attention runs by its plain
+    formula in both passes, as fused kernels have no second derivative (Chen et al., arXiv 1604.06174).
+    ValueError for a model or a version of timm that cannot.
+    """
+    backbone, where = cast(Any, model.backbone), "train.gradient_checkpointing: got true"
+    if getattr(timm.layers, "use_reentrant_ckpt", lambda: True)():
+        rule = "1.0.14 or newer without TIMM_REENTRANT_CKPT: reentrant checkpoints hide gradients"
+        raise ValueError(f"{where} with timm {timm.__version__}; expected {rule}. Upgrade timm.")
+    try:
+        backbone.set_grad_checkpointing()
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"{where} with {name}; expected a timm model that has it. Set it to false."
+        ) from error
+    for module in backbone.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+        if module._buffers:
+            module.register_forward_pre_hook(_set_buffers_aside)
+            module.register_forward_hook(_put_buffers_back, always_call=True)  # a recomputation may end early
+
+
+def _set_buffers_aside(module: nn.Module, _: object) -> None:
+    """Give a module that a backward pass recomputes copies of its buffers to write into."""
+    if torch._C._current_graph_task_id() >= 0:  # -1 outside of backward passes
+        own = vars(module)["own_buffers"] = dict(module._buffers)
+        module._buffers.update({name: None if b is None else b.clone() for name, b in own.items()})
+
+
+def _put_buffers_back(module: nn.Module, *_: object) -> None:
+    module._buffers.update(vars(module).pop("own_buffers", {}))

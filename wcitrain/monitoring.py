@@ -230,6 +230,7 @@ def export(run: Run, name: str, result: dict[str, Any]) -> None:
         "architecture": recipe.model.name,
         "kwargs": json.dumps(recipe.model.kwargs),
         "stem": recipe.model.stem,
+        "resize_inside": json.dumps(recipe.model.resize_inside),
         "num_classes": str(run.splits.num_classes),
         "in_chans": str(run.splits.in_chans),
         "input_size": json.dumps(run.splits.shape),

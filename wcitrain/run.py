@@ -20,7 +20,7 @@ from wcitrain.build import fresh_objective, initial_model, open_training_set, un
 from wcitrain.curvature.estimators import name_of
 from wcitrain.data import Images, Splits, check_images, load_splits, parts_of, record
 from wcitrain.freezing import Plan, freeze
-from wcitrain.models import Classifier, try_forward
+from wcitrain.models import Classifier, checkpoint_activations, try_forward
 from wcitrain.objectives import CatastrophicOverfittingGuard, Objective
 from wcitrain.optim import RegularizedOptimizer
 from wcitrain.progress import (
@@ -110,6 +110,8 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
     goes_on = resume and any((folder / name).exists() for name in SAVED)
     model = initial_model(untrained(recipe) if goes_on and not has_initial else recipe, splits)
     try_forward(model, splits.in_chans, splits.shape[1:])
+    if recipe.train.gradient_checkpointing:
+        checkpoint_activations(model, recipe.model.name)
     if recipe.train.channels_last:
         if accelerator.device.type == "cpu":  # oneDNN may write past its workspace: uxlfoundation/oneDNN#6035
             raise ValueError("train.channels_last: got true on a CPU; expected false. It is for GPUs.")

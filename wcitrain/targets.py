@@ -187,7 +187,8 @@ class Target:
             torch.manual_seed(seed_from(self.recipe.seed, "model"))
             module = call_function(str(self.path)) if is_function else load_program(self.path)
         mean = by_channel("mean", settings.mean, [0.0], in_chans)
-        model = Classifier(module, mean, by_channel("std", settings.std, [1.0], in_chans))
+        std = by_channel("std", settings.std, [1.0], in_chans)
+        model = Classifier(module, mean, std, resize_inside=settings.resize_inside)
         if self.checkpoint:
             load_weights(model, read_weights(self.checkpoint), self.checkpoint)
         return model

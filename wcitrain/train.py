@@ -184,9 +184,11 @@ def step(run: Run, micro_batches: list[Batch]) -> float:
 
 
 def threat_factor(recipe: Recipe, epoch: float) -> float:
-    """Return the share of the full radius that training attacks with at a (fractional) epoch, in (0, 1]."""
-    warmup = recipe.train.eps_warmup_epochs
-    return 1.0 if epoch >= warmup else epoch / warmup
+    """Return the share of the radius that training attacks with at a (fractional) epoch > 0, in [0, 1]."""
+    zero, full = recipe.train.eps_zero_epochs, recipe.train.eps_full_epoch
+    if epoch <= zero:
+        return 0.0
+    return 1.0 if epoch >= full else (epoch - zero) / recipe.train.eps_warmup_epochs
 
 
 def finish_epoch(run: Run) -> None:
@@ -204,20 +206,21 @@ def finish_epoch(run: Run) -> None:
     }
     if recipe.averaging and run.average is not None:
         recipe.averaging.after_epoch(run.average, run.bare, epoch, partial(train_passes, run))
-    more, warning = monitoring.overfitting(run)
+    is_attacked = threat_factor(recipe, progress.step / run.updates) > 0  # else no attack can be overfitted
+    more, warning = monitoring.overfitting(run) if is_attacked else ({}, "")
     metrics |= more
     if warning and recipe.train.overfitting_guard == "stop" and epoch < recipe.train.epochs:
         progress.stop_reason = f"{warning} (train.overfitting_guard)"
     elif warning and run.log is not None:
         print(f"{warning}. Lower threat.eps or use objective grad_align or pgd_at.", flush=True)
     is_last = epoch == recipe.train.epochs or bool(progress.stop_reason)
-    is_best, patience = False, recipe.early_stopping.patience
+    is_best, patience, full = False, recipe.early_stopping.patience, recipe.train.eps_full_epoch
     if epoch % recipe.evaluation.every == 0 or is_last:
         metrics |= monitoring.epoch_accuracies(run)
         monitoring.refuse_diverged(run, metrics)
         if is_best := metrics["val/robust_accuracy"] > progress.best_score:
             progress.best_score, progress.best_epoch = metrics["val/robust_accuracy"], epoch
-        elif not is_last and epoch - progress.best_epoch >= (patience or math.inf):
+        elif not is_last and epoch - max(progress.best_epoch, full) >= (patience or math.inf):
             lack = f"no better robust validation accuracy in {patience} epochs"
             progress.stop_reason = f"{lack} (early_stopping.patience)"
     is_last = is_last or bool(progress.stop_reason)

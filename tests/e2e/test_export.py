@@ -65,6 +65,7 @@ NETWORKS = {
     "stem": ("resnet18", "cifar", {"layers": [1] * 4, "channels": [4, 4, 8, 8]}, 1),
     "preact": ("preact_resnet18", "default", {"width": 4}, 3),
     "timm's": ("resnet18", "default", {"layers": [1] * 4, "channels": [4, 4, 8, 8]}, 4),
+    "enlarged": ("vit_tiny_patch16_224", "default", {"img_size": 48, "depth": 1, "resize_inside": 48}, 3),
     "fixed size": ("vit_tiny_patch16_224", "default", {"img_size": 32, "depth": 1}, 3),
     "any size": ("vit_tiny_patch16_384", "default", {"dynamic_img_size": True, "depth": 1}, 3),
 }
@@ -73,14 +74,18 @@ NETWORKS = {
 def write_weights(folder: Path, name: str, *, size: int = 32) -> tuple[Classifier, Path]:
     """Export an untrained network with statistics that are not those of its first day, as a run does."""
     architecture, stem, kwargs, in_chans = NETWORKS[name]
+    kwargs, side = {k: v for k, v in kwargs.items() if k != "resize_inside"}, kwargs.get("resize_inside")
     torch.manual_seed(0)
     own = {"mean": [0.3] * in_chans, "std": [0.7 + 0.1 * i for i in range(in_chans)]}
-    model = create_model(architecture, num_classes=3, in_chans=in_chans, stem=stem, **own, **kwargs)
+    model = create_model(
+        architecture, num_classes=3, in_chans=in_chans, stem=stem, resize_inside=side, **own, **kwargs
+    )
     model(torch.rand(8, in_chans, size, size))
 
     class Run:
         measured, accelerator = model.eval(), type("One", (), {"is_main_process": True})
-        recipe = recipe_from_dict(BASE | {"model": {"name": architecture, "stem": stem, "kwargs": kwargs}})
+        given = {"name": architecture, "stem": stem, "kwargs": kwargs, "resize_inside": side}
+        recipe = recipe_from_dict(BASE | {"model": given})
         splits = type("Splits", (), {"num_classes": 3, "in_chans": in_chans, "class_names": ("a", "b", "c"),
                                      "shape": (in_chans, size, size)})  # fmt: skip
 

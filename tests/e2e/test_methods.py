@@ -12,7 +12,7 @@ from wcitrain.averaging import SWA
 from wcitrain.objectives import PGDAT, CatastrophicOverfittingGuard, FreeAT
 from wcitrain.progress import run_folder
 from wcitrain.seeding import seed_from
-from wcitrain.train import fit, open_run, train, train_epoch
+from wcitrain.train import fit, open_run, threat_factor, train, train_epoch
 
 
 def spied(monkeypatch, kind: type, name: str) -> list[tuple]:
@@ -44,17 +44,29 @@ def test_free_training_makes_its_replays_with_the_same_images(tmp_path, monkeypa
 
 def test_the_radius_grows_linearly_and_evaluation_does_not_wait(tmp_path, monkeypatch):
     """A warm-up that never reaches eps, or that weakens the evaluation, flatters the run."""
-    recipe = tiny(tmp_path, "train.eps_warmup_epochs=1", "train.epochs=2")
+    warmup = ("train.eps_zero_epochs=0.5", "train.eps_warmup_epochs=1")
+    recipe = tiny(tmp_path, *warmup, "train.epochs=2")
     seen = spied(monkeypatch, PGDAT, "perturb")
     run = open_run(recipe)
+    passes = spied(monkeypatch, type(run.bare), "forward")
     train_epoch(run)
+    assert len(passes) == 2 * 1 + 2 * (2 + 1)  # the loss; from the third step on two of the attack too
     run.progress.epoch, run.progress.update = 1, 0
     train_epoch(run)
-    expected = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    expected = [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
     assert [one.threat.eps / 0.1 for one, *_ in seen] == pytest.approx(expected)
-    assert [one.step_size / 0.06 for one, *_ in seen] == pytest.approx(expected)
+    assert [one.attack.step_size / 0.06 for one, *_ in seen] == pytest.approx(expected)
     reached = [float((x_adv - x).abs().max()) for _, _, x, *_, x_adv in seen]
     assert reached == pytest.approx([0.1 * e for e in expected], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("zero", "warmup", "expected"), [(0, 0, [1] * 4), (0.5, 0, [0, 0, 1, 1]), (0.25, 0.5, [0, 0.5, 1, 1])]
+)
+def test_the_radius_is_zero_up_to_an_epoch_and_then_grows_or_jumps(zero, warmup, expected, tmp_path):
+    """One step more or less is another number of epochs than the one that is written down."""
+    recipe = tiny(tmp_path, f"train.eps_zero_epochs={zero}", f"train.eps_warmup_epochs={warmup}")
+    assert [threat_factor(recipe, epoch) for epoch in (0.25, 0.5, 0.75, 1)] == expected
 
 
 def test_soft_labels_and_noise_reach_the_loss(tmp_path, monkeypatch):
@@ -131,6 +143,18 @@ def test_patience_stops_keeps_the_best_and_stays_stopped(tmp_path, capsys):
     assert "stopped after epoch 3" in capsys.readouterr().out
     assert fit(recipe, resume=True)["last"]["epoch"] == 3
     assert len(metrics(recipe)) == 3
+
+
+def test_patience_and_guard_wait_for_the_attack(tmp_path, monkeypatch):
+    """Robust accuracy does not rise before it is trained for, and its fall there is no overfitting."""
+    looks = spied(monkeypatch, CatastrophicOverfittingGuard, "check")
+    settings = ("optimizer.lr=1e-9", "early_stopping.patience=1", "objective.name=fgsm_rs")
+    recipe = tiny(
+        tmp_path, *settings, "train.eps_zero_epochs=2", "train.eps_warmup_epochs=1", "train.epochs=9"
+    )
+    assert fit(recipe)["last"]["epoch"] == 4
+    assert ["train/guard_robust_accuracy" in epoch for epoch in metrics(recipe)] == [False, False, True, True]
+    assert len(looks) == 2
 
 
 @pytest.mark.parametrize(("action", "epochs"), [("warn", 4), ("stop", 3), ("ignore", 4)])

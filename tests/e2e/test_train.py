@@ -39,7 +39,7 @@ METHODS = {
     "ema": ["perturbation.name=wci", "averaging={name: ema, decay: 0.9}", "model.kwargs.drop_path_rate=0.2",
             "optimizer.name=adamw", "optimizer.lr=0.003", "train.max_norm=1.0"],
     "free, swa": ["objective={name: free, num_replays: 3}", "averaging={name: swa, start_epoch: 1}",
-                  "train.eps_warmup_epochs=2", "perturbation.name=awp"],
+                  "train.eps_zero_epochs=1", "train.eps_warmup_epochs=2", "perturbation.name=awp"],
     "trades, mixing": ["objective={name: trades, num_steps: 2}", "mixing={mixup_alpha: 1, cutmix_alpha: 1}",
                        "augment={policy: cutout, cutout_size: 3}", "label_noise.share=0.2",
                        "perturbation.name=vasso", "data.num_workers=0"],
@@ -146,13 +146,16 @@ def test_digits_are_learnt_robustly(tmp_path):
     assert written["cost"] == passes | relative | {"relative_to_pgd10_at": 10 / 23}
 
 
-@pytest.mark.parametrize("stem", ["default", "cifar"])
-def test_the_export_is_the_measured_model_and_test_images_are_read_at_the_end(stem, tmp_path):
+@pytest.mark.parametrize(
+    ("stem", "other"), [("default", "train.gradient_checkpointing=true"), ("cifar", "model.resize_inside=12")]
+)
+def test_the_export_is_the_measured_model_and_test_images_are_read_at_the_end(stem, other, tmp_path):
     """What users take away must be what the table reports; nobody can select on images that nobody has read.
 
     timm alone cannot build the small-image stem, and leaves the normalisation out.
     """
-    recipe = tiny(tmp_path, "train.epochs=1", "averaging={name: ema, decay: 0.5}", f"model.stem={stem}")
+    settings = ("train.epochs=1", "averaging={name: ema, decay: 0.5}", f"model.stem={stem}", other)
+    recipe = tiny(tmp_path, *settings)
     run = open_run(recipe)
     train_epoch(run)
     finish_epoch(run)
@@ -163,8 +166,8 @@ def test_the_export_is_the_measured_model_and_test_images_are_read_at_the_end(st
     logits = run.measured.eval()(x)
     assert torch.equal(load_exported(export)(x), logits)
     if stem == "default":
-        settings = TINY["model"]["kwargs"] | {"checkpoint_path": str(export / "model.safetensors")}
-        model = timm.create_model("resnet18", num_classes=10, in_chans=1, **settings)
+        kwargs = TINY["model"]["kwargs"] | {"checkpoint_path": str(export / "model.safetensors")}
+        model = timm.create_model("resnet18", num_classes=10, in_chans=1, **kwargs)
         assert torch.equal(model.eval()((x - run.bare.mean) / run.bare.std), logits)
     with pytest.raises(ValueError, match="expected an export"):
         load_exported(tmp_path)

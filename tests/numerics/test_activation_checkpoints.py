@@ -1,17 +1,22 @@
 """Activation checkpoints: the other kind gives the very numbers, the reentrant kind is refused or right."""
 
+import copy
 import warnings
 from contextlib import nullcontext
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from wcitrain import cross_entropy
+from wcitrain import CURE, PGDAT, TRADES, GradAlign, cross_entropy
 from wcitrain.attacks import ThreatModel, pgd
 from wcitrain.evaluation import evaluate
 from wcitrain.measures import MEASURES, Problem
+from wcitrain.models import checkpoint_activations, create_model
+from wcitrain.objectives import WithInputRegularizer
 from wcitrain.optim import AWP, SAM, RegularizedOptimizer, WCIPenalty, WCIPosterior
 
 NAMED = "use_reentrant=False"
@@ -53,6 +58,56 @@ def test_measures_are_exact_or_refused(name, has_stem):
     assert values[0] == values[1] > 0
     with pytest.raises(ValueError, match=NAMED):
         measure.measure(Problem(Net(True, has_stem), data))
+
+
+TIMM = {
+    "resnet18": {"layers": [1] * 4, "channels": [4, 4, 8, 8], "drop_path_rate": 0.3},
+    "vit_tiny_patch16_224": {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2,
+                             "drop_path_rate": 0.3, "proj_drop_rate": 0.1},
+    "mobilenetv3_small_050": {},  # its blocks end in BatchNorm, amid which a recomputation ends
+}  # fmt: skip
+OF_TIMM = {
+    "no rule": (PGDAT(ThreatModel(eps=0.1), 1), {}),
+    "trades, cure": (WithInputRegularizer(TRADES(ThreatModel(eps=0.1), 2), CURE()), {}),
+    "grad_align": (GradAlign(ThreatModel(eps=0.1)), {"perturbation": SAM(0.05)}),
+    "wci": (PGDAT(ThreatModel(eps=0.1), 2, attack_bn="train"), {"perturbation": WCIPosterior(0.5)}),
+    "hutchinson": (PGDAT(ThreatModel(eps=0.1), 1), {"penalty": WCIPenalty(1e-3, estimator="hutchinson")}),
+    "gauss_newton": (PGDAT(ThreatModel(eps=0.1), 1), {"penalty": WCIPenalty(1e-3, estimator="gauss_newton")}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [*product(list(TIMM)[:2], OF_TIMM), ("mobilenetv3_small_050", "no rule")]
+)
+def test_checkpoints_of_timm_give_the_bits_of_training_without(name, method):
+    """BatchNorm counted twice, other dropout in the recomputation, fused attention in one of two passes."""
+    (objective, rules), states = OF_TIMM[method], []
+    for is_on in (False, True):
+        torch.manual_seed(0)
+        model = create_model(name, num_classes=3, **TIMM[name])
+        for module in model.modules() if not is_on else ():  # as the checkpoints have it
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+        if is_on:
+            checkpoint_activations(model, name)
+            model = copy.deepcopy(model)  # as averages are made
+        recomputed = []
+        blocks = model.backbone.layer1 if name == "resnet18" else model.backbone.blocks
+        inner = next(m for m in blocks.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm))
+        inner.register_forward_hook(lambda *_, seen=recomputed: seen.append(1), always_call=True)
+        optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model.train(), **rules)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(2):
+            x, y = torch.rand(6, 3, 8, 8, generator=generator), torch.arange(6) % 3
+            torch.manual_seed(step)
+            x_adv = objective.perturb(model, x, y, generator)
+            optimizer.zero_grad()
+            optimizer.backward(partial(objective.loss, model, x, x_adv, y))
+            optimizer.step()
+        states.append((model.state_dict(), len(recomputed)))
+    (plain, calls), (same, more) = states
+    assert more >= 2 * calls
+    assert all(torch.equal(value, same[key]) for key, value in plain.items())
 
 
 def test_a_gradient_hidden_by_detach_is_not_that_of_an_unused_layer():

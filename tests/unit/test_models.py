@@ -3,8 +3,17 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from wcitrain.models import create_model, load_exported
+from wcitrain.models import (
+    Classifier,
+    checkpoint_activations,
+    create_model,
+    enlarged,
+    load_exported,
+    try_forward,
+)
 
 
 def test_normalisation_is_inside_and_comes_from_the_pretrained_config():
@@ -18,6 +27,65 @@ def test_normalisation_is_inside_and_comes_from_the_pretrained_config():
     gray = create_model("resnet18", num_classes=3, in_chans=1)  # three means would give three channels
     assert gray.mean.flatten().tolist() == pytest.approx([sum(config.mean) / 3])
     assert gray(torch.rand(2, 1, 32, 32)).shape == (2, 3)
+
+
+def enlarging(side: int = 9) -> Classifier:
+    """A smooth network of 9x9 features behind images of any smaller size, in float64."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(2 * side * side, 6), nn.Tanh(), nn.Linear(6, 3))
+    return Classifier(backbone, [0.4, 0.6], [0.2, 0.3], resize_inside=side).double()
+
+
+def test_images_are_enlarged_inside_by_bicubic_interpolation_before_or_after_the_normalisation():
+    """Another kernel, or a shifted grid, is another input than the weights were pretrained on."""
+    model, seen = enlarging(), []
+    model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(3, 2, 4, 5, generator=generator, dtype=torch.float64)
+    model(x)
+    by_torch = F.interpolate(x, (9, 9), mode="bicubic")
+    assert torch.allclose(seen[0], (by_torch - model.mean) / model.std, rtol=0, atol=1e-13)  # float64 sums
+    edge = torch.zeros(1, 2, 4, 4, dtype=torch.float64)
+    edge[..., 2:] = 1
+    model(edge)
+    assert float((seen[1] * model.std + model.mean).max()) > 1.01  # overshoots, unclamped
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (enlarged(x.float(), 9) - by_torch).abs().max() < 1e-6  # a dozen float32 roundings
+
+
+def test_gradients_pass_the_enlargement_exactly_to_the_second_order():
+    """An attack climbs the gradient in the original pixels; a detached or clamped resize would mask it."""
+    model = enlarging()
+    x = torch.rand(2, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = x.round().requires_grad_()  # black and white: where the interpolation overshoots most
+    assert torch.autograd.gradcheck(model, x)
+    assert torch.autograd.gradgradcheck(model, x)
+
+
+@pytest.mark.parametrize("size", [(9, 9), (4, 9), (12, 12)])
+def test_images_that_would_not_grow_are_refused(size):
+    """A setting without effect, or images shrunk without a low-pass filter."""
+    model = enlarging().float()
+    for call in (lambda: model(torch.rand(1, 2, *size)), lambda: try_forward(model, 2, size)):
+        with pytest.raises(
+            ValueError, match=rf"^model.resize_inside: got 9 for images of {size[0]}x{size[1]}"
+        ):
+            call()
+
+
+def test_models_without_activation_checkpoints_are_refused_by_name(monkeypatch):
+    """The run would need all the memory, or with a reentrant timm lose gradients."""
+    small = {"width": 4, "layers": [1] * 4, "channels": [4] * 4, "img_size": 32, "depth": 1}
+    for name, keys in {"preact_resnet18": ["width"], "convit_tiny": ["img_size"]}.items():
+        model = create_model(name, num_classes=3, **{key: small[key] for key in keys})
+        with pytest.raises(
+            ValueError, match=rf"gradient_checkpointing: got true with {name}; expected a timm"
+        ):
+            checkpoint_activations(model, name)
+    monkeypatch.setattr(timm.layers.config, "_USE_REENTRANT_CKPT", True)
+    model = create_model("resnet18", num_classes=3, layers=small["layers"], channels=small["channels"])
+    with pytest.raises(ValueError, match=r"got true with timm .*; expected .* without TIMM_REENTRANT_CKPT"):
+        checkpoint_activations(model, "resnet18")
 
 
 def test_the_cifar_stem_keeps_the_resolution():

@@ -380,7 +380,11 @@ perturbation: gsam, penalty: wci => penalty: got wci penalty 0 beside GSAM ρ=0.
 perturbation: noise, penalty: {name: frobenius_trace, trace_weight: 1} => penalty: got F+T penalty 0, 1 beside noise r=0.5; ... Leave one of the two out.
 perturbation: sam, penalty: frobenius => wrapper.layers: got null with SAM ρ=0.05, which is published for all tensors,
 train: {eps_warmup_epochs: 2}, objective: standard => train.eps_warmup_epochs: got 2.0, which nothing uses; expected an attack
+train: {eps_zero_epochs: 2}, objective: standard => train.eps_zero_epochs: got 2.0, which nothing uses; expected an attack
+train: {eps_zero_epochs: 20} => train.eps_zero_epochs: got 20; expected less than train.epochs = 20
+train: {eps_zero_epochs: 15, eps_warmup_epochs: 10} => train.eps_zero_epochs + eps_warmup_epochs: got 25; expected at most train.epochs = 20
 train: {compile: true}, objective: grad_align => train.compile: got true with GradAlign
+train: {compile: true, gradient_checkpointing: true} => train.gradient_checkpointing: got true with compile
 train: {compile: true}, input_regularizer: cure => train.compile: got true with CURE 4
 train: {overfitting_guard: stop} => train.overfitting_guard: got "stop", which nothing uses; expected an objective of a single
 wrapper: {layers: all} => wrapper.layers: got "all", which nothing uses; expected a perturbation or penalty

@@ -47,7 +47,7 @@ def export_model(
 
     Args:
         run, recipe, at: Where the weights come from, for the card.
-        shape: Channels, height and width of an image.
+        shape: Channels, height and width of an image, before the model enlarges it.
         replace: Whether an export may be there already.
 
     Raises:
@@ -65,13 +65,14 @@ def export_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        config, origin = timm_config(model, metadata, shape)
+        side = model.resize_inside
+        config, origin = timm_config(model, metadata, (shape[0], side, side) if side else shape)
         for name in ("model.safetensors", "metadata.json"):
             shutil.copyfile(weights / name, partial / name)
         files.write_json(partial / "config.json", config)
         if config["architecture"] in architectures.default_cfgs:
             shutil.copyfile(architectures.__file__, partial / "modeling.py")
-        compare(lambda: _load_by_timm(partial), x, logits, "timm")
+        compare(lambda: _load_by_timm(partial, side), x, logits, "timm")
         programs = ["model.pt2"] * torch_export + ["model.onnx"] * onnx
         for name in programs:
             write = _write_onnx if name == "model.onnx" else _write_program
@@ -169,12 +170,12 @@ def compare(make: Callable[[], Callable[[Tensor], Tensor]], x: Tensor, logits: T
         raise ValueError(f"export: {got}; expected the model's. Nothing was written: please report it.")
 
 
-def _load_by_timm(folder: Path) -> nn.Module:
-    """Return the model as others load it, behind the normalisation that the configuration says."""
+def _load_by_timm(folder: Path, side: int | None) -> nn.Module:
+    """Return the model as others load it, behind the size and the normalisation that the card says."""
     with kept_random_state(torch.device("cpu")):
         backbone = timm.create_model(f"local-dir:{folder}", pretrained=True)
     data = timm.data.resolve_model_data_config(backbone)
-    return Classifier(backbone, data["mean"], data["std"]).eval()
+    return Classifier(backbone, data["mean"], data["std"], resize_inside=side).eval()
 
 
 def _write_program(model: nn.Module, x: Tensor, path: Path) -> nn.Module:

@@ -95,7 +95,7 @@ class Recipe(Section):
             (self.input_regularizer, self.input_regularizer),
             (self.perturbation, self.perturbation),
             (self.penalty, self.penalty and max(self.penalty.strengths) > 0),
-            ("eps warm-up", self.train.eps_warmup_epochs),
+            ("eps warm-up", self.train.eps_full_epoch),
             (self.augment, self.augment.is_active),
             (self.mixing, self.mixing.is_active),
             (self.extra, self.extra.path),
@@ -163,6 +163,9 @@ def _check_rules(recipe: Recipe) -> None:
     if recipe.train.compile and twice:
         text = f"got true with {twice}, which differentiates a gradient; expected false. Change one of them."
         refuse("train.compile", text)
+    if recipe.train.compile and recipe.train.gradient_checkpointing:
+        text = "got true with compile, which chooses itself what to recompute; expected one of them."
+        refuse("train.gradient_checkpointing", f"{text} Set the other to false.")
     size, parts = recipe.train.batch_size, recipe.train.accumulate
     if size % parts:
         text = f"got {parts}; expected a divisor of train.batch_size = {size}. Change one of them."
@@ -186,7 +189,9 @@ def _check_times(recipe: Recipe) -> None:
     starts["averaging.start_epoch"] = getattr(recipe.averaging, "start_epoch", 0)
     starts["schedule.milestones"] = max(getattr(schedule, "milestones", ()), default=0)
     starts["freezing.head_epochs"] = recipe.freezing.head_epochs
-    ends = {"train.eps_warmup_epochs": recipe.train.eps_warmup_epochs}
+    starts["train.eps_zero_epochs"] = recipe.train.eps_zero_epochs
+    zero = "eps_zero_epochs + " if recipe.train.eps_zero_epochs else ""
+    ends = {f"train.{zero}eps_warmup_epochs": recipe.train.eps_full_epoch}
     ends["schedule.warmup_epochs"] = getattr(schedule, "warmup_epochs", 0)
     ends["schedule.peak_epoch"] = getattr(schedule, "peak_epoch", None) or 0
     for key, value in (starts | ends).items():
@@ -208,6 +213,7 @@ def _check_effects(recipe: Recipe) -> None:
     takes_traces = (rule and rule.measures_traces) or (recipe.penalty and recipe.penalty.estimator)
     has_rule, decay = rule or recipe.penalty, sections.Wrapper().trace_decay
     settings: list[tuple[str, object, object, object, str]] = [  # key, value, default, is it used, by what
+        ("train.eps_zero_epochs", recipe.train.eps_zero_epochs, 0, has_radius, "an attack"),
         ("train.eps_warmup_epochs", recipe.train.eps_warmup_epochs, 0, has_radius, "an attack"),
         ("wrapper.layers", recipe.wrapper.layers, None, has_rule, "a perturbation or penalty"),
         ("wrapper.split_qkv", recipe.wrapper.split_qkv, False, has_rule, "a perturbation or penalty"),

@@ -31,6 +31,9 @@ class Model(Section):
     std: Annotated[list[Positive], Field(min_length=1)] | None = setting(
         None, "Channel deviations divided by inside the model, in [0, 1]; null: timm's."
     )
+    resize_inside: PositiveCount | None = setting(
+        None, "Side, in pixels, that images are enlarged to inside the model, bicubic; null: not."
+    )
 
 
 class Wrapper(Section):
@@ -54,8 +57,14 @@ class Train(Section):
     precision: Literal["no", "bf16"] = setting("no", "Mixed precision; no: float32. fp16 would overflow.")
     channels_last: bool = setting(False, "Store images with channels last in memory.")
     compile: bool = setting(False, "Compile the model with torch.compile.")
+    gradient_checkpointing: bool = setting(
+        False, "Recompute a timm model's activations in backward passes: less memory, another forward pass."
+    )
+    eps_zero_epochs: Annotated[float, Field(ge=0)] = setting(
+        0.0, "First epochs without an attack, at x_adv = x; evaluation's radius is always the full one."
+    )
     eps_warmup_epochs: Annotated[float, Field(ge=0)] = setting(
-        0.0, "Epochs over which training's radius and steps grow linearly from 0; evaluation's do not."
+        0.0, "Epochs after them over which training's radius and steps grow linearly from 0."
     )
     overfitting_guard: Literal["ignore", "warn", "stop"] = setting(
         "warn", "What to do when a single-step objective overfits catastrophically."
@@ -63,6 +72,11 @@ class Train(Section):
     max_norm: Positive | None = setting(None, "Gradient norm above which gradients are clipped; null: never.")
     num_threads: PositiveCount | None = setting(None, "CPU threads; null leaves torch's choice.")
     device: Literal["auto", "cpu"] = setting("auto", "Where to compute; auto takes an accelerator if any.")
+
+    @property
+    def eps_full_epoch(self) -> float:
+        """The epochs after which training attacks with the full radius."""
+        return self.eps_zero_epochs + self.eps_warmup_epochs
 
 
 # In training no test image is looked at.
