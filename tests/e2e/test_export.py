@@ -82,9 +82,10 @@ def write_weights(folder: Path, name: str, *, size: int = 32) -> tuple[Classifie
     )
     model(torch.rand(8, in_chans, size, size))
 
+    given = {"name": architecture, "stem": stem, "kwargs": kwargs, "resize_inside": side}
+
     class Run:
         measured, accelerator = model.eval(), type("One", (), {"is_main_process": True})
-        given = {"name": architecture, "stem": stem, "kwargs": kwargs, "resize_inside": side}
         recipe = recipe_from_dict(BASE | {"model": given})
         splits = type("Splits", (), {"num_classes": 3, "in_chans": in_chans, "class_names": ("a", "b", "c"),
                                      "shape": (in_chans, size, size)})  # fmt: skip
