@@ -11,13 +11,17 @@ from wcitrain.checkpoint import class_names_in
 from wcitrain.data import Images, ImageSet, MixedSet, Splits, load_extra, match_classes, pseudo_label
 from wcitrain.data.pixels import ArraySource
 from wcitrain.data.splits import is_count
+from wcitrain.files import read_json
 from wcitrain.models import Classifier, create_model, load_exported
 from wcitrain.objectives import Objective, WithInputRegularizer
 from wcitrain.optim import RegularizedOptimizer
 from wcitrain.recipe import Recipe
 from wcitrain.seeding import seed_from
-from wcitrain.starting import start_from
+from wcitrain.starting import normalise, start_from
 from wcitrain.text import name_some
+from wcitrain.weights import HUB, on_hub
+
+SIZES = ("num_classes", "in_chans")  # that the data say
 
 
 def open_training_set(recipe: Recipe, splits: Splits, device: torch.device) -> Images:
@@ -54,6 +58,42 @@ def untrained(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=bare)})
 
 
+def by_architecture(recipe: Recipe) -> Recipe:
+    """Return the recipe with what stands behind ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``.
+
+    That is a name of timm's, arguments, and weights to start from: a run goes on without folder or hub.
+    ValueError for such a name of a model that does not start from its weights.
+    """
+    settings = recipe.model
+    source, _, place = settings.name.replace("hf_hub:", HUB).partition(":")
+    if source not in ("hf-hub", "local-dir"):
+        return recipe
+    if settings.pretrained == bool(settings.checkpoint_path):
+        got = f"{settings.name} with {'two sources' if settings.pretrained else 'no source'} of weights"
+        rule = "one. Set model.pretrained or checkpoint_path, or name the architecture alone"
+        raise ValueError(f"model.name: got {got}; expected {rule}.")
+    folder = on_hub(f"{HUB}{place}") if source == "hf-hub" else Path(place)
+    if not (folder / "config.json").is_file():
+        rule = "a folder of timm's, with config.json and its weights. Correct it"
+        raise ValueError(f"model.name: got local-dir:{place} without config.json; expected {rule}.")
+    config = read_json(folder / "config.json")
+    own = {key: value for key, value in config.get("model_args", {}).items() if key not in SIZES}
+    known = {"name": config["architecture"], "kwargs": own | settings.kwargs}
+    if settings.pretrained:
+        known |= {"pretrained": False, "checkpoint_path": place if source == "local-dir" else f"{HUB}{place}"}
+    return recipe.model_copy(update={"model": settings.model_copy(update=known)})
+
+
+def settled(recipe: Recipe, model: Classifier) -> Recipe:
+    """Return the recipe with the normalisation that its model took from weights, which may be gone later."""
+    settings = recipe.model
+    if not settings.starts_from_weights:
+        return recipe
+    own = {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+    known = {key: value for key, value in own.items() if getattr(settings, key) is None}
+    return recipe.model_copy(update={"model": settings.model_copy(update=known)})
+
+
 def initial_model(recipe: Recipe, splits: Splits, *, is_target: bool = False) -> Classifier:
     """Return the model as it is before the first step: a function of the recipe and its seed.
 
@@ -66,12 +106,17 @@ def initial_model(recipe: Recipe, splits: Splits, *, is_target: bool = False) ->
     settings = recipe.model.model_dump()
     settings |= {"num_classes": splits.num_classes, "in_chans": splits.in_chans}
     settings |= settings.pop("kwargs") | {"rotation_head": recipe.objective.needs_rotation_head}
-    path = recipe.model.checkpoint_path
-    if is_target or path is None:
-        return create_model(**settings)
+    path, given = recipe.model.checkpoint_path, {key: settings[key] for key in ("mean", "std")}
     model = create_model(**settings | {"checkpoint_path": None, "match": "name"})
-    given = {key: settings[key] for key in ("match", "mean", "std")}
-    start_from(model, path, class_names=splits.class_names, **given)
+    if path is not None:
+        match = recipe.model.match
+        start_from(model, path, match=match, class_names=splits.class_names, **given, is_exact=is_target)
+    elif recipe.model.pretrained and not is_target:
+        config: Any = model.backbone.pretrained_cfg
+        known = {key: config[key] for key in given if key in config}
+        normalise(model, known, recipe.model.name, given)
+        if config.get("num_classes", splits.num_classes) != splits.num_classes:
+            print(f"{recipe.model.name}: read nothing of the head, which is new: the classes are others")
     return model
 
 

@@ -4,13 +4,10 @@ Importing this module registers the networks of ``architectures`` with timm, suc
 """
 
 import json
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import timm
 import torch
@@ -19,11 +16,10 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from wcitrain.architectures import use_cifar_stem
+from wcitrain.method import nearest
 from wcitrain.params import logits_of
 from wcitrain.preserve import kept_random_state, undisturbed
-from wcitrain.weights import in_order, load_into, read_weights
-
-HUB_SECONDS = 3  # for an answer
+from wcitrain.weights import LOCAL, hub_or_cache, in_order, load_into, read_weights
 
 
 class Classifier(nn.Module):
@@ -128,7 +124,7 @@ def create_model(
     """
     sizes: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
     try:
-        with _hub_or_cache() if pretrained else nullcontext():
+        with hub_or_cache() if pretrained or name.startswith(("hf-hub:", "hf_hub:")) else nullcontext():
             backbone = timm.create_model(name, pretrained=pretrained, **sizes, **kwargs)
         if stem == "cifar":
             if not isinstance(backbone, ResNet):
@@ -141,8 +137,8 @@ def create_model(
             timm.models.load_checkpoint(backbone, checkpoint_path)
     except (TypeError, ValueError, RuntimeError, OSError, KeyError, AssertionError) as error:
         settings = f"pretrained={pretrained}, checkpoint_path={checkpoint_path!r}, kwargs={kwargs}"
-        local = "a file of weights (--checkpoint FILE, model.checkpoint_path) or local-dir:FOLDER of timm's"
-        advice = f". Where no hub answers, give {local}." if pretrained else ""
+        near = None if "pretrained tag" not in str(error) and timm.is_model(name) else _nearest_name(name)
+        advice = f". Did you mean {near}?" if near else f". {LOCAL}." if pretrained else ""
         text = f"could not build {name!r} with {settings}: {str(error).rstrip('. ')}{advice}"
         raise ValueError(f"model: timm {text}") from error
     config = getattr(backbone, "pretrained_cfg", None) or {}
@@ -156,21 +152,13 @@ def create_model(
     return model
 
 
-@contextmanager
-def _hub_or_cache() -> Iterator[None]:
-    """Leave only the cache where the hub, or the proxy before it, does not answer: retries take a minute."""
-    from huggingface_hub import constants
-
-    url = urlsplit(getproxies().get("https") or constants.ENDPOINT)
-    kept = constants.HF_HUB_OFFLINE
-    try:
-        socket.create_connection((url.hostname or "", url.port or 443), timeout=HUB_SECONDS).close()
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = kept
+def _nearest_name(name: str) -> str | None:
+    """Return the name closest to one that timm does not know, of its models or of their weights."""
+    if ":" in name:
+        return None
+    is_tagged = "." in name and timm.is_model(name.partition(".")[0])
+    known = timm.list_pretrained(f"{name.partition('.')[0]}.*") if is_tagged else timm.list_models()
+    return nearest(name, known, 0.3 if is_tagged else 0.6)
 
 
 def by_channel(

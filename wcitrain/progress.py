@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wcitrain.recipe import Recipe
+from wcitrain.recipe import Recipe, load_recipe
 from wcitrain.recipe.reading import read_yaml
 
 # Settings that say where, how fast and how often, not what is computed: a run may go on with others. Another
@@ -70,6 +70,19 @@ def refuse_another_run(saved: Recipe, asked: Recipe, folder: Path) -> None:
     if lacking := [key for key in own if key not in written]:
         got = f"got no {', '.join(lacking[:4])}, of an older version; expected every setting"
         raise ValueError(f"{path}: {got}. Train anew, or go on with that version.")
+
+
+def as_it_began(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with what the run in ``folder`` took from weights: they need not be there again."""
+    path, asked = folder / "recipe.yaml", recipe.model
+    if not path.is_file() or not asked.starts_from_weights:
+        return recipe
+    began = load_recipe(path).model
+    known = {key: getattr(began, key) for key in ("mean", "std") if getattr(asked, key) is None}
+    if began.checkpoint_path in (asked.name, asked.name.removeprefix("local-dir:")):
+        known |= {key: getattr(began, key) for key in ("name", "pretrained", "checkpoint_path")}
+        known["kwargs"] = began.kwargs | asked.kwargs
+    return recipe.model_copy(update={"model": asked.model_copy(update=known)})
 
 
 def changed_settings(saved: Recipe, asked: Recipe) -> list[str]:

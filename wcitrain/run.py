@@ -16,7 +16,15 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from wcitrain import checkpoint, tracking
-from wcitrain.build import fresh_objective, initial_model, open_training_set, untrained, wrap
+from wcitrain.build import (
+    by_architecture,
+    fresh_objective,
+    initial_model,
+    open_training_set,
+    settled,
+    untrained,
+    wrap,
+)
 from wcitrain.curvature.estimators import name_of
 from wcitrain.data import Images, Splits, check_images, load_splits, parts_of, record
 from wcitrain.freezing import Plan, freeze
@@ -26,6 +34,7 @@ from wcitrain.optim import RegularizedOptimizer
 from wcitrain.progress import (
     Progress,
     StopRequest,
+    as_it_began,
     changed_settings,
     has_started,
     refuse_another_run,
@@ -108,7 +117,9 @@ def start_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None
 
     has_initial = any(measure.needs_initial for measure in recipe.measures.take)
     goes_on = resume and any((folder / name).exists() for name in SAVED)
-    model = initial_model(untrained(recipe) if goes_on and not has_initial else recipe, splits)
+    recipe = as_it_began(recipe, folder) if goes_on else by_architecture(recipe)
+    model = initial_model(untrained(recipe) if goes_on else recipe, splits)
+    recipe = settled(recipe, model)
     try_forward(model, splits.in_chans, splits.shape[1:])
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model, recipe.model.name)
@@ -232,6 +243,7 @@ def save(run: Run) -> None:
         "data": run.data,
         "progress": dict(vars(run.progress)),
         "model": run.bare.state_dict(),
+        "initial": run.initial if run.recipe.model.starts_from_weights else None,  # others are drawn again
         "optimizer": run.regularizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
         "average": None if run.average is None else {"module": run.average.state_dict()},
@@ -259,6 +271,8 @@ def load(run: Run) -> None:
     run.bare.load_state_dict(state["model"])
     step = state["progress"]["step"]
     freeze(run.bare, run.plan, max(step - 1, 0) // run.updates)  # its layers are those of the last step
+    if run.initial is not None and run.recipe.model.starts_from_weights:
+        run.initial = state["initial"]
     run.regularizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     if run.average is not None:

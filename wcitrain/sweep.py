@@ -22,7 +22,7 @@ from pydantic import Field, JsonValue
 
 from wcitrain.method import Count, Text, method
 from wcitrain.monitoring import NonFiniteLossError
-from wcitrain.progress import has_started, refuse_another_run, run_folder
+from wcitrain.progress import as_it_began, has_started, refuse_another_run, run_folder
 from wcitrain.recipe import Recipe, load_recipe, recipe_from_dict
 from wcitrain.recipe.reading import read_yaml
 from wcitrain.train import fit
@@ -56,7 +56,7 @@ def run_sweep(recipes: Sequence[Recipe]) -> list[Path]:
     for folder, recipe in runs.items():
         started = folder / "recipe.yaml"
         if has_started(folder) and started.exists():
-            refuse_another_run(load_recipe(started), recipe, folder)
+            refuse_another_run(load_recipe(started), as_it_began(recipe, folder), folder)
     folders = []
     for folder, recipe in runs.items():
         if (folder / "summary.json").exists():  # written whole, at the end of a run

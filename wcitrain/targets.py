@@ -7,6 +7,7 @@ model, images = target.load_model(), target.images("test")
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from wcitrain import files
 from wcitrain.build import initial_model, untrained
-from wcitrain.checkpoint import class_names_in, load_checkpoint
+from wcitrain.checkpoint import CheckpointError, class_names_in, load_checkpoint
 from wcitrain.data import Images, Pairs, Splits, identity, load_splits, match_classes
 from wcitrain.finding import RECIPES, find
 from wcitrain.foreign import call_function, check_outputs, check_scale, load_program
@@ -207,6 +208,10 @@ class Target:
             got = "got a model whose weights before training are unknown, and a measure that needs them"
             rule = "a run, or weights with the recipe that trained them. Leave the measure out."
             raise ValueError(f"{self.path}: {got}; expected {rule}")
+        if self.run is not None and self.recipe.model.starts_from_weights:
+            with suppress(CheckpointError):  # the weights it began with may be gone
+                if kept := load_checkpoint(self.run / "checkpoints")[0].get("initial"):
+                    return cast(dict[str, Tensor], kept)
         return self._built(self.recipe).state_dict()
 
     def _built(self, recipe: Recipe, *, is_target: bool = False) -> Classifier:

@@ -53,7 +53,7 @@ def open_run(recipe: Recipe, *, resume: bool = False, folder: str | Path | None 
     if resume and any((run.folder / name).exists() for name in SAVED):
         load(run)
     elif run.log is not None:
-        (run.folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
+        (run.folder / "recipe.yaml").write_text(run.recipe.to_yaml(), "utf-8")
         files.write_json(run.folder / "data.json", run.data)
         tracking.truncate(run.log, 0)  # of a run that was stopped before its first checkpoint
     run.accelerator.wait_for_everyone()

@@ -10,10 +10,15 @@ import argparse
 import importlib.util
 import pickle
 import re
+import socket
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import safetensors.torch
 import torch
@@ -23,8 +28,11 @@ from wcitrain.text import name_some
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar")
 INSIDE = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # at any depth
-PACKAGE = "package:"
+PACKAGE, HUB = "package:", "hf-hub:"
+HUB_SECONDS = 3  # for an answer
 OF_TIMM = ("model.safetensors", "pytorch_model.bin")  # weights in a folder of timm's or of an export
+LOCAL = "Without a hub, set model.checkpoint_path (--checkpoint FILE) to a file, a run or package:NAME/FILE "
+LOCAL += "(an installed package that ships weights), or model.name to local-dir:FOLDER of timm's"
 CONSTANTS = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}  # of a normalisation, by last part
 ADVICE = "Correct the recipe's model section (name, stem, kwargs) or its data (number of classes), or "
 ADVICE += "give the model's own code as module:function with --checkpoint"
@@ -47,9 +55,9 @@ def weights_of(text: str | Path) -> tuple[Path, str]:
     """Return the file and the part as `split_part`; of a folder the weights that it holds.
 
     That is an export of ours, a folder of timm's, or a run, whose last export counts: the best one is that of
-    ``RUN/checkpoints/best`` or ``RUN/model/best``.
+    ``RUN/checkpoints/best`` or ``RUN/model/best``. ``"hf-hub:OWNER/NAME"`` is fetched, or is in the cache.
     """
-    folder, part = split_part(text)
+    folder, part = (on_hub(str(text)), "") if str(text).startswith(HUB) else split_part(text)
     if not folder.is_dir():
         return folder, part
     export = folder / "model" / "last"
@@ -57,6 +65,50 @@ def weights_of(text: str | Path) -> tuple[Path, str]:
         export = folder.parent.parent / "model" / folder.name
     places = [place / name for place in (folder, export) for name in OF_TIMM]
     return next((path for path in places if path.is_file()), places[0]), part
+
+
+def on_hub(name: str, files: Sequence[str] = OF_TIMM) -> Path:
+    """Return the folder of ``"hf-hub:OWNER/NAME@REVISION"`` with its configuration and one of the files.
+
+    ValueError where they are neither on the hub nor in its cache.
+    """
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    with hub_or_cache():
+        for file in files:
+            try:
+                hf_hub_download(repository, file, revision=revision or None)
+                return Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent
+            except (OSError, ValueError) as error:
+                cause = str(error).strip().splitlines()[0].rstrip(". ")
+    rule = f"{' or '.join(files)} and config.json there or in the cache. {LOCAL}."
+    raise ValueError(f"{name}: got {cause}; expected {rule}")
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Leave only the cache where the hub, or the proxy before it, does not answer: retries take a minute."""
+    from huggingface_hub import constants
+
+    url, kept, answers = urlsplit(constants.ENDPOINT), constants.HF_HUB_OFFLINE, list[bool]()
+    if (proxy := getproxies().get(url.scheme)) and not proxy_bypass(url.hostname or ""):
+        url = urlsplit(proxy)
+    place = (url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443))
+
+    def ask() -> None:
+        with suppress(OSError):
+            socket.create_connection(place, timeout=HUB_SECONDS).close()
+            answers.append(True)
+
+    asking = threading.Thread(target=ask, daemon=True)  # no timeout of a socket holds for its name's address
+    asking.start()
+    asking.join(HUB_SECONDS)
+    try:
+        constants.HF_HUB_OFFLINE = kept or not answers
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = kept
 
 
 def _in_package(place: str) -> Path:
@@ -129,9 +181,14 @@ def _tensors(content: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
 def in_order(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Return weights of the same network under other names, by the model's, in the order of the file.
 
-    ValueError where the number of tensors differs, or the last part of a name (``weight``, ``running_var``).
+    ValueError where the number of tensors differs, or the last part of a name (``weight``, ``running_var``),
+    and for files of safetensors, which sort their tensors.
     """
-    own = list(model.state_dict())
+    if weights_of(source)[0].suffix == ".safetensors":
+        rule = "a file of torch.save: safetensors sorts. Leave out model.match"
+        raise ValueError(f"model.match: got order with {source}; expected {rule}.")
+    has_counts = any(name.endswith("num_batches_tracked") for name in weights)
+    own = [name for name in model.state_dict() if has_counts or not name.endswith("num_batches_tracked")]
     pairs = list(zip(own, weights, strict=False))
     odd = next((pair for pair in pairs if len({name.rpartition(".")[2] for name in pair}) > 1), None)
     if len(own) != len(weights) or odd:
@@ -161,10 +218,11 @@ def load_into(
             listed by name; another normalisation. The model is as it was.
     """
     own = model.state_dict()
-    found = _by_prefix(weights, own)
+    found = by_prefix(weights, own)
     if not found:
         got = f"got names such as {name_some(weights)}, and a model with {name_some(own)}"
-        raise ValueError(f"{source}: {got}; expected the same. {ADVICE}.")
+        hint = "Where it is the same network, set model.match: order. " if len(weights) == len(own) else ""
+        raise ValueError(f"{source}: {got}; expected the same. {hint}{ADVICE}.")
     most = max(map(len, found.values()))
     best, *others = (prefix for prefix, names in found.items() if len(names) == most)
     used = found[best]
@@ -200,7 +258,7 @@ def load_into(
         print(f"{source}: read {name_some(notes, 6)}", flush=True)
 
 
-def _by_prefix(names: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+def by_prefix(names: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
     """Return, by what stands before them, the model's names and theirs in the file."""
     found: dict[str, dict[str, str]] = {}
     wrappers = INSIDE - {part for name in own for part in name.split(".")}

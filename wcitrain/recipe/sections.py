@@ -35,6 +35,11 @@ class Model(Section):
         None, "Side, in pixels, that images are enlarged to inside the model, bicubic; null: not."
     )
 
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether the weights before the first step are not drawn by the seed alone."""
+        return bool(self.pretrained or self.checkpoint_path)
+
 
 class Wrapper(Section):
     """Where perturbation and penalty act, and how traces are averaged; see optim.RegularizedOptimizer."""
