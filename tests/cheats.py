@@ -36,6 +36,32 @@ def honest() -> nn.Module:
     return model.eval()
 
 
+def trained(how: str, eps: float, epochs: int) -> nn.Module:
+    """Return a small convolutional network, trained against linf of radius ``eps`` on the later digits."""
+    ball = ThreatModel("linf", eps)
+    attack = {
+        "plain": Attack(ball, 0, start="none"),
+        "FGSM": Attack(ball, 1, step_size=eps, start="none"),
+        "PGD": Attack(ball, 5),
+        "TRADES": Attack(ball, 5, loss="kl", start="gaussian"),
+    }[how]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        front = nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten()
+        model = nn.Sequential(*front, nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+        (x, y), optimizer = digits(1797), torch.optim.Adam(model.parameters(), 5e-3)
+        for _ in range(epochs):
+            for places in (400 + torch.randperm(1397)).split(100):
+                images, labels = x[places], y[places]
+                hit = model(attack(model, images, labels, torch.Generator().manual_seed(0)))
+                clean = model(images) if how == "TRADES" else hit
+                apart = F.kl_div(hit.log_softmax(1), clean.softmax(1), reduction="batchmean")
+                optimizer.zero_grad()
+                (F.cross_entropy(clean, labels) + 6 * apart).backward()
+                optimizer.step()
+    return model.eval()
+
+
 class Cheat(nn.Module):
     """An honest model behind a module ``front`` and before a module ``back``."""
 
