@@ -6,8 +6,12 @@ Legend: N examples, C outputs, z [N, C] network outputs, Λ_n = ∂²ℓ/∂z_n�
     Tr(G_l) = (1/N) Σ_n w_n Tr(J_nlᵀ Λ_n J_nl)                                                             (2)
 """
 
+import copy
+from functools import partial
+
 import torch
-from torch import Tensor
+from timm.layers import BatchNormAct2d, LayerNorm2d
+from torch import Tensor, nn
 
 from wcitrain.curvature.loss import as_loss, outputs_of
 from wcitrain.params import Layers
@@ -57,3 +61,29 @@ def output_hessian(z: Tensor, kind: str) -> Tensor:
         p = z.softmax(-1)
         return p.diag() - torch.outer(p, p)
     return torch.diag(z.sigmoid() * (-z).sigmoid() if kind == "bce" else 2 * torch.ones_like(z))
+
+
+def decomposed(model: nn.Module) -> nn.Module:
+    """A copy with norms and attention written out: torch has their third derivatives right (or at all)."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, nn.LayerNorm | nn.modules.batchnorm._BatchNorm):
+            module.forward = partial(_normalised, module)
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return twin
+
+
+def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """(x − mean) / sqrt(variance + ε) · weight + bias; over features, or over all but the channels."""
+    over_batch = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    channels = 1 if over_batch or isinstance(norm, LayerNorm2d) else x.ndim - 1
+    shape = [-1 if dim == channels else 1 for dim in range(x.ndim)]
+    if over_batch and not norm.training:
+        mean, variance = norm.running_mean.view(shape), norm.running_var.view(shape)
+    else:
+        dims = [dim for dim in range(x.ndim) if dim != channels] if over_batch else [channels]
+        mean = x.mean(dims, keepdim=True)
+        variance = (x - mean).square().mean(dims, keepdim=True)
+    x = (x - mean) / (variance + norm.eps).sqrt() * norm.weight.view(shape) + norm.bias.view(shape)
+    return norm.act(norm.drop(x)) if isinstance(norm, BatchNormAct2d) else x

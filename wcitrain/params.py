@@ -2,7 +2,8 @@
 
 By default the weights of convolutions, linear, attention and recurrent maps, told by the module that owns
 them. Biases, normalisation scales and shifts, embeddings, class and position tokens are not layers (Xu &
-Zhang speak of "weight matrices" only). Weight-standardised convolutions count by the tensor they store.
+Zhang speak of "weight matrices" only). Weight-standardised convolutions count by the tensor they store, the
+maps of low-rank adapters as two layers, the factors that are trained (DESIGN.md).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,9 @@ from wcitrain.text import name_some
 
 MAPS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 NOT_MAPS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
+# Parts of fused projections, by the ends of their names, and timm's attributes of modules with other rows.
+FUSED = {"qkv.": "qkv", "in_proj_": "qkv", "qk.": "qk", "kv.": "kv"}
+OTHERWISE = ("head_first", "key_dim", "dim_out_qk")
 Parts = Mapping[str, Sequence[str]]  # of the tensors that are cut, by their names
 Center = Literal["origin", "initial"]  # what a norm is a distance from: 0, or the weights before training
 
@@ -141,12 +145,12 @@ def select_layers(model: nn.Module, layers: str = "weights", *, split_qkv: bool 
             ``NOT_MAPS`` what is named ``*weight``, a matrix or with two dimensions > 1. A weight tied to
             an embedding counts if a map owns it too. ``"weights+biases"``: those and the biases of their
             modules. ``"all"``: every trainable tensor. Or a glob over names such as ``"*layer4*weight"``.
-        split_qkv: Count the query, key and value maps of a fused attention projection as three layers.
+        split_qkv: Count the query, key and value maps of a fused attention projection as layers each.
 
     Raises:
         ValueError: Nothing was selected; a weight is computed from other tensors (weight_norm,
             spectral_norm, pruning, any parametrization) and not chosen by ``"all"`` or a glob; a layer is
-            complex; nothing can be split, or parts are interleaved by head.
+            complex; nothing can be split, or parts are interleaved by head or unequal.
     """
     model = unwrapped(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -215,20 +219,34 @@ def _computed(owner: nn.Module) -> Iterator[tuple[str, str, list[nn.Parameter]]]
             yield name, type(hook).__name__, stored
 
 
-def _qkv_parts(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Return the parts of fused attention projections among ``selected``: thirds of the output dimension."""
-    ends = ("qkv.weight", "qkv.bias", "in_proj_weight", "in_proj_bias")
-    fused = [name for name, p in selected.items() if name.endswith(ends) and p.shape[0] % 3 == 0]
-    if not fused:
-        rule = "a fused projection (*qkv.weight, in_proj_weight) among the layers. Set it to False."
+def _qkv_parts(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the parts of fused attention projections among ``selected``, by the ends of their names.
+
+    Their rows are taken for equal parts where each has as many as the module, or its ``proj``, has inputs.
+    """
+    parts = dict[str, str]()
+    for name in selected:
+        stem = name.removesuffix("weight").removesuffix("bias")
+        letters = next((own for end, own in FUSED.items() if stem.endswith(end)), "")
+        if not letters:
+            continue
+        parts[name] = letters
+        if stem.endswith("in_proj_"):  # torch's own
+            continue
+        path = stem.removesuffix(".")
+        weight: Any = model.get_submodule(path).weight
+        owner = model.get_submodule(path.rpartition(".")[0])
+        following = getattr(getattr(owner, "proj", None), "weight", weight)
+        has_equal = len(weight) in (len(letters) * weight.shape[1], len(letters) * following.shape[1])
+        if not has_equal or any(getattr(owner, mark, False) for mark in OTHERWISE):
+            got = f"got rows of {name} interleaved by head, or in unequal parts"
+            rule = f"{', '.join(letters)} one after another. Set it to False for this model"
+            raise ValueError(f"split_qkv: {got}; expected {rule}.")
+    if not parts:
+        rule = "a fused one (*qkv.weight, *kv.weight, in_proj_weight) among the layers. Set it to False."
         got = f"got True, but none of the {len(selected)} layers is one"
         raise ValueError(f"split_qkv: {got}; expected {rule}")
-    for name in fused:
-        owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
-        if getattr(owner, "head_first", False):
-            rule = "query, key and value one after another. Set it to False for this model."
-            raise ValueError(f"split_qkv: got rows of {name} interleaved by head; expected {rule}")
-    return {name: ("q", "k", "v") for name in fused}
+    return parts
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -36,13 +36,12 @@ def test_auto_works_on_the_zoo_or_names_what_stands_in_the_way(name):
     x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
     if name == "mobilenetv3_small_050":  # no second derivatives
         for refused in ("auto", "gauss_newton", "hutchinson"):
-            with pytest.raises(ValueError, match=r"hardsigmoid.*WCIPosterior"):
+            with pytest.raises(ValueError, match=r"hardsigmoid.*blocks\.0\.0\.se\.gate.*WCIPosterior"):
                 wrap(model, estimator=refused).step(lambda: cross_entropy(model(x), y))
         return
     optimizer = wrap(model)
     choice = optimizer.choose_estimator(lambda: cross_entropy(model(x), y))
     assert choice.estimator == GaussNewton()
-    assert choice.use_math_attention == name.startswith("vit")
     for _ in range(2):
         assert torch.isfinite(optimizer.step(lambda: cross_entropy(model(x), y)))
     assert (optimizer.traces() >= 0).all()

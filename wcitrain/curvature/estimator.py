@@ -3,11 +3,13 @@
 Legend: L layers, K probes, t_l = Tr(H_l), W weights, g(W) gradient of the loss, shape_l ≥ 0 held constant.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wcitrain.curvature.passes import Passes, Step, carry_nan
 from wcitrain.method import Method
@@ -64,6 +66,15 @@ class Estimator(Method):
     def extra_passes(self, is_active: bool) -> tuple[int, int]:
         """Return the forward and backward passes beyond one each; a differentiated backward counts twice."""
         raise NotImplementedError
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Compute attention by its plain formula inside: its fused kernels have no second derivative.
+
+    Around forward and backward passes, for activation checkpoints repeat the forward in the backward. Other
+    passes keep the kernels: torch's switches are as before on exit, on exceptions too.
+    """
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def backward_with(passes: Passes, total: Tensor, traces: Tensor, shape: Tensor, strength: float) -> Step:

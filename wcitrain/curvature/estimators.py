@@ -1,12 +1,14 @@
 """The estimators by name, and which of them a model and its loss allow.
 
-Not every operation can be differentiated twice (fused attention, hardsigmoid, anything compiled): a dry run
-on one batch tells, and leaves no trace.
+Not every operation can be differentiated twice (hardsigmoid, anything compiled): a dry run on one batch
+tells, and leaves no trace.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from wcitrain.curvature.estimator import Estimator
 from wcitrain.curvature.gauss_newton import GaussNewton
@@ -15,8 +17,7 @@ from wcitrain.curvature.passes import Passes
 from wcitrain.curvature.top_layer import TopLayer
 from wcitrain.method import PositiveCount, method, setting
 from wcitrain.params import is_compiled
-
-FUSED_ATTENTION = "scaled_dot_product"  # in torch's message about every fused kernel of attention
+from wcitrain.text import name_some
 
 
 @method
@@ -51,11 +52,10 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 
 
 class Choice(NamedTuple):
-    """The estimator, why in one sentence, and whether attention must run by its plain formula for it."""
+    """The estimator, and why in one sentence."""
 
     estimator: Estimator
     reason: str
-    use_math_attention: bool = False
 
 
 def choose(wanted: Estimator, passes: Passes, *, needs_gradient: bool) -> Choice:
@@ -67,15 +67,10 @@ def choose(wanted: Estimator, passes: Passes, *, needs_gradient: bool) -> Choice
     candidates = wanted.candidates(needs_gradient) if isinstance(wanted, Auto) else [wanted]
     obstacles: list[str] = []
     for candidate in candidates:
-        for use_math in (False, True):
-            passes.use_math_attention = use_math
-            obstacle = _obstacle(candidate, passes, needs_gradient)
-            if obstacle is None:
-                why = "as asked" if candidate is wanted else "; ".join(["the dry run passed", *obstacles])
-                return Choice(candidate, why + ", with attention unfused" * use_math, use_math)
-            if FUSED_ATTENTION not in obstacle:
-                break
-        passes.use_math_attention = False
+        obstacle = _obstacle(candidate, passes, needs_gradient)
+        if obstacle is None:
+            why = "as asked" if candidate is wanted else "; ".join(["the dry run passed", *obstacles])
+            return Choice(candidate, why)
         obstacles.append(f"{name_of(candidate)} is not possible here: {obstacle}")
     text = f"estimator: got {name_of(wanted)}; expected one that this model and loss allow."
     raise ValueError(" ".join([text, *obstacles]))
@@ -104,5 +99,13 @@ def _obstacle(estimator: Estimator, passes: Passes, needs_gradient: bool) -> str
             compiled = any(map(is_compiled, model.modules()))
             way_out = "the model before torch.compile" if compiled else "the rule WCIPosterior (wci)"
             reason = str(error).strip().partition("\n")[0].rstrip(".")
-            return f"its passes fail: {reason}. Use {way_out}."
+            return f"its passes fail: {reason}{_found_at(model, reason)}. Use {way_out}."
     return None
+
+
+def _found_at(model: nn.Module, reason: str) -> str:
+    """Return the modules that bear the name of the operation in torch's words, where there are any."""
+    found = re.search(r"aten::(\w+)_backward", reason)
+    operation = found[1].replace("_", "") if found else ""
+    places = [name for name, m in model.named_modules() if type(m).__name__.lower() == operation]
+    return f" (modules {name_some(places, 3)})" if places else ""

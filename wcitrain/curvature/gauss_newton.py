@@ -17,13 +17,14 @@ Variance of one probe: about 2 ||G_l||_F², whatever N: several small batches te
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from wcitrain.curvature.estimator import Estimator, backward_with
+from wcitrain.curvature.estimator import Estimator, backward_with, twice_differentiable
 from wcitrain.curvature.loss import Output, Outputs, outputs_of, refuse_wrong_derivatives
 from wcitrain.curvature.passes import Passes, Step
 from wcitrain.method import PositiveCount, method, setting
@@ -51,10 +52,11 @@ class GaussNewton(Estimator):
 
     def add_gradient(self, passes: Passes, shape: Tensor, strength: float) -> Step:
         """Differentiate the draws on the outputs of the one pass."""
-        loss, generator = passes.evaluate(), passes.generator("gauss_newton")
-        draw = partial(gauss_newton_samples, num_probes=self.num_probes, generator=generator)
-        traces = draw(loss, passes.layers, create_graph=strength > 0, retain_graph=True).mean(0)
-        return backward_with(passes, loss.total, traces, shape, strength)
+        with twice_differentiable() if strength else nullcontext():
+            loss, generator = passes.evaluate(), passes.generator("gauss_newton")
+            draw = partial(gauss_newton_samples, num_probes=self.num_probes, generator=generator)
+            traces = draw(loss, passes.layers, create_graph=strength > 0, retain_graph=True).mean(0)
+            return backward_with(passes, loss.total, traces, shape, strength)
 
     def extra_passes(self, is_active: bool) -> tuple[int, int]:
         """Return one backward a probe, three where it is differentiated."""

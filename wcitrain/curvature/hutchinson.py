@@ -21,9 +21,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wcitrain.curvature.estimator import Estimator
+from wcitrain.curvature.estimator import Estimator, twice_differentiable
 from wcitrain.curvature.loss import Loss, gradients_with_graph, hvp, signs
 from wcitrain.curvature.passes import Passes, Step, carry_nan, slopes
 from wcitrain.method import PositiveCount, PositiveShare, method, setting
@@ -47,24 +46,27 @@ class Hutchinson(Estimator):
 
     def draw(self, passes: Passes, num_probes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return draws of (1)."""
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        with twice_differentiable():
             loss = passes.evaluate()
-        return hutchinson_samples(loss, passes.layers, num_probes=num_probes, generator=generator), loss.total
+            draws = hutchinson_samples(loss, passes.layers, num_probes=num_probes, generator=generator)
+        return draws, loss.total
 
     def add_gradient(self, passes: Passes, shape: Tensor, strength: float) -> Step:
-        """Add (3), or with strength zero measure by ⟨u, H u⟩, u_l = √shape_l v_l."""
+        """Add (3), or with strength zero measure by ⟨u, H u⟩, u_l = √shape_l v_l.
+
+        It measures on the one pass there is: attention rounds as its plain formula, not as its kernels.
+        """
         if strength and bool((shape > 0).any()):
             return self._by_differences(passes, shape, strength)
-        layers = passes.layers
-        with sdpa_kernel(SDPBackend.MATH):
+        layers, terms = passes.layers, []
+        with twice_differentiable():
             total = passes.evaluate().total
-        gradients = gradients_with_graph(total, layers.tensors)
-        terms = []
-        for probe in range(self.num_probes):
-            u, sigma = passes.random_direction(torch.where(shape > 0, shape, 1.0).sqrt(), probe)
-            terms.append(layers.dots(u, hvp(gradients, layers.tensors, u)))
+            gradients = gradients_with_graph(total, layers.tensors)
+            for probe in range(self.num_probes):
+                u, sigma = passes.random_direction(torch.where(shape > 0, shape, 1.0).sqrt(), probe)
+                terms.append(layers.dots(u, hvp(gradients, layers.tensors, u)))
+            passes.backward(total)
         traces = torch.stack(terms).mean(0) / wide(sigma).square()
-        passes.backward(total)
         return Step(total.detach(), torch.where(layers.missing(gradients), torch.nan, traces))
 
     def _by_differences(self, passes: Passes, shape: Tensor, strength: float) -> Step:
@@ -75,7 +77,7 @@ class Hutchinson(Estimator):
         h = self.radius * torch.where(size > 0, size, 1.0) / torch.where(norm > 0, norm, 1.0)
         estimates, losses = [], []
         with full_precision(passes.model):
-            with kept_buffers(passes.model), passes.local():
+            with kept_buffers(passes.model), passes.local(), twice_differentiable():
                 for probe in range(self.num_probes):
                     u, sigma = passes.random_direction((strength * shape).sqrt(), probe)
                     draws = []

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wcitrain.curvature.loss import Loss, LossFn, as_loss, dense, signs
 from wcitrain.params import Layers
@@ -59,7 +58,6 @@ class Passes:
     scale: Tensor | None = None  # what a GradScaler multiplies losses with, and so what is in ``.grad``
     may_call_backward: bool = False  # ``loss_fn`` may be torch's kind of closure
     may_change_gradients: bool = False  # ... and clip them, where no rule would see those of a single pass
-    use_math_attention: bool = False  # the plain formula: fused kernels cannot be differentiated twice
     traces: Tensor | None = None  # running averages of t_l [L], where known
     is_active: Tensor | None = None  # layers that get gradients, booleans [L]; None: all
     memory: list[Tensor] | None = None  # what the rule's last ``Step`` carried
@@ -205,8 +203,7 @@ class Passes:
     ) -> tuple[Loss, Gradients | None, list[Tensor | None]]:
         """Call ``loss_fn``; return the loss, the gradients it made itself, and their ⟨u_l, g_l⟩."""
         set_random_state(self._states, self.device)
-        attention = sdpa_kernel(SDPBackend.MATH) if self.use_math_attention else nullcontext()
-        with self._set_aside(), attention, torch.enable_grad(), self._noting(direction) as sums:
+        with self._set_aside(), torch.enable_grad(), self._noting(direction) as sums:
             returned: Any = self.loss_fn()
             own = self._own_gradients() or None
         if self.may_call_backward and returned is None and own is None:

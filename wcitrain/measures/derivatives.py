@@ -35,9 +35,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wcitrain.attacks.ascent import input_gradient
+from wcitrain.curvature.estimator import twice_differentiable
 from wcitrain.curvature.loss import Output, gradients_with_graph, hvp
 from wcitrain.curvature.top_layer import features_of, find_head, head_calls
 from wcitrain.measures import means
@@ -200,9 +200,9 @@ def _product(
     vectors = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
     total, forms = np.zeros_like(v), []
     for x, y in chunks:
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        with twice_differentiable():
             loss = example_losses(model, x, y).mean()
-        products = hvp(gradients_with_graph(loss, tensors), tensors, vectors)
+            products = hvp(gradients_with_graph(loss, tensors), tensors, vectors)
         Hv = torch.cat([t.flatten() for t in products]).double().cpu().numpy()
         total += len(y) / count_examples(chunks) * Hv
         forms.append(float(v @ Hv))

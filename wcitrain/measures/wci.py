@@ -61,7 +61,7 @@ class WeightCurvatureIndex(Measure):
         Auto(), "Of the traces; auto: gauss_newton or hutchinson, as a dry run allows."
     )
     layers: Text = setting("weights", "Which tensors count, see params.select_layers.")
-    split_qkv: bool = setting(False, "Count query, key and value of a fused projection as three layers.")
+    split_qkv: bool = setting(False, "Count query, key and value of a fused projection as layers each.")
     num_probes: PositiveCount | None = setting(
         None, "Probes a chunk; null: 8 with an attack, 2 without or by response."
     )

@@ -398,8 +398,8 @@ class RegularizedOptimizer(DelegatingOptimizer):
         factor, penalty_factor = self._factors()
         self._state.is_inside = True
         try:
-            if penalty_factor and self._state.choice is None and (found := self.choose_estimator(loss_fn)):
-                passes.use_math_attention = found.use_math_attention
+            if penalty_factor and self._state.choice is None:
+                self.choose_estimator(loss_fn)
             penalized = None
             if penalty and penalty_factor and (chosen := self._state.choice):
                 known = chosen.estimator, penalty_factor, passes.squared_norms(penalty.center)
@@ -526,7 +526,6 @@ class RegularizedOptimizer(DelegatingOptimizer):
             draw=(self.seed, own["draws"]),
             world=self._world,
             scale=self._scale(),
-            use_math_attention=state.choice is not None and state.choice.use_math_attention,
             traces=self.traces(),
             is_active=own["is_active"],
             memory=own.get("memory"),

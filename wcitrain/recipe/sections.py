@@ -47,7 +47,7 @@ class Wrapper(Section):
     layers: Text | None = setting(
         None, "weights, all, weights+biases, or a glob over parameter names; null: as the rule is published."
     )
-    split_qkv: bool = setting(False, "Count query, key and value of a fused projection as three layers.")
+    split_qkv: bool = setting(False, "Count query, key and value of a fused projection as layers each.")
     trace_decay: Decay | None = setting(
         None, "Decay a step of the running trace estimates, in [0, 1); null: 0.9, with one pass 0.98."
     )
