@@ -25,10 +25,9 @@ from wcitrain.weights import LOCAL, hub_or_cache, in_order, load_into, read_weig
 class Classifier(nn.Module):
     """A backbone behind its input normalisation: ``backbone(R (x − mean) / std)`` for images in [0, 1].
 
-    R enlarges images, where ``resize_inside`` asks for it, so that a backbone of 224 pixels is attacked in
-    the 32 x 32 of the images. Each row of its matrix A sums to one: whether the affine normalisation comes
-    before or after makes no difference, A (x − m) Aᵀ / s = (A x Aᵀ − m) / s. Bicubic weights may be negative,
-    so edges overshoot the box; they are not clamped, which would hide gradients there from attacks.
+    R enlarges images where ``resize_inside`` asks for it; attacks stay in their own pixels. Its weights sum
+    to one, so that R ((x − m) / s) = (R x − m) / s. Bicubic ones overshoot at edges: values outside of the
+    box are not clamped, which would hide gradients there.
 
     Args:
         backbone: Maps normalised images [B, C, H, W] to logits [B, num_classes].
@@ -78,16 +77,13 @@ class Classifier(nn.Module):
 def enlarged(x: Tensor, side: int) -> Tensor:
     """Return images [B, C, H, W] as [B, C, side, side], A x Bᵀ with torch's bicubic weights (Keys, a = −¾).
 
-    As products: linear, exact under any number of derivatives, and deterministic on CUDA, where the backward
-    pass of ``F.interpolate`` is not. In the dtype of the images, also under autocast. ValueError unless
-    both sides grow.
+    By products, as the backward pass of ``F.interpolate`` is not deterministic on CUDA; under autocast in
+    the dtype of the images. ValueError unless both sides grow.
     """
     height, width = x.shape[-2:]
     if max(height, width) >= side:
-        rule = "more than their sides. Raise it, or remove it"
-        raise ValueError(
-            f"model.resize_inside: got {side} for images of {height}x{width} pixels; expected {rule}."
-        )
+        got = f"got {side} for images of {height}x{width} pixels"
+        raise ValueError(f"model.resize_inside: {got}; expected more than their sides. Raise or remove it.")
     ones = (torch.eye(n, device=x.device, dtype=x.dtype)[None] for n in (height, width))  # [1, n, n]
     rows, columns = (F.interpolate(one[None], (side, one.shape[-1]), mode="bicubic")[0, 0] for one in ones)
     with torch.autocast(x.device.type, enabled=False):
@@ -115,8 +111,7 @@ def create_model(
         name, pretrained, kwargs: For timm, e.g. ``layers=[1, 1, 1, 1]``.
         checkpoint_path, match: Weights that fit as they are, see ``read_weights`` and ``in_order``.
         stem: ``"cifar"`` replaces a timm ResNet's stem by one 3x3 convolution of stride 1, without pooling.
-        mean, std: By default timm's, averaged if it has other channels.
-        rotation_head, resize_inside: See ``Classifier``.
+        mean, std: By default timm's, averaged if it has other channels; see ``Classifier``, as for the rest.
 
     Raises:
         ValueError: A name or arguments that timm refuses, a stem the model does not have, or a normalisation
@@ -197,11 +192,9 @@ def load_weights(model: Classifier, weights: Mapping[str, Tensor], source: str) 
     load_into(model if is_whole else model.backbone, weights, source, constants)
 
 
-def try_forward(model: Classifier, in_chans: int, image_size: int | tuple[int, int]) -> None:
+def try_forward(model: Classifier, in_chans: int, image_size: tuple[int, int]) -> None:
     """Let a black image through on the CPU: a model that does not fit is refused before files are written."""
-    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-    if model.resize_inside is not None:
-        enlarged(torch.zeros(1, 1, height, width), model.resize_inside)
+    height, width = image_size
     try:
         with torch.no_grad(), undisturbed(model, training=False):
             logits_of(model(torch.zeros(1, in_chans, height, width)))
@@ -214,21 +207,17 @@ def try_forward(model: Classifier, in_chans: int, image_size: int | tuple[int, i
 def checkpoint_activations(model: Classifier, name: str) -> None:
     """Let timm's model recompute activations in the backward pass instead of keeping them.
 
-    The loss and its gradients, also under an attack or a second derivative, are those without: draws are
-    replayed, buffers such as BatchNorm's statistics count a pass once, and attention runs by its plain
-    formula in both passes, as fused kernels have no second derivative (Chen et al., arXiv 1604.06174).
-    ValueError for a model or a version of timm that cannot.
+    Losses and gradients, also second ones, are those without: draws are replayed, buffers (BatchNorm) count
+    a pass once, and attention is unfused, as it has to be where a penalty differentiates twice.
+    ValueError for a model that cannot, and for reentrant checkpoints, which hide gradients.
     """
-    backbone, where = cast(Any, model.backbone), "train.gradient_checkpointing: got true"
-    if getattr(timm.layers, "use_reentrant_ckpt", lambda: True)():
-        rule = "1.0.14 or newer without TIMM_REENTRANT_CKPT: reentrant checkpoints hide gradients"
-        raise ValueError(f"{where} with timm {timm.__version__}; expected {rule}. Upgrade timm.")
+    backbone = cast(Any, model.backbone)
     try:
+        assert not timm.layers.use_reentrant_ckpt()
         backbone.set_grad_checkpointing()
     except (AttributeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"{where} with {name}; expected a timm model that has it. Set it to false."
-        ) from error
+        rule = "a model that has it, and timm 1.0.14 or newer without TIMM_REENTRANT_CKPT. Set it to false."
+        raise ValueError(f"train.gradient_checkpointing: got true with {name}; expected {rule}") from error
     for module in backbone.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False

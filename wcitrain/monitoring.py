@@ -102,7 +102,7 @@ def try_measures(run: Run) -> None:
 def overfitting(run: Run) -> tuple[dict[str, Any], str]:
     """Look for catastrophic overfitting on one batch; return metrics, and what to say of it, if anything."""
     guard = run.guard
-    if guard is None:
+    if guard is None or run.progress.epoch + 1 <= run.recipe.train.eps_zero_epochs:
         return {}, ""
     images = run.monitored.subset(min(len(run.monitored), OVERFITTING_IMAGES))
     x, y, _ = next(images.batches(len(images), device=run.device))

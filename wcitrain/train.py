@@ -155,7 +155,7 @@ def prepared(run: Run, batch: Batch, micro: int) -> Batch:
 def step(run: Run, micro_batches: list[Batch]) -> float:
     """Make one optimizer step and return its mean loss over processes."""
     model, recipe, number = run.model, run.recipe, run.progress.step
-    objective = run.objective.scaled(threat_factor(recipe, (number + 1) / run.updates))
+    objective = run.objective.scaled(factor := threat_factor(recipe, (number + 1) / run.updates))
     total = torch.zeros((), device=run.device)
     for micro, (x, y, index) in enumerate(micro_batches):
         place = (number, micro * run.world + run.rank)  # names this micro-batch on this process
@@ -163,7 +163,7 @@ def step(run: Run, micro_batches: list[Batch]) -> float:
         generator = generator_from(run.device, recipe.seed, "attack", *place)
         with run.accelerator.accumulate(model):
             with run.regularizer.attacking():  # W, or W + u for a rule of one pass
-                x_adv = objective.perturb(run.attack_model, x, y, generator)  # [B, C, H, W] in [0, 1]
+                x_adv = objective.perturb(run.attack_model, x, y, generator) if factor else x  # [B, C, H, W]
             loss = run.regularizer.backward(partial(objective.loss, model, x, x_adv, y))
             total += loss
             if not bool(torch.isfinite(loss)):
@@ -186,9 +186,7 @@ def step(run: Run, micro_batches: list[Batch]) -> float:
 def threat_factor(recipe: Recipe, epoch: float) -> float:
     """Return the share of the radius that training attacks with at a (fractional) epoch > 0, in [0, 1]."""
     zero, full = recipe.train.eps_zero_epochs, recipe.train.eps_full_epoch
-    if epoch <= zero:
-        return 0.0
-    return 1.0 if epoch >= full else (epoch - zero) / recipe.train.eps_warmup_epochs
+    return (epoch - zero) / (full - zero) if zero < epoch < full else float(epoch > zero)
 
 
 def finish_epoch(run: Run) -> None:
@@ -206,8 +204,7 @@ def finish_epoch(run: Run) -> None:
     }
     if recipe.averaging and run.average is not None:
         recipe.averaging.after_epoch(run.average, run.bare, epoch, partial(train_passes, run))
-    is_attacked = threat_factor(recipe, progress.step / run.updates) > 0  # else no attack can be overfitted
-    more, warning = monitoring.overfitting(run) if is_attacked else ({}, "")
+    more, warning = monitoring.overfitting(run)
     metrics |= more
     if warning and recipe.train.overfitting_guard == "stop" and epoch < recipe.train.epochs:
         progress.stop_reason = f"{warning} (train.overfitting_guard)"
@@ -258,13 +255,13 @@ def train_passes(run: Run, model: nn.Module) -> Iterator[None]:
     The attacks are on the trained weights, in micro-batches of one process.
     """
     size = min(run.micro_size // run.world, len(run.monitored))
-    objective = run.objective.scaled(threat_factor(run.recipe, run.progress.step / run.updates))
+    objective = run.objective.scaled(factor := threat_factor(run.recipe, run.progress.step / run.updates))
     for number, (x, y, _) in enumerate(run.monitored.batches(size, device=run.device)):
         if len(x) < size:
             return  # the last part is smaller than what the network was trained on
         generator = generator_from(run.device, run.recipe.seed, "recalibration", run.progress.epoch, number)
         with undisturbed(run.bare, training=None):
-            x_adv = objective.perturb(run.bare, x, y, generator).detach()
+            x_adv = objective.perturb(run.bare, x, y, generator).detach() if factor else x
         objective.loss(model, x, x_adv, y)
         yield
 

@@ -50,10 +50,10 @@ def test_the_radius_grows_linearly_and_evaluation_does_not_wait(tmp_path, monkey
     run = open_run(recipe)
     passes = spied(monkeypatch, type(run.bare), "forward")
     train_epoch(run)
-    assert len(passes) == 2 * 1 + 2 * (2 + 1)  # the loss; from the third step on two of the attack too
+    assert len(passes) == 2 * 1 + 2 * (2 + 1)  # a loss each; two of the attack
     run.progress.epoch, run.progress.update = 1, 0
     train_epoch(run)
-    expected = [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    expected = [0.25, 0.5, 0.75, 1, 1, 1]  # from the third step on
     assert [one.threat.eps / 0.1 for one, *_ in seen] == pytest.approx(expected)
     assert [one.attack.step_size / 0.06 for one, *_ in seen] == pytest.approx(expected)
     reached = [float((x_adv - x).abs().max()) for _, _, x, *_, x_adv in seen]

@@ -6,7 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from image_files import FakeStream, assert_equal, global_states, joined, joined_ranks, load
+from image_files import FakeStream, assert_equal, global_states, joined, joined_ranks, load, write_image
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import v2
 
 from wcitrain.data import Augmentation, LabelNoise, Mixing, StreamSet
@@ -75,6 +78,76 @@ def test_policies_are_those_of_torchvision(augmentation, direct):
         assert torch.equal(augmentation.apply(pixels, seed), expected)
 
 
+def test_policy_timm_is_the_transform_that_its_config_names_in_timm():
+    """A part that does not arrive looks like any augmentation; draws of Python and NumPy would not repeat."""
+    config = "rand-m9-n3-p0.7-mstd0.5-inc1"
+    augmentation = Augmentation("timm", config=config)
+    direct = rand_augment_transform(config, {"translate_const": 7, "img_mean": (0, 0, 0)})  # 0.45 of 16
+    pixels, changed, refused = some_pixels((3, 16, 16)), 0, 0
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    for seed in range(30):
+        random.seed(seed), np.random.seed(seed)
+        try:
+            expected = torch.from_numpy(np.array(direct(image))).permute(2, 0, 1)
+        except ValueError:  # Pillow 13 refuses to posterize to no bits
+            refused += 1
+            expected = augmentation.apply(pixels, seed)
+        random.seed(3), np.random.seed(4), torch.manual_seed(5)
+        before = global_states()
+        assert torch.equal(augmentation.apply(pixels, seed), expected)
+        assert global_states() == before
+        changed += not torch.equal(expected, pixels)
+    assert changed > 15
+    assert refused < 5
+    with pytest.raises(ValueError, match="got timm for images of 1 channels"):
+        augmentation.check((1, 8, 8))
+
+
+CROPPED = Augmentation(crop_scale=(0.2, 0.6))
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_random_resized_crops_are_those_of_timm_on_the_image_as_it_is_stored(in_memory, tmp_path):
+    """Cropped after the resize to data.image_size, small parts of large images would be a blur."""
+    for number in range(12):
+        size = (20 + number, 31 - number)
+        write_image(tmp_path / f"{('train', 'test')[number % 2]}/{'ab'[number // 6]}/{number}.png", size=size)
+    images = load("folder", root=str(tmp_path), image_size=6, val_size=2, in_memory=in_memory).train
+    (batch,) = images.batches(4, **TRAIN | {"crop_padding": 0}, augmentation=CROPPED)
+    transform = RandomResizedCropAndInterpolation((6, 6), (0.2, 0.6), interpolation="bicubic")
+    mirror = draw_crops(4, 0, True, 3, "augment", 2)[:, 2]
+    assert 0 < mirror.sum() < 4
+    for place, (x, position) in enumerate(zip(batch.x, batch.index.tolist(), strict=True)):
+        random.seed(seed_from(3, "augment", 2, "crop", place))
+        image = transform(Image.open(images.source.place[position]))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        assert torch.equal(x, (pixels.flip(2) if mirror[place] else pixels) / 255)
+    (measured,) = images.batches(4)  # whole images
+    assert torch.equal(measured.x, torch.from_numpy(np.stack([images[row] for row in range(4)])) / 255)
+
+
+def test_crops_of_few_levels_are_interpolated_in_255_and_streams_crop_too(digits):
+    """Between 17 levels a resize rounds to whole sixteenths, and its overshoot would wrap around."""
+    (batch,) = digits.batches(96, **TRAIN | {"crop_padding": 0}, augmentation=CROPPED)
+    assert float(batch.x.max()) == 1
+    assert len(batch.x.unique()) > 200
+    transform = RandomResizedCropAndInterpolation((8, 8), (0.2, 0.6), interpolation="bicubic")
+    mirror = draw_crops(96, 0, True, 3, "augment", 2)[:, 2]
+    for place, (x, position) in enumerate(zip(batch.x, batch.index.tolist(), strict=True)):
+        random.seed(seed_from(3, "augment", 2, "crop", place))
+        levels = np.round(digits.source.pixels[position] * (255 / 16)).astype(np.uint8)
+        pixels = torch.from_numpy(np.array(transform(Image.fromarray(levels))))[None]
+        assert torch.equal(x, (pixels.flip(2) if mirror[place] else pixels) / 255)
+    stream = [
+        joined(StreamSet(FakeStream, 10, 4).batches(4, **TRAIN | {"crop_padding": 0}, augmentation=CROPPED))
+    ]
+    stream += [
+        joined(StreamSet(FakeStream, 10, 4).batches(4, **TRAIN | {"crop_padding": 0}, augmentation=CROPPED))
+    ]
+    assert stream[0][0].shape == (8, 3, 4, 4)
+    assert torch.equal(stream[0][0], stream[1][0])
+
+
 @pytest.mark.parametrize("side", [2, 3])
 def test_cutout_centres_are_uniform_and_clipped(side):
     """A square that stays inside erases the middle more than the rim, stronger than published."""
@@ -118,13 +191,16 @@ def test_order_is_crop_mirror_policy(digits):
     assert torch.equal(batch.y, digits.y[order])
 
 
-def test_workers_ranks_and_resume_augment_alike(digits):
+@pytest.mark.parametrize("name", ["idbh", "timm"])
+def test_workers_ranks_and_resume_augment_alike(name):
     """The number of processes or an interruption would change the training images, or random states."""
-    settings = TRAIN | {"augmentation": POLICIES["idbh"]}
+    timm = Augmentation("timm", config="rand-m9-mstd0.5-inc1", crop_scale=(0.3, 1))
+    settings = TRAIN | {"augmentation": POLICIES.get(name, timm)}
+    digits = load_digits(channels=3)
     whole = list(digits.batches(32, **settings))
     before = global_states()
     for workers in ({"num_workers": 2}, {"num_workers": 1, "in_memory": False}):
-        assert_equal(whole, load_digits(**workers).batches(32, **settings))
+        assert_equal(whole, load_digits(channels=3, **workers).batches(32, **settings))
     assert_equal(whole[2:], digits.batches(32, start=2, **settings))
     micro = list(digits.batches(16, **settings))
     assert_equal(whole, [joined(micro[i : i + 2]) for i in (0, 2, 4)])

@@ -68,7 +68,7 @@ def test_images_that_would_not_grow_are_refused(size):
     model = enlarging().float()
     for call in (lambda: model(torch.rand(1, 2, *size)), lambda: try_forward(model, 2, size)):
         with pytest.raises(
-            ValueError, match=rf"^model.resize_inside: got 9 for images of {size[0]}x{size[1]}"
+            ValueError, match=rf"model.resize_inside: got 9 for images of {size[0]}x{size[1]}"
         ):
             call()
 
@@ -78,13 +78,11 @@ def test_models_without_activation_checkpoints_are_refused_by_name(monkeypatch):
     small = {"width": 4, "layers": [1] * 4, "channels": [4] * 4, "img_size": 32, "depth": 1}
     for name, keys in {"preact_resnet18": ["width"], "convit_tiny": ["img_size"]}.items():
         model = create_model(name, num_classes=3, **{key: small[key] for key in keys})
-        with pytest.raises(
-            ValueError, match=rf"gradient_checkpointing: got true with {name}; expected a timm"
-        ):
+        with pytest.raises(ValueError, match=rf"gradient_checkpointing: got true with {name} of timm"):
             checkpoint_activations(model, name)
     monkeypatch.setattr(timm.layers.config, "_USE_REENTRANT_CKPT", True)
     model = create_model("resnet18", num_classes=3, layers=small["layers"], channels=small["channels"])
-    with pytest.raises(ValueError, match=r"got true with timm .*; expected .* without TIMM_REENTRANT_CKPT"):
+    with pytest.raises(ValueError, match=r"expected .* 1.0.14 or newer without TIMM_REENTRANT_CKPT"):
         checkpoint_activations(model, "resnet18")
 
 

@@ -382,8 +382,14 @@ perturbation: sam, penalty: frobenius => wrapper.layers: got null with SAM ρ=0.
 train: {eps_warmup_epochs: 2}, objective: standard => train.eps_warmup_epochs: got 2.0, which nothing uses; expected an attack
 train: {eps_zero_epochs: 2}, objective: standard => train.eps_zero_epochs: got 2.0, which nothing uses; expected an attack
 train: {eps_zero_epochs: 20} => train.eps_zero_epochs: got 20; expected less than train.epochs = 20
-train: {eps_zero_epochs: 15, eps_warmup_epochs: 10} => train.eps_zero_epochs + eps_warmup_epochs: got 25; expected at most train.epochs = 20
+train: {eps_zero_epochs: 15, eps_warmup_epochs: 10} => train.eps_warmup_epochs, with eps_zero_epochs: got 25; expected at most train.epochs = 20
 train: {compile: true}, objective: grad_align => train.compile: got true with GradAlign
+data: {crop_padding: 2}, augment: {crop_scale: [0.5, 1]} => data.crop_padding: got it beside augment.crop_scale
+augment: {crop_scale: [0.5, 0.2]} => augment.crop_scale: got [0.5, 0.2]; expected the smaller share first
+augment: {policy: timm} => augment.config: got None with policy timm; expected it with timm
+augment: {config: rand-m9} => augment.config: got rand-m9 with policy none
+augment: {policy: timm, config: rand-m9-mst0.5} => augment.config: got "rand-m9-mst0.5"
+augment: {policy: timm, config: rand-magnitude} => augment.config: got "rand-magnitude"
 train: {compile: true, gradient_checkpointing: true} => train.gradient_checkpointing: got true with compile
 train: {compile: true}, input_regularizer: cure => train.compile: got true with CURE 4
 train: {overfitting_guard: stop} => train.overfitting_guard: got "stop", which nothing uses; expected an objective of a single

@@ -1,12 +1,13 @@
 """What happens to training images and labels, each a function of what it acts on and of a seed.
 
-    image:   pixels  ->  crop and mirror  ->  policy  ->  cutout
+    image:   file  ->  pixels or random resized crop  ->  shift and mirror  ->  policy  ->  cutout
     noise:   y_b ← y_b with probability 1-τ, else a class drawn uniformly                                 (1)
     mixup:   x_b ← λ x_b + (1-λ) x_{b-1},              y_b ← λ y_b + (1-λ) y_{b-1}                        (2)
     CutMix:  a box of x_b ← the same box of x_{b-1},   y_b ← λ y_b + (1-λ) y_{b-1}                        (3)
 
-Policies and mixing are torchvision's. They draw from torch's global generator, which is seeded for one image
-or batch and put back: the result is the same in every worker process, on every rank and after every resume.
+Policies and mixing are torchvision's, policy timm and the resized crop timm's. They draw from the global
+generators of torch, NumPy and Python, which are seeded for one image or batch and put back: the result is the
+same in every worker process, on every rank and after every resume.
 
 λ ~ Beta(α, α), one λ and one box for the whole batch, a micro-batch of one process, which has to be shuffled.
 In CutMix λ is the share that is kept: the box is clipped at the border and λ corrected.
@@ -15,13 +16,18 @@ Legend: B batch, C classes, λ share of the image itself, α concentration, τ s
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
@@ -29,16 +35,29 @@ from torchvision.transforms import v2
 from wcitrain.method import Method, NonNegative, PositiveCount, PositiveShare, Share, method, refuse, setting
 from wcitrain.seeding import generator_from, seed_from
 
-Policy = Literal["none", "cutout", "autoaugment", "randaugment", "trivialaugment", "idbh"]
+Policy = Literal["none", "cutout", "autoaugment", "randaugment", "trivialaugment", "idbh", "timm"]
+RAND = r"^rand(-(m|n|inc|mmax)\d+|-(p|mstd)\d+(\.\d+)?)*$"  # parts that timm reads; it passes over others
 UNIT = 1 << 53  # hashes are compared as whole numbers below it: float64 does not exist on every device
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Let torch's global CPU generator draw from ``seed``, and put it back on exit; CUDA's is not touched."""
-    with torch.random.fork_rng(devices=[]):
+    """Let the global CPU generators draw from ``seed``, and put them back on exit; CUDA's is not touched."""
+    with torch.random.fork_rng(devices=[]), ExitStack() as at_exit:
+        at_exit.callback(random.setstate, random.getstate())
+        at_exit.callback(np.random.set_state, np.random.get_state())
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA's generators too
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         yield
+
+
+def resized_crop(
+    image: Image.Image, seed: int, size: Sequence[int], scale: tuple[float, float]
+) -> Image.Image:
+    """Return timm's random resized crop of size (H, W): an area share in ``scale``, 3:4 to 4:3, bicubic."""
+    with seeded(seed):
+        return RandomResizedCropAndInterpolation(size, scale, interpolation="bicubic")(image)
 
 
 def draw_crops(num: int, padding: int, flip: bool, *where: object) -> Tensor:
@@ -66,7 +85,7 @@ def crop(pixels: Tensor, crops: Tensor, padding: int) -> Tensor:
 
 @method
 class Augmentation(Method):
-    """What happens to an image after crop and mirror, by default nothing; empty places become black (0).
+    """What happens to an image, after crop and mirror, by default nothing; empty places become black (0).
 
     * ``cutout``: only the square of ``cutout_size``. As in DeVries & Taylor (1708.04552) its centre may be
       anywhere and what lies outside of the image is lost, so that less than s² pixels are erased on average.
@@ -75,11 +94,16 @@ class Augmentation(Method):
     * ``trivialaugment`` (2103.10158): one operation of a random, wide strength.
     * ``idbh``: a shift by up to a sixth, one RandAugment operation of magnitude 9, with probability 1/2 an
       erased rectangle of 2 to 33 %: not that of Li & Spratling (2301.09879), but of its kind and strength.
+    * ``timm``: the RandAugment that ``config`` names in timm's words, such as rand-m9-mstd0.5-inc1.
     """
 
     policy: Policy = setting("none", "Kind of augmentation.")
     magnitude: Annotated[int, Field(ge=0, le=30)] | None = setting(None, "Strength of randaugment; null: 9.")
     num_ops: PositiveCount | None = setting(None, "Operations of randaugment; null: 2.")
+    crop_scale: Annotated[tuple[PositiveShare, PositiveShare], Field(strict=False)] | None = setting(
+        None, "Area shares, [0.08, 1] say, of a random crop of the stored image, resized; null: none."
+    )
+    config: Annotated[str, Field(pattern=RAND)] | None = setting(None, "RandAugment of policy timm.")
     cutout_size: PositiveCount | None = setting(None, "Side of a last black square, in pixels; null: none.")
     probability: PositiveShare = setting(1.0, "Share of images on which policy and square act, in (0, 1].")
     label: ClassVar[str] = "{policy}"
@@ -91,27 +115,31 @@ class Augmentation(Method):
             if getattr(self, key) != (1.0 if key == "probability" else None):
                 got = f"got {getattr(self, key):g} with policy {self.policy}, which does not use it"
                 refuse(key, f"{got}; expected the default. Remove it, or choose another policy.")
+        if self.crop_scale and self.crop_scale[0] > self.crop_scale[1]:
+            refuse("crop_scale", f"got {list(self.crop_scale)}; expected the smaller share first. Turn them.")
+        if (self.policy == "timm") != bool(self.config):
+            refuse("config", f"got {self.config} with policy {self.policy}; expected it with timm. Set both.")
         if self.policy == "cutout" and self.cutout_size is None:
             refuse("cutout_size", "got null with policy cutout; expected the square's side. Set it.")
 
     @property
     def is_active(self) -> bool:
         """Whether anything happens to an image."""
-        return self.policy != "none"
+        return self.policy != "none" or self.crop_scale is not None
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError unless images of ``shape`` (C, H, W) can be augmented."""
         channels, height, width = shape
-        if self.is_active and channels not in (1, 3):
+        if self.is_active and channels not in ((3,) if self.policy == "timm" else (1, 3)):
             got = f"got {self.policy} for images of {channels} channels"
-            raise ValueError(f"augment.policy: {got}; expected 1 or 3. Use policy none.")
+            raise ValueError(f"augment.policy: {got}; expected 3 (but for timm: or 1). Use policy none.")
         if self.cutout_size is not None and self.cutout_size > min(height, width):
             got = f"got {self.cutout_size} for images of {height}x{width} pixels"
             raise ValueError(f"augment.cutout_size: {got}; expected at most their side. Lower it.")
 
     def apply(self, pixels: Tensor, seed: int) -> Tensor:
         """Return one augmented image, uint8 [C, H, W] of 255 levels; equal seeds augment equally."""
-        if not self.is_active:
+        if self.policy == "none":
             return pixels
         with seeded(seed):
             return _transform(self, *pixels.shape[1:])(pixels)
@@ -121,12 +149,18 @@ class Augmentation(Method):
 def _transform(augmentation: Augmentation, height: int, width: int) -> v2.Transform:
     """Return the transform of images of one shape."""
     magnitude = 9 if augmentation.magnitude is None else augmentation.magnitude
+    fill = {"translate_const": int(0.45 * min(height, width)), "img_mean": (0, 0, 0)}
+    by_timm = rand_augment_transform(augmentation.config or "rand", fill)
+    for op in by_timm.ops:
+        if op.name.startswith("Posterize"):  # to at least one bit: Pillow 13 refuses none, which is black
+            op.level_fn = lambda *level, bits=op.level_fn: (max(1, *bits(*level)),)
     shift = v2.RandomAffine(degrees=0, translate=(1 / 6, 1 / 6))
     steps: list[Any] = {
         "cutout": [],
         "autoaugment": [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)],
         "randaugment": [v2.RandAugment(augmentation.num_ops or 2, magnitude)],
         "trivialaugment": [v2.TrivialAugmentWide()],
+        "timm": [v2.ToPILImage(), by_timm, v2.PILToTensor()],
         "idbh": [shift, v2.RandAugment(num_ops=1, magnitude=9), v2.RandomErasing(p=0.5)],
     }[augmentation.policy]
     if side := augmentation.cutout_size:  # centred anywhere: pad by half a side, erase, cut the padding

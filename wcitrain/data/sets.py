@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from wcitrain.data.augment import Augmentation, crop, draw_crops
+from wcitrain.data.augment import Augmentation, crop, draw_crops, resized_crop
 from wcitrain.data.pixels import ArraySource, Source, to_levels
 from wcitrain.seeding import generator_from, seed_from
 
@@ -186,6 +186,12 @@ class ImageSet(Images):
         self.refuse_shape(levels.shape, position)
         return levels
 
+    def cropped(self, row: int, seed: int, scale: tuple[float, float]) -> np.ndarray:
+        """Return a `resized_crop` of an image as it is stored, uint8 [C, H, W] of 255 levels."""
+        white = 255 / self.source.levels
+        image = self.source.read(int(self.positions[row])).point(lambda level: round(white * level))
+        return to_levels(resized_crop(image, seed, self.shape[1:], scale), None, self.shape[0])
+
     def refuse_shape(self, shape: Sequence[int], position: int) -> None:
         """Raise ValueError unless ``shape``, of the image at ``position``, is that of the set."""
         if tuple(shape) != tuple(self.shape):
@@ -256,11 +262,15 @@ class Epoch(Dataset):
     def __getitems__(self, places: list[int]) -> list[Tensor]:
         """Return augmented images at some places, 8-bit levels [C, H, W]; ``DataLoader`` calls this."""
         images, rows, reading = self.images, self.rows[places], self.reading
-        if images.pixels is None:
+        if scale := reading.augmentation.crop_scale:
+            seeds = [seed_from(*self.where, "crop", place) for place in places]
+            crops = [images.cropped(*one, scale) for one in zip(rows.tolist(), seeds, strict=True)]
+            pixels = torch.from_numpy(np.stack(crops))
+        elif images.pixels is None:
             pixels = torch.from_numpy(np.stack([images[row] for row in rows.tolist()]))
         else:
             pixels = images.pixels[rows]
-        if self.levels != 255:
+        if self.levels != 255 and not scale:
             pixels = (pixels * (255 / self.levels)).round().to(torch.uint8)
         pixels = crop(pixels, self.crops[places], reading.crop_padding)
         seeds = [seed_from(*self.where, "policy", place) for place in places]

@@ -43,7 +43,7 @@ class Data:
     val_split: Text | None = setting(None, "Name of a validation split; null cuts one from training images.")
     download: bool = setting(False, "Fetch the data set when it is not under root.")
     num_classes: PositiveCount | None = setting(None, "Number of classes; null takes it from the data.")
-    image_size: PositiveCount | None = setting(None, "Side of the square images are resized to, in pixels.")
+    image_size: PositiveCount | None = setting(None, "Side of the square all of an image is resized to.")
     channels: Literal[1, 3] | None = setting(None, "1: gray, 3: RGB; null: 1 for digits and *mnist, else 3.")
     max_train: PositiveCount | None = setting(None, "Training images kept, in class shares; null: all.")
     max_test: PositiveCount | None = setting(None, "Test images kept, in class shares; null: all.")

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from wcitrain.data.augment import crop, draw_crops
+from wcitrain.data.augment import crop, draw_crops, resized_crop
 from wcitrain.data.pixels import to_levels
 from wcitrain.data.sets import Batch, Images, Reading
 from wcitrain.seeding import generator_from, seed_from
@@ -118,15 +118,18 @@ class _Decoding:
     count: int = 0  # images this process has read
 
     def __call__(self, image: Image.Image) -> Tensor | np.ndarray:
-        levels, reading = to_levels(image, self.image_size, self.channels), self.reading
+        size, reading = self.image_size, self.reading
         if not reading.augmentation.is_active:
-            return levels
+            return to_levels(image, size, self.channels)
         worker: Any = get_worker_info()
         place = ("stream", worker.id if worker else 0, self.count)
         self.count += 1
+        where = (reading.seed, reading.epoch, reading.rank, *place)
+        if scale := reading.augmentation.crop_scale:
+            image = resized_crop(image, seed_from(*where, "crop"), (size, size), scale)
+        levels = to_levels(image, size, self.channels)
         pixels = _crop(torch.from_numpy(levels)[None], reading, *place)[0]
-        seed = seed_from(reading.seed, reading.epoch, reading.rank, *place, "policy")
-        return reading.augmentation.apply(pixels, seed)
+        return reading.augmentation.apply(pixels, seed_from(*where, "policy"))
 
 
 def _crop(pixels: Tensor, reading: Reading, *place: object) -> Tensor:

@@ -57,9 +57,7 @@ class CURE(InputRegularizer):
     passes = (2, 4)
 
     def penalty(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Return (1); without a pass where h = 0."""
-        if not self.h:
-            return x.new_zeros(())
+        """Return (1)."""
         with kept_random_state(x.device):
             here = input_gradient(model, x, y, create_graph=True)
         sign = here.detach().sign()

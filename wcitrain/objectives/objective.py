@@ -97,27 +97,17 @@ class Attacked(Objective):
         step, loss = threat.step_for(num_steps, step_size), self.attack_loss
         return Attack(threat, num_steps, step, self.start, loss=loss)
 
-    @property
-    def radius(self) -> float:
-        """The radius of the ball, of several balls the largest."""
-        return self.attack.threat.eps
-
     def search(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None) -> Tensor:
         """Return adversarial images against the model in the mode it is in."""
         return self.attack(model, x, y, generator)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
-        """Return adversarial images against the current weights; the model is left exactly as it was.
-
-        In a ball of radius 0, as ``scaled(0)`` has it, they are the images: no pass is made.
-        """
-        if not self.radius:
-            return x
+        """Return adversarial images against the current weights; the model is left exactly as it was."""
         with differentiating(), undisturbed(model, training=None if self.attack_bn == "train" else False):
             return self.search(model, normal(x), normal(y), generator)
 
     def attack_passes(self) -> tuple[int, int]:
-        """Those of the attack, see ``Attack.passes``, in a ball that is more than a point."""
+        """Those of the attack, see ``Attack.passes``."""
         return self.attack.passes()
 
 
@@ -197,11 +187,6 @@ class UnionAT(Attacked):
     def attacks(self) -> tuple[Attack, ...]:
         """One adversary for each threat model."""
         return tuple(self.attack_on(ball, self.num_steps) for ball in self.threats)
-
-    @property
-    def radius(self) -> float:
-        """The largest radius."""
-        return max(ball.eps for ball in self.threats)
 
     def search(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator | None) -> Tensor:
         """Return the images of (2), (3) or (4)."""

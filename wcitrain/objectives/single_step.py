@@ -73,8 +73,6 @@ class GradAlign(FGSMRS):
     def loss(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Loss:
         """Return (2) with ``x_adv`` held fixed."""
         classes = cross_entropy(model(x_adv), y, label_smoothing=self.label_smoothing)
-        if not self.radius:  # x and x + η are one
-            return with_term(classes, self.weight, "alignment", x.new_zeros(()))
         moved = x + uniform_in_ball(x, self.threat)
         with kept_random_state(x.device):
             at_x = input_gradient(model, x, y, create_graph=False)

@@ -96,7 +96,7 @@ class Recipe(Section):
             (self.perturbation, self.perturbation),
             (self.penalty, self.penalty and max(self.penalty.strengths) > 0),
             ("eps warm-up", self.train.eps_full_epoch),
-            (self.augment, self.augment.is_active),
+            (self.augment, self.augment.policy != "none"),
             (self.mixing, self.mixing.is_active),
             (self.extra, self.extra.path),
             (self.label_noise, self.label_noise.share),
@@ -147,6 +147,8 @@ def _check_sections(recipe: Recipe) -> None:
         if key in recipe.model.kwargs:
             text = f"got {recipe.model.kwargs[key]}; expected none, as {of} says it. Set that instead."
             refuse(f"model.kwargs.{key}", text)
+    if recipe.augment.crop_scale and recipe.data.crop_padding:
+        refuse("data.crop_padding", "got it beside augment.crop_scale; expected one crop. Remove one.")
     names = [Choice(sections.WHILE_TRAINING).name_of(measure) for measure in recipe.measures.take]
     if twice := next((name for name in names if names.count(name) > 1), None):
         refuse("measures.take", f"got {twice} twice; expected each measure once. Remove one of the two.")
@@ -164,8 +166,7 @@ def _check_rules(recipe: Recipe) -> None:
         text = f"got true with {twice}, which differentiates a gradient; expected false. Change one of them."
         refuse("train.compile", text)
     if recipe.train.compile and recipe.train.gradient_checkpointing:
-        text = "got true with compile, which chooses itself what to recompute; expected one of them."
-        refuse("train.gradient_checkpointing", f"{text} Set the other to false.")
+        refuse("train.gradient_checkpointing", "got true with compile, which recomputes; expected false.")
     size, parts = recipe.train.batch_size, recipe.train.accumulate
     if size % parts:
         text = f"got {parts}; expected a divisor of train.batch_size = {size}. Change one of them."
@@ -190,8 +191,7 @@ def _check_times(recipe: Recipe) -> None:
     starts["schedule.milestones"] = max(getattr(schedule, "milestones", ()), default=0)
     starts["freezing.head_epochs"] = recipe.freezing.head_epochs
     starts["train.eps_zero_epochs"] = recipe.train.eps_zero_epochs
-    zero = "eps_zero_epochs + " if recipe.train.eps_zero_epochs else ""
-    ends = {f"train.{zero}eps_warmup_epochs": recipe.train.eps_full_epoch}
+    ends = {"train.eps_warmup_epochs, with eps_zero_epochs": recipe.train.eps_full_epoch}
     ends["schedule.warmup_epochs"] = getattr(schedule, "warmup_epochs", 0)
     ends["schedule.peak_epoch"] = getattr(schedule, "peak_epoch", None) or 0
     for key, value in (starts | ends).items():

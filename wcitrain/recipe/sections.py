@@ -31,9 +31,7 @@ class Model(Section):
     std: Annotated[list[Positive], Field(min_length=1)] | None = setting(
         None, "Channel deviations divided by inside the model, in [0, 1]; null: timm's."
     )
-    resize_inside: PositiveCount | None = setting(
-        None, "Side, in pixels, that images are enlarged to inside the model, bicubic; null: not."
-    )
+    resize_inside: PositiveCount | None = setting(None, "Side to enlarge images to, inside the model.")
 
     @property
     def starts_from_weights(self) -> bool:
@@ -62,14 +60,10 @@ class Train(Section):
     precision: Literal["no", "bf16"] = setting("no", "Mixed precision; no: float32. fp16 would overflow.")
     channels_last: bool = setting(False, "Store images with channels last in memory.")
     compile: bool = setting(False, "Compile the model with torch.compile.")
-    gradient_checkpointing: bool = setting(
-        False, "Recompute a timm model's activations in backward passes: less memory, another forward pass."
-    )
-    eps_zero_epochs: Annotated[float, Field(ge=0)] = setting(
-        0.0, "First epochs without an attack, at x_adv = x; evaluation's radius is always the full one."
-    )
+    gradient_checkpointing: bool = setting(False, "Recompute activations instead of keeping them.")
+    eps_zero_epochs: Annotated[float, Field(ge=0)] = setting(0.0, "First epochs without an attack.")
     eps_warmup_epochs: Annotated[float, Field(ge=0)] = setting(
-        0.0, "Epochs after them over which training's radius and steps grow linearly from 0."
+        0.0, "Next epochs, over which training's radius and steps grow linearly from 0; evaluation's do not."
     )
     overfitting_guard: Literal["ignore", "warn", "stop"] = setting(
         "warn", "What to do when a single-step objective overfits catastrophically."
