@@ -110,6 +110,34 @@ def test_checkpoints_of_timm_give_the_bits_of_training_without(name, method):
     assert all(torch.equal(value, same[key]) for key, value in plain.items())
 
 
+@pytest.mark.parametrize("is_on", [False, True])
+@pytest.mark.parametrize("method", ["wci", "hutchinson"])
+def test_every_pass_of_a_step_drops_the_same_paths(method, is_on):
+    """At W + u and W - u of a difference other networks would be compared; an attack shifts no draw."""
+    (objective, rules), name, masks, chosen, total = OF_TIMM[method], list(TIMM)[1], [], [], 0
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=3, **TIMM[name]).train()
+    if is_on:
+        checkpoint_activations(model, name)
+    drop = model.backbone.blocks[1].drop_path1
+    drop.register_forward_hook(lambda _, args, out: masks.append((out != 0).flatten(1).any(1).tolist()))
+    optimizer = RegularizedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, **rules)
+    x, y = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3
+    for step in range(2):
+        torch.manual_seed(step)
+        x_adv = objective.perturb(model, x, y, torch.Generator().manual_seed(step))
+        masks.clear()
+        optimizer.backward(partial(objective.loss, model, x, x_adv, y))
+        total += len(masks)
+        assert all(mask == masks[0] for mask in masks)
+        torch.manual_seed(step)
+        objective.loss(model, x, x, y)  # without an attack before it
+        assert masks[-1] == masks[0]
+        chosen.append(masks[0])
+    assert chosen[0] != chosen[1]
+    assert total >= 4  # the first step of a penalty may only measure
+
+
 def test_a_gradient_hidden_by_detach_is_not_that_of_an_unused_layer():
     """The loss depends on the layer; a spare head, on which it does not, changes nothing."""
 

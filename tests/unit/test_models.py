@@ -78,7 +78,7 @@ def test_models_without_activation_checkpoints_are_refused_by_name(monkeypatch):
     small = {"width": 4, "layers": [1] * 4, "channels": [4] * 4, "img_size": 32, "depth": 1}
     for name, keys in {"preact_resnet18": ["width"], "convit_tiny": ["img_size"]}.items():
         model = create_model(name, num_classes=3, **{key: small[key] for key in keys})
-        with pytest.raises(ValueError, match=rf"gradient_checkpointing: got true with {name} of timm"):
+        with pytest.raises(ValueError, match=rf"gradient_checkpointing: got true with {name}; expected"):
             checkpoint_activations(model, name)
     monkeypatch.setattr(timm.layers.config, "_USE_REENTRANT_CKPT", True)
     model = create_model("resnet18", num_classes=3, layers=small["layers"], channels=small["channels"])
