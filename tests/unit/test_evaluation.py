@@ -134,6 +134,21 @@ def test_an_example_that_any_restart_broke_is_broken():
     assert int(by_loss.sum()) > int(result.is_robust.sum())  # the case was met
 
 
+def test_later_l1_restarts_come_from_wider_balls():
+    """PGD's own find the same coordinates again: of digits at 32 pixels they left 2 points more than APGD."""
+    model, (x, y), ball = cheats.honest(), cheats.digits(20), ThreatModel("l1", 3.0)
+    victim, places = Victim(model, x, y), torch.arange(20)
+
+    def restarts(name):
+        return [stage.attack(x, y, places) for stage in parse_attack(name).stages(victim, ball)]
+
+    for name, other in (("pgd-6", "apgd-ce-6x2"), ("dlr-6", "apgd-dlr-6x2")):
+        first, second = restarts(f"{name}x2")
+        assert torch.equal(first, restarts(name)[0])
+        assert torch.equal(second, restarts(other)[1])
+        assert not torch.equal(first, restarts(other)[0])
+
+
 def test_a_curve_falls_and_its_worst_case_is_the_union():
     """Unions are read off the flags; a curve that rises by chance would be no curve."""
     model = small_model()

@@ -135,11 +135,10 @@ def check_survivors(
 ) -> Iterator[Finding]:
     """One batch of what survived all plans within each threat: other attacks must break few.
 
-    They are more steps, steps of adaptive length towards each of three classes, and no gradients at all.
-
-    A finding is where the lower end of the 95 % interval says that robust accuracy is half a point too high,
-    for the second two points. AutoAttack has all, and is not followed; nor is a randomised model, which new
-    draws break.
+    They are more steps, steps of adaptive length towards each of three classes, and no gradients at all. A
+    finding is where the lower end of the 95 % interval says that robust accuracy is half a point too high, of
+    the second two points. AutoAttack has all, and is not followed; nor is a randomised model, which new draws
+    break.
     """
     if not plans or any(plan.name in ("autoattack", "autoattack-plus") for plan in plans):
         return

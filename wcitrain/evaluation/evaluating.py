@@ -23,7 +23,7 @@ from wcitrain.evaluation.results import THIS_MODEL, AttackResult, Evaluation, Fi
 from wcitrain.measures.means import in_chunks, read_pairs
 from wcitrain.preserve import normal
 
-STATE = 2  # the form of the files of states: those of another are left alone
+STATE = 3  # the form of the files of states: those of another are left alone
 
 
 def evaluate(
