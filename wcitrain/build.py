@@ -68,10 +68,9 @@ def by_architecture(recipe: Recipe) -> Recipe:
     source, _, place = settings.name.replace("hf_hub:", HUB).partition(":")
     if source not in ("hf-hub", "local-dir"):
         return recipe
-    if settings.pretrained == bool(settings.checkpoint_path):
-        got = f"{settings.name} with {'two sources' if settings.pretrained else 'no source'} of weights"
+    if not settings.starts_from_weights:
         rule = "one. Set model.pretrained or checkpoint_path, or name the architecture alone"
-        raise ValueError(f"model.name: got {got}; expected {rule}.")
+        raise ValueError(f"model.name: got {settings.name} with no source of weights; expected {rule}.")
     folder = on_hub(f"{HUB}{place}") if source == "hf-hub" else Path(place)
     if not (folder / "config.json").is_file():
         rule = "a folder of timm's, with config.json and its weights. Correct it"
@@ -107,6 +106,9 @@ def initial_model(recipe: Recipe, splits: Splits, *, is_target: bool = False) ->
     settings |= {"num_classes": splits.num_classes, "in_chans": splits.in_chans}
     settings |= settings.pop("kwargs") | {"rotation_head": recipe.objective.needs_rotation_head}
     path, given = recipe.model.checkpoint_path, {key: settings[key] for key in ("mean", "std")}
+    if path is None and recipe.model.match != "name":
+        rule = "it with model.checkpoint_path, whose tensors it is about. Set that"
+        raise ValueError(f"model.match: got {recipe.model.match}; expected {rule}.")
     model = create_model(**settings | {"checkpoint_path": None, "match": "name"})
     if path is not None:
         match = recipe.model.match

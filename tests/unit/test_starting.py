@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -208,7 +209,8 @@ def test_a_measure_of_the_distance_does_not_need_the_weights_again(tmp_path):
     take = {"measures": {"every": 1, "num_examples": 50, "take": [{"name": "distance_from_initialisation"}]}}
     recipe = recipe_from_dict(TINY | take | {"output": str(tmp_path)}, [f"model.checkpoint_path={path}"])
     splits = load_splits(recipe.data)
-    torch.save(initial_model(untrained(recipe), splits).state_dict(), path)
+    other = untrained(recipe.model_copy(update={"seed": 5}))
+    torch.save(initial_model(other, splits).state_dict(), path)
     began = initial_model(recipe, splits).state_dict()
     fit(recipe)
     path.unlink()
@@ -341,6 +343,20 @@ def test_a_recipe_is_measured_behind_the_normalisation_of_its_weights(tmp_path):
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
     model = open_run(tmp_path / "r.yaml").load_model()
     assert (float(model.mean), float(model.std)) == (0.25, 0.5)
+    export(tmp_path / "export", ["cat", "dog"])
+    for is_target in (False, True):  # trained it may be, measured its new head would be random
+        with pytest.raises(ValueError, match="fc.weight") if is_target else nullcontext():
+            initial_model(recipe, load_splits(recipe.data), is_target=is_target)
+
+
+def test_settings_of_weights_without_effect_are_refused(tmp_path):
+    """One of two sources was fetched and overwritten; an order of no file was taken for one that is kept."""
+    with pytest.raises(ValueError, match=r"model\.pretrained: got true with checkpoint_path; expected one"):
+        recipe_from_dict(TINY | {"model": {"pretrained": True, "checkpoint_path": "w.pt"}})
+    recipe = recipe_from_dict(TINY | {"output": str(tmp_path), "model": {"match": "order"}})
+    with pytest.raises(ValueError, match=r"model\.match: got order; expected it with model\.checkpoint_path"):
+        fit(recipe)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sorted_files_are_not_read_in_order(tmp_path):

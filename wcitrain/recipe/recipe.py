@@ -143,6 +143,10 @@ def _check_sections(recipe: Recipe) -> None:
     if (mean is None) != (std is None):
         missing, given = ("mean", "std") if mean is None else ("std", "mean")
         refuse(f"model.{missing}", f"got null; expected a list like model.{given}. Set both or none.")
+    if recipe.model.pretrained and recipe.model.checkpoint_path:
+        refuse(
+            "model.pretrained", "got true with checkpoint_path; expected one source of weights. Remove one."
+        )
     for key, of in {"in_chans": "data.channels", "num_classes": "data.num_classes or the data"}.items():
         if key in recipe.model.kwargs:
             text = f"got {recipe.model.kwargs[key]}; expected none, as {of} says it. Set that instead."
