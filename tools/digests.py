@@ -15,6 +15,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -253,8 +254,8 @@ def measurements():
     x, y = torch.rand(96, 1, 8, 8, generator=g), torch.randint(0, 10, (96,), generator=g)
     for kind, extra in (("relu", {}), ("smooth", {"act_layer": "gelu", "norm_layer": "groupnorm1"})):
         torch.manual_seed(0)
-        small = {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8], "stem": "default" if extra else "cifar"}
-        model = create_model("resnet18", num_classes=10, in_chans=1, **small, **extra)
+        small: Any = {"layers": [1] * 4, "channels": [4, 4, 8, 8], "stem": "default" if extra else "cifar"}
+        model = create_model("resnet18", num_classes=10, in_chans=1, **(small | extra))
         for estimator in ("auto", "gauss_newton", "hutchinson"):
             for threat in (None, ThreatModel("linf", 0.1)):
                 for target in (None, 0.2) if kind == "relu" else (None,):

@@ -34,18 +34,12 @@ from wcitrain.seeding import generator_from
 
 SAME = 1e-4  # relative difference of two outputs below which they are the same: float32 on a GPU reaches 1e-5
 
+MASKED = "attacks are weak, or gradients masked."
 SURVIVORS = {  # what breaks them, what it means, and from how much accuracy on it is said
     "more_steps": ("twice the steps break", "the attack has not converged. Take more.", 0.005),
-    "targeted_helps": (
-        "APGD towards other classes breaks",
-        "attacks are weak, or gradients masked. Add apgd-t or autoattack.",
-        0.02,  # a point is what PGD and margin leave to it where nothing is wrong
-    ),
-    "random_search": (
-        "100 random steps break",
-        "attacks are weak, or gradients masked. Add autoattack.",
-        0.005,
-    ),
+    # A point or so is what PGD and margin leave to it where nothing is wrong.
+    "targeted_helps": ("APGD towards other classes breaks", f"{MASKED} Add apgd-t or autoattack.", 0.02),
+    "random_search": ("100 random steps break", f"{MASKED} Add autoattack.", 0.005),
 }
 
 
