@@ -300,7 +300,7 @@ def test_parts_of_a_tensor_have_ways_of_their_own():
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.qkv = nn.Linear(4, 6, bias=False)
+            self.qkv = nn.Linear(4, 12, bias=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             q, k, v = self.qkv(x).chunk(3, -1)
@@ -310,18 +310,18 @@ def test_parts_of_a_tensor_have_ways_of_their_own():
     model = Attention().double()
     optimizer = wrapped(model, split_qkv=True, penalty=FrobeniusPenalty(0.5, center="initial"))
     with torch.no_grad():
-        model.qkv.weight[2:4] += 0.1  # the keys
+        model.qkv.weight[4:8] += 0.1  # the keys
     found = optimizer.metrics()
     assert [found[f"frobenius_from_initial/qkv.weight[{part}]"] for part in "qkv"] == pytest.approx(
-        [0, 0.08, 0]
+        [0, 0.16, 0]
     )
     optimizer = wrapped(model, split_qkv=True, perturbation=UniformNoise(0.5, passes=1, **FROM))
     with torch.no_grad():
-        model.qkv.weight[2:4] += 0.1
+        model.qkv.weight[4:8] += 0.1
     before = model.qkv.weight.detach().clone()
     with optimizer.perturbed():
         u = model.qkv.weight.detach() - before
-    assert [float(part.norm()) for part in u.chunk(3)] == pytest.approx([0, 0.5 * 0.08**0.5, 0])
+    assert [float(part.norm()) for part in u.chunk(3)] == pytest.approx([0, 0.5 * 0.16**0.5, 0])
 
 
 @pytest.mark.parametrize("rule", [AWP, TracePenalty])

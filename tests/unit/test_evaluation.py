@@ -732,6 +732,7 @@ def test_results_that_contradict_each_other_are_noticed(results, names):
     assert {finding.name for finding in check_results(evaluation, 10)} == names
 
 
+@pytest.mark.filterwarnings("ignore:targeted_helps")  # of few steps
 def test_findings_raise_warn_or_are_not_looked_for():
     """Meaningless numbers stop before the attack; doubtful ones must be seen and kept in the file."""
     x, y = examples(small_model())
@@ -774,7 +775,7 @@ def test_evaluations_are_the_same_without_gradients(mode):
 
 def test_a_model_to_transfer_from_has_the_same_classes_and_weights_of_its_own(monkeypatch):
     """By number its labels were other classes: attacks began at images it had wrong, and broke few."""
-    options, opened = Namespace(transfer="runs/other", checkpoint="w.pt"), []
+    options, opened = Namespace(transfer="runs/other", checkpoint="w.pt", recipe=["own"]), []
 
     def found(given, path, at):
         opened.append(given.checkpoint)

@@ -39,16 +39,19 @@ def run(model, x, y, threats=LINF, **settings):
     return evaluate(model, [(x, y)], threats, **settings)
 
 
+@pytest.mark.filterwarnings("ignore::wcitrain.evaluation.PreflightWarning")
 def test_kept_images_give_the_printed_accuracies_in_the_order_of_the_data(tmp_path):
     """Images of another batch, of the last restart or rounded to 8 bits would give another number."""
     model = small_model()
     x, y = examples(model)
-    settings = {"batch_size": 17, "preflight": "raise"}
+    settings = {"batch_size": 17, "preflight": "warn"}
     made = run(model, x, y, BALLS, attacks=["pgd-2x3", "fgsm"], **settings)
     ensemble = run(model, x, y, attacks="autoattack:apgd-ce", **settings)
     made = replace(made, attacks=made.attacks + ensemble.attacks)
     made = replace(made, index=torch.randperm(40, generator=torch.Generator().manual_seed(0)))
-    assert not made.findings  # among them images_differ
+    assert {finding.name for finding in made.findings} <= {
+        "targeted_helps"
+    }  # of two steps; not images_differ
     for k, result in enumerate(made.attacks):
         path = tmp_path / f"{k}.safetensors"
         assert save_images(path, made, result, "m") == hashlib.sha256(path.read_bytes()).hexdigest()

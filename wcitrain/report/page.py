@@ -197,8 +197,10 @@ def _falls(runs: Sequence[Run]) -> Section:
                 yield [_protocol(document), str(ThreatModel(**one["threat"])), one["attack"], *counts]
 
     for run in runs:
-        rows = read_all(run.folder / "evaluations", read)
-        lines += [[f"{run.name}: {name}", *cells] for name, *cells in rows]
+        rows = [
+            [f"{run.name}: {name}", *cells] for name, *cells in read_all(run.folder / "evaluations", read)
+        ]
+        lines += [line for number, line in enumerate(rows) if line not in rows[:number]]  # of another file
     caption = "Who fell to which attack: images right at first, in the order of the attacks"
     return Section("Attacks in turn", caption, lines)
 
