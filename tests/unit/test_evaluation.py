@@ -684,8 +684,8 @@ def test_an_attack_of_too_few_steps_is_noticed():
     [
         ("FGSM", 0.2, 30, {"targeted_helps"}),
         ("PGD", 0.1, 10, set()),
-        ("TRADES", 0.1, 10, set()),
-        ("plain", 0.1, 10, set()),
+        pytest.param("TRADES", 0.1, 10, set(), marks=pytest.mark.slow),
+        pytest.param("plain", 0.1, 10, set(), marks=pytest.mark.slow),
     ],
 )
 def test_what_training_against_one_step_hides_is_named_and_honest_models_are_not(how, eps, epochs, names):
