@@ -106,12 +106,12 @@ def initial_model(recipe: Recipe, splits: Splits, *, is_target: bool = False) ->
     settings |= {"num_classes": splits.num_classes, "in_chans": splits.in_chans}
     settings |= settings.pop("kwargs") | {"rotation_head": recipe.objective.needs_rotation_head}
     path, given = recipe.model.checkpoint_path, {key: settings[key] for key in ("mean", "std")}
-    if path is None and recipe.model.match != "name":
+    match = settings.pop("match")
+    if path is None and match != "name":
         rule = "it with model.checkpoint_path, whose tensors it is about. Set that"
-        raise ValueError(f"model.match: got {recipe.model.match}; expected {rule}.")
-    model = create_model(**settings | {"checkpoint_path": None, "match": "name"})
+        raise ValueError(f"model.match: got {match}; expected {rule}.")
+    model = create_model(**settings | {"checkpoint_path": None})
     if path is not None:
-        match = recipe.model.match
         start_from(model, path, match=match, class_names=splits.class_names, **given, is_exact=is_target)
     elif recipe.model.pretrained and not is_target:
         config: Any = model.backbone.pretrained_cfg

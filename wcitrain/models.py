@@ -19,7 +19,7 @@ from wcitrain.architectures import use_cifar_stem
 from wcitrain.method import nearest
 from wcitrain.params import logits_of
 from wcitrain.preserve import kept_random_state, undisturbed
-from wcitrain.weights import LOCAL, hub_or_cache, in_order, load_into, read_weights
+from wcitrain.weights import LOCAL, hub_or_cache, load_into, read_weights
 
 
 class Classifier(nn.Module):
@@ -97,7 +97,6 @@ def create_model(
     in_chans: int = 3,
     pretrained: bool = False,
     checkpoint_path: str | None = None,
-    match: Literal["name", "order"] = "name",
     stem: Literal["default", "cifar"] = "default",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -109,7 +108,7 @@ def create_model(
 
     Args:
         name, pretrained, kwargs: For timm, e.g. ``layers=[1, 1, 1, 1]``.
-        checkpoint_path, match: Weights that fit as they are, see ``read_weights`` and ``in_order``.
+        checkpoint_path: Weights that fit as they are, see ``read_weights``.
         stem: ``"cifar"`` replaces a timm ResNet's stem by one 3x3 convolution of stride 1, without pooling.
         mean, std: By default timm's, averaged if it has other channels; see ``Classifier``, as for the rest.
 
@@ -141,9 +140,7 @@ def create_model(
     constants = [by_channel(key, given[key], config.get(key, (0.5,)), in_chans) for key in given]
     model = Classifier(backbone, *constants, rotation_head=rotation_head, resize_inside=resize_inside)
     if checkpoint_path and not checkpoint_path.endswith(".npz"):
-        weights = read_weights(checkpoint_path)
-        weights = in_order(backbone, weights, checkpoint_path) if match == "order" else weights
-        load_weights(model, weights, checkpoint_path)
+        load_weights(model, read_weights(checkpoint_path), checkpoint_path)
     return model
 
 

@@ -163,7 +163,8 @@ def test_weights_in_a_package_under_other_names_are_read_in_order(tmp_path, monk
     place = "package:some_weights/models/net.pth"
     start_from(model, place, match="order")
     assert all(torch.equal(value, state[key]) for key, value in model.backbone.state_dict().items())
-    strict = create_model("resnet18", num_classes=1000, checkpoint_path=place, match="order", **SMALL)
+    strict = create_model("resnet18", num_classes=1000, **SMALL)
+    start_from(strict, place, match="order", is_exact=True)
     assert torch.equal(strict.backbone.fc.weight, state["fc.weight"])
     with pytest.raises(ValueError, match=r"got names such as _n0\.weight"):
         start_from(model, place)
