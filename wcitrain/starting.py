@@ -47,7 +47,7 @@ def start_from(
     """
     file, _ = weights_of(path)
     normalise(model, known_normalisation(file), path, {"mean": mean, "std": std})
-    if file.suffix == ".npz":  # of JAX: timm alone knows the names
+    if file.suffix == ".npz" and match == "name":  # of JAX: timm alone knows the names
         load_checkpoint(model.backbone, str(file))
         return
     weights = read_weights(path)
